@@ -13,7 +13,7 @@ def grpo_outcome(
 ) -> torch.Tensor:
     """Return each outcome R_i normalised within its prompt's group, [N] float64.
 
-    The standard deviation is that of the sample. A single outcome is normalised with mean 0 and standard deviation 1.
+    The standard deviation is that of the sample. An outcome that is alone in its group uses mean 0 and deviation 1.
     """
     return normalize_groups(
         table.outcome,

@@ -78,7 +78,7 @@ def _filled(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[
     while left:
         group, others = [left[0]], left[1:]
         room = max(0, max_tokens - sizes[left[0]])
-        # Bit n of reachable[k]: some of the first k items of `others` have n tokens in total, and n <= `room`.
+        # Bit n of reachable[k] is set if n <= `room` and a subset of the first k items of `others` has n tokens.
         reachable = [1]
         for place in others:
             longer = (reachable[-1] << sizes[place]) & ((2 << room) - 1)

@@ -168,7 +168,7 @@ def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: A
             spans.append((turn.observation_tokens, NOT_SAMPLED))
         while spans[-1][1] == NOT_SAMPLED:  # no token after the last sampled token is predicted
             spans.pop()
-    # `read` has all sequences end to end, each up to its last target. A sequence has one token more than positions.
+    # `read` has all sequences end to end, each up to its last target. A sequence has one more token than positions.
     read = _flat([tokens for tokens, _ in spans], np.int64)
     span_lengths = torch.tensor([len(tokens) for tokens, _ in spans], dtype=torch.int64)
     turns = torch.tensor([turn for _, turn in spans], dtype=torch.int64).repeat_interleave(span_lengths)

@@ -32,7 +32,9 @@ def noise_of(after_one: float, after_two: float) -> float:
 
 
 class RatioNoise:
-    """Watch the steps of one start of a run. All ranks get the same results if they pass the same metrics."""
+    """Estimate the noise in the ratios of one start of a run. From the same metrics, all ranks get the same
+    results.
+    """
 
     def __init__(self, config: RunConfig):
         self._config = config

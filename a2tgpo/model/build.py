@@ -167,9 +167,8 @@ def wrap_for_training(
 def accumulate_in_float32(chunk: Any) -> None:
     """Make Transformer Engine's linear layers add their weight gradients directly to the float32 buffer.
 
-    By default these layers first round each micro-batch's gradient to the weights' dtype. DistributedDataParallel
-    must wrap `chunk`, because it owns the buffer. A layer may overwrite the buffer, so zero the buffer before each
-    pass.
+    By default these layers first round each micro-batch's gradient to the weights' dtype. `chunk` must be wrapped in
+    DistributedDataParallel, which owns the buffer. A layer may overwrite the buffer, so zero it before each pass.
     """
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):

@@ -43,7 +43,7 @@ _COMPANIONS = (
 
 
 def make_bridge(hf_config: PretrainedConfig, config: TransformerConfig, *, padded_vocab_size: int) -> Any:
-    """Return mbridge's weight tables for this architecture. They use the Megatron configuration `config`."""
+    """Return mbridge's weight tables for this architecture and the Megatron configuration `config`."""
     # Import mbridge here, because the import takes seconds.
     from mbridge.core.bridge import _MODEL_REGISTRY
 
@@ -94,7 +94,7 @@ def load_hf_weights(policy: Policy) -> None:
 
 
 def _derived_names(policy: Policy, names: set[str]) -> set[str]:
-    """Return those of `names` whose tensors follow from other values. Some checkpoints store such tensors."""
+    """Return those of `names` whose tensors are redundant, because other values determine them."""
     tied = {"lm_head.weight"} if policy.tied_embeddings else set()
     return tied | {name for name in names if name.endswith("rotary_emb.inv_freq")}
 
@@ -199,7 +199,7 @@ def _named_parts(
         return list(zip(names, parts, strict=True))
     if len(parts) == 1:
         return [(record.name, parts[0])]
-    # mbridge reads from a parameter's attributes which dimension is split, so pass a tensor with these attributes.
+    # mbridge takes the split dimension from a parameter's attributes, so pass a tensor with these attributes.
     shard_info = torch.empty(0)
     shard_info.tensor_model_parallel, shard_info.partition_dim = True, record.split_dim  # type: ignore[attr-defined]
     return [(record.name, policy.bridge._weight_merge_across_tp(record.name, parts, shard_info))]

@@ -42,8 +42,8 @@ def refit(policy: Policy, engine: VllmEngine, *, version: int, bucket_mib: int) 
         bucket_mib: largest number of MiB of weights to gather at once. Two such buckets exist at the same time.
 
     Raises:
-        RuntimeError: with a one-line message on all ranks, if an engine refused the weights. With any message on this
-            rank only, if gathering the weights failed.
+        RuntimeError: with a one-line message on all ranks, if an engine refused the weights. An error in gathering
+            the weights is raised on this rank only.
     """
     if engine.weight_version == version and not engine.needs_weights:
         return RefitReport(skipped=True)

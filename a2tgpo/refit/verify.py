@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "fp8": 0.8}
-"""Largest allowed mean |difference| per probe token, in nats, for each number format. The less exact format of engine
-and trainer decides. FP8 alone changes the probe's log-probs by 0.4 in a model of 135M (docs/fp8.md)."""
+"""Largest allowed mean |difference| per probe token, in nats, for each number format. If engine and trainer have
+different formats, the larger value applies. FP8 alone changes the probe's log-probs by 0.4 in a model of 135M
+(docs/fp8.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ def probe_trajectory(probe: Sequence[int]) -> Trajectory:
 
 
 def probe_tolerance(configured: float, *, trainer_dtype: str, engine_dtype: str) -> float:
-    """Return the setting `configured` or, if it is 0, the default of the less exact number format."""
+    """Return the setting `configured`. If it is 0, return the default of the less exact number format."""
     return configured or max(TOLERANCES[trainer_dtype], TOLERANCES[engine_dtype])
 
 

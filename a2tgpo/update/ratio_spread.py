@@ -1,4 +1,4 @@
-"""Measure how far the loss's ratios before clipping spread around 1."""
+"""Measure how far the unclipped ratios of the loss spread around 1."""
 
 from __future__ import annotations
 

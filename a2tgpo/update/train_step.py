@@ -37,7 +37,7 @@ class StepResult:
     update_ok: bool
     """Whether the update was made. It is skipped if the loss or the gradients are not finite."""
     metrics: dict[str, Tensor]
-    """Sums over the micro-batches of this data-parallel replica, on the CPU. Equal on all ranks of the replica."""
+    """Sums over the micro-batches of this data-parallel replica, on the CPU, equal on all ranks of the replica."""
 
 
 def train_step(

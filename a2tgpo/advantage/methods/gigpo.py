@@ -8,8 +8,7 @@ the same state form a step group (Eq. 6). A^S is the return normalised within th
 
 Decisions that the paper leaves open:
 - Two states are the same only if their queries and their passages are equal (`anchor_state.turn_states`).
-- If `normalize_by_std` is set, both A^E and A^S are divided by the sample standard deviation. Otherwise neither is.
-  The paper calls this choice F_norm.
+- A^E and A^S are divided by the sample standard deviation if `normalize_by_std` is set (F_norm in the paper).
 - A turn that is alone in its step group has A^S = 0.
 - A trajectory counts once in its prompt's statistics. The authors' code counts a trajectory once per turn.
 """

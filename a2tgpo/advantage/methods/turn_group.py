@@ -14,8 +14,7 @@ def advantages(
 ) -> TurnAdvantages:
     """Return the advantages of all turns (Eq. 6-9).
 
-    With the normalised outcome R_i, the final turn has R_i, and a process turn alpha D_{i,t} / sqrt(n_i - t + 1) +
-    R_i.
+    The final turn has R_i, the normalised outcome. A process turn has alpha D_{i,t} / sqrt(n_i - t + 1) + R_i.
     """
     normalized_gain = normalize_turn_groups(table, by_std=config.normalize_by_std, dp_group=dp_group)
     outcome = normalize_groups(
