@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import msgspec
 
 Record = TypeVar("Record")
+_OLD_FIELD = b"\xa5query"
+"""A field's name in msgpack that only turns of earlier versions have."""
 
 
 class TokenIds(array):
@@ -56,12 +58,18 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One tool call."""
+    """A tool call that the policy wrote."""
 
     tool: str
-    """Name of the tool."""
+    """Name of the tool, as the policy wrote it."""
     arguments: str
-    """The text that the tool gets."""
+    """The text that the tool gets: a query, or the JSON of several arguments."""
+    problem: str | None = None
+    """What is wrong with the call, as the policy reads it. None if nothing is wrong. A wrong call reaches no tool."""
+    problem_kind: str = ""
+    """Kind of the problem: "malformed", "unknown_tool" or "excess"; empty if there is none."""
+    failed: bool = False
+    """Whether the tool did not answer; the observation then reports the failure."""
 
 
 @dataclass(kw_only=True)
@@ -74,12 +82,8 @@ class Turn:
     """The engine's log-prob of each sampled token, in nats; same length as `tokens`."""
     observation_tokens: TokenIds = field(default_factory=TokenIds)
     """Token ids of the observation; empty for the final turn. The policy is never trained on them."""
-    query: str | None = None
-    """Text that a process turn sent to its tool. None for the final turn."""
-    tool: str | None = None
-    """Name of the tool that a process turn called. None for the final turn."""
-    tool_failed: bool = False
-    """True if the tool did not answer. The observation then reports the failure."""
+    calls: list[Call] = field(default_factory=list)
+    """The calls of a process turn, in the order of their results. Empty for the final turn."""
     answer_prob: float | None = None
     """P_t, the length-normalised probability of the gold answer after this turn's observation."""
     info_gain: float | None = None
@@ -92,6 +96,26 @@ class Turn:
         self.tokens = _as(TokenIds, self.tokens)
         self.rollout_logprobs = _as(LogProbs, self.rollout_logprobs)
         self.observation_tokens = _as(TokenIds, self.observation_tokens)
+
+    @property
+    def is_process(self) -> bool:
+        """Whether the turn ended with tool calls and received an observation."""
+        return bool(self.calls)
+
+    @property
+    def query(self) -> str | None:
+        """Arguments of the first call, or None for the final turn."""
+        return self.calls[0].arguments if self.calls else None
+
+    @property
+    def tool(self) -> str | None:
+        """Name of the tool that the first call named, or None for the final turn."""
+        return self.calls[0].tool if self.calls else None
+
+    @property
+    def tool_failed(self) -> bool:
+        """Whether the turn has calls, and no tool answered any of them."""
+        return self.is_process and all(call.failed for call in self.calls)
 
 
 @dataclass(kw_only=True)
@@ -121,7 +145,7 @@ class Trajectory:
     @property
     def process_turns(self) -> list[Turn]:
         """The turns that ended with a tool call and received an observation."""
-        return [turn for turn in self.turns if turn.query is not None]
+        return [turn for turn in self.turns if turn.is_process]
 
     @property
     def num_process_turns(self) -> int:
@@ -166,8 +190,11 @@ class Trajectory:
         return max(version - turn.version for turn in self.turns)
 
     def to_dict(self) -> dict:
-        """Return all fields as a dict, with turns as dicts and arrays as lists."""
-        return {**_plain(vars(self)), "turns": [_plain(vars(turn)) for turn in self.turns]}
+        """Return all fields as a dict, with turns and calls as dicts and arrays as lists.
+
+        A turn also has `query`, `tool` and `tool_failed`.
+        """
+        return {**_plain(vars(self)), "turns": [_plain_turn(turn) for turn in self.turns]}
 
 
 def encode_records(records: object) -> bytes:
@@ -181,7 +208,9 @@ def decode_records(content: bytes, kind: type[Record]) -> Record:
     Raises:
         msgspec.DecodeError: if `content` does not encode an object of type `kind`.
     """
-    # Earlier versions wrote lists in place of arrays.
+    # Earlier versions wrote lists in place of arrays, and one call as three fields of its turn.
+    if _OLD_FIELD in content:
+        return msgspec.convert(_with_calls(msgspec.msgpack.decode(content)), kind, dec_hook=_array_of)
     return msgspec.msgpack.decode(content, type=kind, dec_hook=_array_of)
 
 
@@ -191,7 +220,21 @@ def from_dict(record: dict) -> Trajectory:
     Raises:
         msgspec.ValidationError: if a field is missing or has the wrong type.
     """
-    return msgspec.convert(record, Trajectory, dec_hook=_array_of)
+    return msgspec.convert(_with_calls(record), Trajectory, dec_hook=_array_of)
+
+
+def _with_calls(content: Any) -> Any:
+    """Return decoded `content` with `calls` in each turn that an earlier version wrote without."""
+    if isinstance(content, list | tuple):
+        return [_with_calls(item) if isinstance(item, dict | list) else item for item in content]
+    if not isinstance(content, dict):
+        return content
+    found = {name: _with_calls(value) for name, value in content.items()}
+    if "query" in found and "rollout_logprobs" in found and "calls" not in found:
+        query, tool, failed = found["query"], found.get("tool"), found.get("tool_failed", False)
+        call = {"tool": tool or "search", "arguments": query, "failed": failed}
+        found["calls"] = [] if query is None else [call]
+    return found
 
 
 def _array_of(kind: type, content: Any) -> array:
@@ -208,6 +251,12 @@ def _array_of(kind: type, content: Any) -> array:
 
 def _as(kind: type, values: Any) -> Any:
     return values if isinstance(values, kind) else kind(values)
+
+
+def _plain_turn(turn: Turn) -> dict[str, Any]:
+    calls = [dict(vars(call)) for call in turn.calls]
+    first = {"query": turn.query, "tool": turn.tool, "tool_failed": turn.tool_failed}
+    return {**_plain(vars(turn)), "calls": calls, **first}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

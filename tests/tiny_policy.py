@@ -14,7 +14,7 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.parallel.initialize import initialize, shutdown
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import Call, Trajectory, Turn
 
 VOCAB = 250
 
@@ -46,7 +46,7 @@ def trajectories() -> list[Trajectory]:
             tokens=sampled,
             rollout_logprobs=[-8 * rng.random() for _ in sampled],
             observation_tokens=[] if is_final else tokens(1, 6),
-            query=None if is_final else "q",
+            calls=[] if is_final else [Call(tool="search", arguments="q")],
         )
 
     made = [

@@ -115,9 +115,10 @@ def render(player: Player, done: Finished, paint: Painter) -> str:
     lines = []
     for index, (turn, text) in enumerate(zip(trajectory.turns, texts, strict=True), start=1):
         lines += [paint(f"turn {index}", "yellow"), paint.tags(indented(text))]
-        if turn.query is not None:
-            failed = paint(" failed", "red") if turn.tool_failed else ""
-            lines.append(paint(f"  {turn.tool} {turn.query!r}", "yellow") + failed)
+        for call in turn.calls:
+            wrong = paint(f" {call.problem or 'failed'}", "red") if call.problem or call.failed else ""
+            lines.append(paint(f"  {call.tool} {call.arguments!r}", "yellow") + wrong)
+        if turn.is_process:
             lines.append(
                 paint(indented(str(player.tokenizer.decode(turn.observation_tokens.tolist()))), "dim")
             )

@@ -57,7 +57,9 @@ def render_trajectory(record: dict, paint: Painter, *, with_prompt: bool) -> str
 def _render_turn(number: int, turn: dict, paint: Painter) -> list[str]:
     facts = [f"turn {number}: {len(turn['tokens'])} tokens"]
     if turn["query"] is not None:
-        facts.append(f"query {turn['query']!r}, {len(turn['observation_tokens'])} tokens back")
+        queries = [call["arguments"] for call in turn.get("calls", ())] or [turn["query"]]
+        shown_queries = ", ".join(map(repr, queries))
+        facts.append(f"query {shown_queries}, {len(turn['observation_tokens'])} tokens back")
     if turn["tool_failed"]:
         facts.append(paint("failed", "red"))
     if turn["info_gain"] is not None:

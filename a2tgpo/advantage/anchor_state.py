@@ -13,15 +13,15 @@ NO_STATE = -1
 def turn_states(trajectory: Trajectory) -> list[int]:
     """Return a key in [0, 2^63) for the state of each turn. Equal states have equal keys in all processes.
 
-    The first turn's state is the prompt. A later turn's state is the previous turn's query (in lower case, with
-    single spaces) and the observation that followed. States of different prompts differ.
+    The first turn's state is the prompt. A later turn's state is the arguments of the previous turn's calls (in lower
+    case, with single spaces) and the observation that followed. States of different prompts differ.
     """
     prompt = str(trajectory.prompt_index)
     states = [_key(prompt, ())]
     for turn in trajectory.turns:
-        if turn.query is not None:
-            query = " ".join(turn.query.casefold().split())
-            states.append(_key(f"{prompt} {query}", turn.observation_tokens))
+        if turn.is_process:
+            queries = " ".join(" ".join(call.arguments for call in turn.calls).casefold().split())
+            states.append(_key(f"{prompt} {queries}", turn.observation_tokens))
     # If a cut trajectory ends with an observation, no turn was written in its last state.
     return states[: len(trajectory.turns)]
 

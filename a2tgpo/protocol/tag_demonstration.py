@@ -11,7 +11,7 @@ from a2tgpo.data.template import PromptTemplate
 from a2tgpo.data.thought import THINK_OPEN, thought_is_open
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.protocol.tag_syntax import tag_pattern, without_tags
-from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
+from a2tgpo.trajectory import Call, LogProbs, TokenIds, Trajectory, Turn
 
 _RESULT = re.compile(r"(\s*<result>\s*)?(.*?)(\s*</result>\s*)?", re.DOTALL)
 """Splits an observation into the opening tag, the tool's answer and the closing tag.
@@ -77,5 +77,5 @@ def _to_turn(encoder: LiteralEncoder, tags: re.Pattern[str], text: str, observat
         turn.observation_tokens = TokenIds(encoder.encode_between(before, without_tags(body, tags), after))
         call = call_at_end(text)
         assert call is not None, "checked when the file was read"
-        turn.tool, turn.query = call
+        turn.calls = [Call(tool=call[0], arguments=call[1])]
     return turn

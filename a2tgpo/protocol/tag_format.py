@@ -31,7 +31,7 @@ class TagFormat:
         return is_well_formed(self._response(trajectory, texts), tools=self.tools)
 
     def _response(self, trajectory: Trajectory, texts: Sequence[str]) -> str:
-        answered = [turn.query is not None for turn in trajectory.turns]
+        answered = [turn.is_process for turn in trajectory.turns]
         return judged_text(list(zip(texts, answered, strict=True)), opening_tags=self.opening_tags)
 
 

@@ -72,6 +72,9 @@ def _slim(record: dict, decode: Decode | None) -> dict:
 def _slim_turn(turn: dict, decode: Decode | None) -> dict:
     kept = "query tool tool_failed info_gain answer_prob advantage clip_scale ratio text observation_text"
     slim = {name: turn.get(name) for name in kept.split()} | {"num_tokens": len(turn["tokens"])}
+    if len(calls := turn.get("calls") or []) > 1:
+        slim["query"] = "; ".join(call["arguments"] for call in calls)
+        slim["tool"] = ", ".join(call["tool"] for call in calls)
     if decode is not None:
         slim["pieces"] = pieces(turn["tokens"], turn["rollout_logprobs"], decode)
         del slim["text"]

@@ -15,6 +15,7 @@ call continues it.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
@@ -85,8 +86,10 @@ class LiveTrajectory:
     tokens: TokenIds
     scores: list[AnswerScore] = field(default_factory=list)
     """Scores of the gold answer after each process turn."""
-    open_call: Call | None = None
-    """The call that is in progress."""
+    results: list[CallResult] = field(default_factory=list)
+    """The calls of the last turn, with the results that have arrived, in the order of the calls."""
+    num_open_calls: int = 0
+    """Number of calls of the last turn whose result has not arrived."""
     num_known: int = 0
     """Number of tokens of the sequence that the engine has already computed."""
     budget: int | None = None
@@ -151,7 +154,8 @@ class MultiTurnLoop:
         self._sampling = sampling
         self._counts = counts
         self._generating: dict[str, LiveTrajectory] = {}
-        self._calling: dict[int, LiveTrajectory] = {}
+        self._calling: dict[int, tuple[LiveTrajectory, int]] = {}
+        """For each call in progress, its trajectory and its place among the calls of the turn."""
         self._ended: list[LiveTrajectory] = []
         """Trajectories that have ended but may still wait for scores."""
         self._num_requests = 0
@@ -190,7 +194,7 @@ class MultiTurnLoop:
                 yield None
             passes += 1
             for result in self._tools.results(wait=is_waiting):
-                self._observe(self._calling.pop(result.key), result)
+                self._take_result(*self._calling.pop(result.key), result)
             if self._engine.has_unfinished:
                 self._step_engine()
             yield from self._take_finished()
@@ -256,39 +260,49 @@ class MultiTurnLoop:
             output.text, finish_reason=output.finish_reason, stop_string=output.stop_string
         )
         if parsed.calls:
-            self._call(live, parsed.calls[0])
+            self._call(live, parsed.calls)
             return
         reason = parsed.stop_reason
         self._counts.empty_queries += reason == "empty_query"
         room, limit = self._room(live)
         self._end(live, limit if reason == "length" and room < 1 else reason)
 
-    def _call(self, live: LiveTrajectory, call: Call) -> None:
+    def _call(self, live: LiveTrajectory, calls: Sequence[Call]) -> None:
+        """Start all calls of a turn, so that they run at the same time."""
         room, limit = self._room(live)
         if live.trajectory.num_process_turns >= self._limits.max_turns:
             self._end(live, "max_turns")
-        elif room - MIN_TURN_TOKENS < self._protocol.min_observation_tokens(1):
+        elif room - MIN_TURN_TOKENS < self._protocol.min_observation_tokens(len(calls)):
             self._end(live, limit)
         else:
-            live.open_call = call
-            self._counts.tool_calls += 1
-            self._calling[self._tools.submit(call.tool, call.arguments)] = live
+            live.results = [CallResult(call=call) for call in calls]
+            for place, call in enumerate(calls):
+                if call.problem is None:
+                    live.num_open_calls += 1
+                    self._counts.tool_calls += 1
+                    self._calling[self._tools.submit(call.tool, call.arguments)] = live, place
+            if not live.num_open_calls:
+                self._observe(live)
 
-    def _observe(self, live: LiveTrajectory, result: ToolResult) -> None:
-        """Append the observation, start the next generation, and score the gold answer in the new context."""
-        call = live.open_call
-        assert call is not None
+    def _take_result(self, live: LiveTrajectory, place: int, result: ToolResult) -> None:
+        """Store the result of one call. After the last result of the turn, go on."""
+        call = live.results[place].call
         if result.error is not None:
             self._counts.failed_calls += 1
             self._counts.hung_calls += result.is_late
+            call = dataclasses.replace(call, failed=True)
+        live.results[place] = CallResult(call=call, parts=result.parts, error=result.error)
+        live.num_open_calls -= 1
+        if not live.num_open_calls:
+            self._observe(live)
+
+    def _observe(self, live: LiveTrajectory) -> None:
+        """Append the observation, start the next generation, and score the gold answer in the new context."""
         room, _ = self._room(live)
-        observation = self._protocol.observe(
-            [CallResult(call=call, parts=result.parts, error=result.error)], room=room - MIN_TURN_TOKENS
-        )
+        observation = self._protocol.observe(live.results, room=room - MIN_TURN_TOKENS)
         self._counts.truncated_observations += observation.is_cut
         turn = live.trajectory.turns[-1]
-        turn.tool, turn.query = call.tool, call.arguments
-        turn.tool_failed = result.error is not None
+        turn.calls = [result.call for result in live.results]
         turn.observation_tokens = TokenIds(observation.tokens)
         live.tokens.extend(observation.tokens)
         if live.is_spent:

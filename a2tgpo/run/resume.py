@@ -145,8 +145,9 @@ def _misfit(group: CarriedGroup, config: RunConfig, prompts: PromptSet, scored_a
     (prompt,) = prompts.prompts([group.question])
     if prompt.tokens != group.prompt.tokens:
         return "whose prompt has changed (data.instructions, the chat template or the tokenizer)"
-    tools = {turn.tool for member in group.trajectories for turn in member.turns} - {None}
-    if missing := sorted(str(tool) for tool in tools - set(config.tools.names)):
+    calls = [call for member in group.trajectories for turn in member.turns for call in turn.calls]
+    tools = {call.tool for call in calls if call.problem is None}
+    if missing := sorted(tools - set(config.tools.names)):
         return f"that call {missing[0]}, which tools.names lacks"
     if scored_anew and any(member.stop_reason for member in group.trajectories):
         return f"scored with another {scored_anew[0]}"

@@ -134,6 +134,9 @@ def _completion(played: Played, protocol: AgentProtocol, name: str) -> dict[str,
     turns = [
         {
             "text": text,
+            "calls": [
+                {"tool": call.tool, "arguments": call.arguments, "failed": call.failed} for call in turn.calls
+            ],
             "tool": turn.tool,
             "query": turn.query,
             "observation": str(protocol.tokenizer.decode(turn.observation_tokens.tolist())) or None,

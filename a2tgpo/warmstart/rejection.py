@@ -102,7 +102,7 @@ def reject(record: Mapping[str, Any], filters: Filters) -> str:
         return "wrong answer"
     if filters.min_reward is not None and record["outcome_reward"] < filters.min_reward:
         return "reward too low"
-    if sum(turn["tool_failed"] for turn in turns) > filters.max_failed_calls:
+    if sum(_num_failed(turn) for turn in turns) > filters.max_failed_calls:
         return "failed calls"
     if filters.max_tokens and _num_tokens(record) > filters.max_tokens:
         return "too long"
@@ -201,6 +201,11 @@ def demonstrations_of(
 
 def _num_calls(record: Mapping[str, Any]) -> int:
     return sum(turn["query"] is not None for turn in record["turns"])
+
+
+def _num_failed(turn: Mapping[str, Any]) -> int:
+    """Return the number of the turn's calls that failed. A turn of an earlier version has at most one call."""
+    return sum(call["failed"] for call in turn.get("calls") or [{"failed": turn["tool_failed"]}])
 
 
 def _num_tokens(record: Mapping[str, Any]) -> int:

@@ -18,7 +18,7 @@ from claims import Claims
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import build_turn_table
 from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import Call, Trajectory, Turn
 
 NUM_PROMPTS, GROUP_SIZE, MAX_TURNS = 6, 8, 5
 NUM_RANDOM_DEALS = 12
@@ -35,7 +35,7 @@ def all_trajectories(seed: int) -> list[Trajectory]:
                 Turn(
                     tokens=[1],
                     rollout_logprobs=[-0.5],
-                    query=rng.choice(["river", "lake"]),
+                    calls=[Call(tool="search", arguments=rng.choice(["river", "lake"]))],
                     observation_tokens=[rng.randrange(2)],
                     info_gain=None if rng.random() < 0.1 else rng.gauss(0.1, 0.3),
                 )

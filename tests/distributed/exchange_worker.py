@@ -18,7 +18,7 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.loss.aggregate import token_weights
 from a2tgpo.parallel.initialize import initialize, lay_out, shutdown
 from a2tgpo.record.rollout_summary import RolloutSummary, best_and_worst, gather_summaries, gather_texts
-from a2tgpo.trajectory import TokenIds, Trajectory, Turn
+from a2tgpo.trajectory import Call, TokenIds, Trajectory, Turn
 
 NUM_PROMPTS, GROUP_SIZE, MAX_TURNS = 5, 6, 4
 
@@ -32,7 +32,12 @@ def all_trajectories(seed: int) -> list[Trajectory]:
             for _ in range(rng.randint(0, MAX_TURNS)):
                 tokens = [rng.randrange(100) for _ in range(rng.randint(1, 30))]
                 gain = None if rng.random() < 0.1 else 1000.0 + rng.gauss(0, 0.1)
-                turn = Turn(tokens=tokens, rollout_logprobs=[-0.5] * len(tokens), query="q", info_gain=gain)
+                turn = Turn(
+                    tokens=tokens,
+                    rollout_logprobs=[-0.5] * len(tokens),
+                    calls=[Call(tool="search", arguments="q")],
+                    info_gain=gain,
+                )
                 turn.observation_tokens = TokenIds([rng.randrange(100) for _ in range(rng.randint(1, 40))])
                 if rng.random() < 0.5:
                     turn.observation_tokens = TokenIds([5, 6])  # a state that other rollouts come to as well

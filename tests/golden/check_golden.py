@@ -25,7 +25,7 @@ from a2tgpo.loss.kl import kl_penalty
 from a2tgpo.loss.policy_loss import LossInputs, policy_loss
 from a2tgpo.reward.info_gain import answer_probability, info_gains, mean_logprob
 from a2tgpo.reward.outcome import score_response
-from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
+from a2tgpo.trajectory import Call, LogProbs, TokenIds, Trajectory, Turn
 
 ADVANTAGE_OF_MODE = {
     "turn-group-v1d": "turn_group",
@@ -266,7 +266,7 @@ def to_trajectory(item: dict) -> Trajectory:
             tokens=TokenIds([0] * num_gen),
             rollout_logprobs=LogProbs([0.0] * num_gen),
             observation_tokens=TokenIds([0] * num_obs),
-            query=None if gain is None else "",
+            calls=[] if gain is None else [Call(tool="search", arguments="")],
             info_gain=gain,
         )
         for num_gen, num_obs, gain in zip(item["gen"], item["obs"], item["ig"], strict=True)

@@ -5,7 +5,16 @@ import pickle
 import msgspec
 import pytest
 
-from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn, decode_records, encode_records, from_dict
+from a2tgpo.trajectory import (
+    Call,
+    LogProbs,
+    TokenIds,
+    Trajectory,
+    Turn,
+    decode_records,
+    encode_records,
+    from_dict,
+)
 
 
 def trajectory() -> Trajectory:
@@ -14,7 +23,7 @@ def trajectory() -> Trajectory:
             tokens=[5, 151_642],
             rollout_logprobs=[-0.1, -1e-17],
             observation_tokens=(7,),
-            query="é",
+            calls=[Call(tool="search", arguments="é")],
             info_gain=0.1 + 0.2,
         ),
         Turn(tokens=[8], rollout_logprobs=[-math.inf]),
@@ -50,6 +59,47 @@ def test_a_trajectory_comes_back_with_every_bit(again):
     made = trajectory()
     made.turns[1].rollout_logprobs[0] = -0.25  # JSON has no infinity
     assert again(made) == made
+
+
+def as_before_calls(turn: dict) -> dict:
+    """A turn's record of the versions in which a turn had one call, and the first of them no `tool`."""
+    calls = turn.pop("calls")
+    turn |= {"query": calls[0]["arguments"] if calls else None, "tool_failed": bool(calls)}
+    del turn["tool"]
+    return turn
+
+
+@pytest.mark.parametrize("pack", [msgspec.json, msgspec.msgpack], ids=["rollouts", "bank"])
+def test_a_turn_of_a_version_with_one_call_per_turn_still_opens(pack):
+    made = trajectory()
+    made.turns[0].calls = [Call(tool="search", arguments="é", failed=True)]
+    made.turns[1].rollout_logprobs[0] = -0.25
+    old = made.to_dict()
+    old["turns"] = [as_before_calls(turn) for turn in old["turns"]]
+    content = pack.encode(old)
+    again = from_dict(pack.decode(content)) if pack is msgspec.json else decode_records(content, Trajectory)
+    assert again == made and [turn.is_process for turn in again.turns] == [True, False, False]
+
+
+def test_raw_arrays_of_a_version_with_one_call_per_turn_still_open():
+    made = trajectory()
+    turns = [
+        as_before_calls({**vars(t), "calls": [vars(c) for c in t.calls], "tool": None}) for t in made.turns
+    ]
+    old = [vars(made) | {"turns": turns}]
+    assert decode_records(encode_records(old), list[Trajectory])[0].tokens == made.tokens
+
+
+def test_several_calls_are_recorded_with_the_first_one_beside_them():
+    made = trajectory()
+    problem = {"problem": "no such tool", "problem_kind": "unknown_tool"}
+    made.turns[0].calls = [
+        Call(tool="a", arguments="1", failed=True),
+        Call(tool="b", arguments="2", **problem),
+    ]
+    record = made.to_dict()["turns"][0]
+    assert (record["tool"], record["query"], record["tool_failed"]) == ("a", "1", False)
+    assert from_dict(made.to_dict()) == decode_records(encode_records(made), Trajectory)
 
 
 def test_an_infinite_log_prob_travels_between_ranks():

@@ -33,7 +33,7 @@ from a2tgpo.config.update import UpdateConfig
 from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
-from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
+from a2tgpo.trajectory import Call, LogProbs, TokenIds, Trajectory, Turn
 from a2tgpo.update.logprobs import compute_logprobs
 from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.probe_logprobs import compute_probe_logprobs
@@ -81,7 +81,7 @@ def play(engine: EngineWithoutEnd, seed: int) -> list[Trajectory]:
                     tokens=TokenIds(output.tokens),
                     rollout_logprobs=LogProbs(output.logprobs),
                     observation_tokens=TokenIds([] if is_final else random_tokens(rng, OBSERVED)),
-                    query=None if is_final else "?",
+                    calls=[] if is_final else [Call(tool="search", arguments="?")],
                 )
             )
     return played

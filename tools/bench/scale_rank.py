@@ -40,7 +40,7 @@ from a2tgpo.parallel.initialize import lay_out
 from a2tgpo.record.rollout_record import as_text, to_record
 from a2tgpo.record.rollout_summary import best_and_worst, gains_by_turn, gather_summaries, gather_texts
 from a2tgpo.record.rollout_writer import RolloutWriter
-from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
+from a2tgpo.trajectory import Call, LogProbs, TokenIds, Trajectory, Turn
 
 MODEL = "artifacts/models/smollm2-135m"
 PROMPTS, GROUP_SIZE, TOKENS, TURNS = 128, 8, 8192, 6
@@ -255,7 +255,7 @@ def group_of(prompt: int, vocab_size: int) -> list[Trajectory]:
                 tokens=(written := ids(0.4 * length)),
                 rollout_logprobs=LogProbs([-0.5] * len(written)),
                 observation_tokens=ids(0.6 * length),
-                query="q" if turn < TURNS else None,
+                calls=[Call(tool="search", arguments="q")] if turn < TURNS else [],
                 info_gain=rng.random() if turn < TURNS else None,
             )
             for turn in range(TURNS + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from a2tgpo.trajectory import LogProbs, TokenIds, Trajectory, Turn
+from a2tgpo.trajectory import Call, LogProbs, TokenIds, Trajectory, Turn
 
 GROUP_SIZE = 16
 
@@ -48,8 +48,7 @@ def make_trajectories(
                     observation_tokens=TokenIds(
                         [] if is_final else tokens(response * observed / process_turns)
                     ),
-                    query=None if is_final else f"query {rng.randrange(5)}",
-                    tool=None if is_final else "search",
+                    calls=[] if is_final else [Call(tool="search", arguments=f"query {rng.randrange(5)}")],
                     info_gain=None if is_final else rng.gauss(0.1, 0.3),
                 )
             )

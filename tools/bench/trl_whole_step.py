@@ -197,7 +197,7 @@ class Player:
             result = CallResult(call=call, parts=tuple(self._toolset.tools["search"].call(call.arguments)))
         except ToolError as error:
             result = CallResult(call=call, error=str(error))
-        turn.tool, turn.query = call.tool, call.arguments
+        turn.calls = [call]
         turn.observation_tokens = TokenIds(self._protocol.observe([result], room=room).tokens)
         return True
 

@@ -11,7 +11,7 @@ from a2tgpo.advantage.turn_table import build_turn_table
 from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
 from a2tgpo.config.load import load_config
 from a2tgpo.io.errors import ConfigError
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import Call, Trajectory, Turn
 
 ROOT = Path(__file__).parents[3]
 DOCS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -42,7 +42,9 @@ def new_method(tmp_path, monkeypatch):
 
 
 def trajectory(prompt: int, outcome: float, num_process_turns: int) -> Trajectory:
-    turns = [Turn(tokens=[1], rollout_logprobs=[0.0], query="q", info_gain=0.3)] * num_process_turns
+    turns = [
+        Turn(tokens=[1], rollout_logprobs=[0.0], calls=[Call(tool="search", arguments="q")], info_gain=0.3)
+    ] * num_process_turns
     return Trajectory(
         prompt_index=prompt,
         prompt_id=str(prompt),

@@ -12,7 +12,7 @@ from a2tgpo.advantage.group_norm import group_sums, index_groups, normalize_grou
 from a2tgpo.advantage.methods.turn_group import normalize_turn_groups
 from a2tgpo.advantage.turn_table import build_turn_table
 from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import Call, Trajectory, Turn
 
 A2TGPO = AlgorithmConfig()
 rollouts = st.lists(
@@ -27,7 +27,10 @@ rollouts = st.lists(
 
 
 def make_trajectory(prompt: int, gains: list[float | None], outcome: float, final: bool = True) -> Trajectory:
-    turns = [Turn(tokens=[1], rollout_logprobs=[0.0], query="q", info_gain=gain) for gain in gains]
+    turns = [
+        Turn(tokens=[1], rollout_logprobs=[0.0], calls=[Call(tool="search", arguments="q")], info_gain=gain)
+        for gain in gains
+    ]
     turns += [Turn(tokens=[2], rollout_logprobs=[0.0])] * final
     return Trajectory(
         prompt_index=prompt,
@@ -142,7 +145,7 @@ def test_a_failed_call_is_neutral_and_leaves_its_siblings_statistics_alone():
     """Or counts like any other turn, where it is asked to; outcomes and all other turns are the same."""
     items = [(0, [-0.9, 0.5], 1.0), (0, [0.2, 0.1], 0.0), (0, [0.4, 0.0], 0.0)]
     trajectories = [make_trajectory(*item) for item in items]
-    trajectories[0].turns[0].tool_failed = True
+    trajectories[0].turns[0].calls = [Call(tool="search", arguments="q", failed=True)]
     results = {}
     for failed_calls in ("neutral", "count"):
         table = build_turn_table(trajectories, num_prompts=1, max_turns=2, failed_calls=failed_calls)

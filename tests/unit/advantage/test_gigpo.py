@@ -14,7 +14,7 @@ from a2tgpo.advantage.anchor_state import NO_STATE, turn_states
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import build_turn_table
 from a2tgpo.config.algorithm import AlgorithmConfig
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import Call, Trajectory, Turn
 
 MAX_TURNS = 3
 rollouts = st.lists(
@@ -38,7 +38,12 @@ configs = st.builds(
 
 def make_trajectory(prompt: int, searches, outcome: float = 0.0, final: bool = True) -> Trajectory:
     turns = [
-        Turn(tokens=[1], rollout_logprobs=[0.0], query=query, observation_tokens=list(tokens))
+        Turn(
+            tokens=[1],
+            rollout_logprobs=[0.0],
+            calls=[Call(tool="search", arguments=query)],
+            observation_tokens=list(tokens),
+        )
         for query, tokens in searches
     ]
     turns += [Turn(tokens=[2], rollout_logprobs=[0.0])] * (final or not turns)
@@ -153,8 +158,9 @@ def test_a_turn_that_was_not_written_has_no_state():
 @pytest.mark.parametrize("hash_seed", ["0", "1"])
 def test_states_are_equal_in_every_process(hash_seed):
     code = (
-        "from a2tgpo.advantage.anchor_state import turn_states; from a2tgpo.trajectory import Trajectory, Turn;"
-        "turn = Turn(tokens=[1], rollout_logprobs=[0.0], query='caf\\u00e9', observation_tokens=[7]);"
+        "from a2tgpo.advantage.anchor_state import turn_states; from a2tgpo.trajectory import *;"
+        "calls = [Call(tool='search', arguments='caf\\u00e9')];"
+        "turn = Turn(tokens=[1], rollout_logprobs=[0.0], calls=calls, observation_tokens=[7]);"
         "it = {'prompt_index': 3, 'prompt_id': '', 'sample_index': 0, 'prompt_tokens': [], 'stop_reason': ''};"
         "print(turn_states(Trajectory(turns=[turn] * 2, **it)))"
     )

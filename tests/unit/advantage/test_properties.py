@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable, build_turn_table
 from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import Call, Trajectory, Turn
 
 MAX_TURNS, MAX_PROMPTS, MAX_ROLLOUTS = 4, 6, 8
 OUTCOME_ENDS = ("turn_group", "igpo_joint", "igpo_separate", "grpo")
@@ -66,7 +66,7 @@ def table_of(batch) -> TurnTable:
                     Turn(
                         tokens=[1],
                         rollout_logprobs=[0.0],
-                        query="q",
+                        calls=[Call(tool="search", arguments="q")],
                         info_gain=gain,
                         observation_tokens=[column % 2],
                     )

@@ -16,7 +16,7 @@ from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.methods.turn_group import normalize_turn_groups
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable, build_turn_table
 from a2tgpo.config.algorithm import AlgorithmConfig
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import Call, Trajectory, Turn
 
 NUM_PROMPTS, GROUP_SIZE, MAX_TURNS = 64, 96, 6
 MEANS = torch.tensor([0.30, 0.16, 0.08, 0.03, 0.00, -0.02], dtype=torch.float64)
@@ -67,7 +67,12 @@ def simulate(
             prompt_tokens=[0],
             turns=[
                 *(
-                    Turn(tokens=[1], rollout_logprobs=[0.0], query="q", info_gain=gain)
+                    Turn(
+                        tokens=[1],
+                        rollout_logprobs=[0.0],
+                        calls=[Call(tool="search", arguments="q")],
+                        info_gain=gain,
+                    )
                     for gain in gains[:depth]
                 ),
                 Turn(tokens=[2], rollout_logprobs=[0.0]),

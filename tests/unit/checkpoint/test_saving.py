@@ -28,7 +28,7 @@ from a2tgpo.io.errors import ConfigError
 from a2tgpo.model.build import build_policy
 from a2tgpo.record.rollout_files import part_path, recorded_steps
 from a2tgpo.rollout.carried_group import CarriedGroup
-from a2tgpo.trajectory import Prompt, Trajectory, Turn
+from a2tgpo.trajectory import Call, Prompt, Trajectory, Turn
 
 __all__ = ["world"]
 
@@ -291,7 +291,13 @@ def test_groups_that_go_on_are_part_of_a_checkpoint_and_checked_with_it(world, t
     is_on = PartialConfig(tokens_per_step=1, extra_prompts=1)
     run = Run(world, tmp_path, partial=is_on, group_size=1)
     prompt = Prompt(index=1, id="q", question="?", answers=("a",), tokens=(1, 2))
-    turn = Turn(tokens=[5], rollout_logprobs=[-1e-17], observation_tokens=[6], query="x", version=3)
+    turn = Turn(
+        tokens=[5],
+        rollout_logprobs=[-1e-17],
+        observation_tokens=[6],
+        calls=[Call(tool="search", arguments="x")],
+        version=3,
+    )
     member = Trajectory(
         prompt_index=1, prompt_id="q", sample_index=0, prompt_tokens=[1, 2], turns=[turn], stop_reason=""
     )

@@ -24,7 +24,7 @@ from a2tgpo.config.rollout import PartialConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.rollout.carried_group import CarriedGroup, copied, shortened
 from a2tgpo.rollout.multi_turn import MIN_TURN_TOKENS, Limits
-from a2tgpo.trajectory import Prompt, Trajectory, Turn, encode_records
+from a2tgpo.trajectory import Call, Prompt, Trajectory, Turn, encode_records
 
 
 def entry(begun: int, index: int, *, complete: bool = False, engine: int = 0) -> Entry:
@@ -32,7 +32,13 @@ def entry(begun: int, index: int, *, complete: bool = False, engine: int = 0) ->
 
 
 def trajectory(index: int, sample: int, reason: str) -> Trajectory:
-    turn = Turn(tokens=[5, 6], rollout_logprobs=[-0.1, -1e-17], observation_tokens=[7], query="x", version=3)
+    turn = Turn(
+        tokens=[5, 6],
+        rollout_logprobs=[-0.1, -1e-17],
+        observation_tokens=[7],
+        calls=[Call(tool="search", arguments="x")],
+        version=3,
+    )
     return Trajectory(
         prompt_index=index,
         prompt_id=f"q{index}",
@@ -261,8 +267,7 @@ def searching(num_turns: int, reason: str) -> Trajectory:
             tokens=[5] * 10,
             rollout_logprobs=[-0.1] * 10,
             observation_tokens=[7] * 30,
-            query="x",
-            tool="search",
+            calls=[Call(tool="search", arguments="x")],
         )
         for _ in range(num_turns)
     ]

@@ -22,7 +22,7 @@ from a2tgpo.config.run import CheckpointConfig
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.engine_group import ALONE
 from a2tgpo.rollout.carried_group import CarriedGroup
-from a2tgpo.trajectory import Prompt, Trajectory, Turn, encode_records
+from a2tgpo.trajectory import Call, Prompt, Trajectory, Turn, encode_records
 
 __all__ = ["world"]
 
@@ -33,7 +33,7 @@ def played() -> list[Trajectory]:
             tokens=[5, 6],
             rollout_logprobs=[-0.1, -1e-17],
             observation_tokens=[7],
-            query="x",
+            calls=[Call(tool="search", arguments="x")],
             info_gain=0.1 + 0.2,
         ),
         Turn(tokens=[8], rollout_logprobs=[-math.inf]),

@@ -16,7 +16,7 @@ from a2tgpo.parallel.engine_group import EngineGroup
 from a2tgpo.protocol.tag_format import TagFormat
 from a2tgpo.reward.score import TrajectoryReward
 from a2tgpo.rollout.group_rollout import GroupRollout
-from a2tgpo.trajectory import Prompt, Trajectory, Turn
+from a2tgpo.trajectory import Call, Prompt, Trajectory, Turn
 
 QUESTIONS = [  # question, answers, hops
     ("capital of France?", ("Paris",), 1),
@@ -90,7 +90,12 @@ def test_an_answer_that_exists_is_not_played_again(rollout, prompts):
 
 def trajectory_of(num_process_turns):
     turns = [
-        Turn(tokens=[1], rollout_logprobs=[0.0], observation_tokens=[2], query="q")
+        Turn(
+            tokens=[1],
+            rollout_logprobs=[0.0],
+            observation_tokens=[2],
+            calls=[Call(tool="search", arguments="q")],
+        )
         for _ in range(num_process_turns)
     ]
     turns.append(Turn(tokens=[3], rollout_logprobs=[0.0]))

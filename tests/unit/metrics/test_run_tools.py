@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from a2tgpo.record.rollout_files import part_path, write_part
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import Call, Trajectory, Turn
 
 ROOT = Path(__file__).parents[3]
 
@@ -105,7 +105,11 @@ def test_a_picture_goes_where_it_is_said_or_not_at_all(run_dir):
 def rollout(sample, gain, *, prompt="q1"):
     turns = [
         Turn(
-            tokens=[1, 2], rollout_logprobs=[0.0, 0.0], observation_tokens=[3], query="Peru", info_gain=gain
+            tokens=[1, 2],
+            rollout_logprobs=[0.0, 0.0],
+            observation_tokens=[3],
+            calls=[Call(tool="search", arguments="Peru")],
+            info_gain=gain,
         ),
         Turn(tokens=[4], rollout_logprobs=[0.0]),
     ]

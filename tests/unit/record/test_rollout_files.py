@@ -10,7 +10,7 @@ from tiny_models import build_tokenizer
 
 from a2tgpo.record.rollout_files import part_path, read_part, read_step, recorded_steps, write_part
 from a2tgpo.record.rollout_writer import RolloutWriter
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import Call, Trajectory, Turn
 
 RECORDS = [
     {"prompt_index": index // 2, "sample_index": index % 2, "turns": [], "text": f"Zürich {index}"}
@@ -60,7 +60,7 @@ def played(sample: int, tokenizer) -> Trajectory:
             tokens=tokenizer.encode("<search> Peru"),
             rollout_logprobs=[-0.125] * len(tokenizer.encode("<search> Peru")),
             observation_tokens=tokenizer.encode(" Lima"),
-            query="Peru",
+            calls=[Call(tool="search", arguments="Peru")],
             info_gain=0.1,
         ),
         Turn(tokens=tokenizer.encode("Lima"), rollout_logprobs=[-0.5] * len(tokenizer.encode("Lima"))),

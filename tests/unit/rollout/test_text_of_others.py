@@ -9,7 +9,7 @@ from a2tgpo.config.run import SCORED_ANSWER_TOKENS
 from a2tgpo.protocol.tag_observation import ObservationEncoder
 from a2tgpo.protocol.tag_syntax import CallSyntax
 from a2tgpo.rollout.answer_tokens import AnswerTokens
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import Call, Trajectory, Turn
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,14 @@ def test_aliases_too_long_for_their_room_are_left_out_by_themselves(tokenizer):
 
 
 def played(tokenizer, *texts):
-    turns = [Turn(tokens=tokenizer(text)["input_ids"], rollout_logprobs=[], query="q") for text in texts]
+    turns = [
+        Turn(
+            tokens=tokenizer(text)["input_ids"],
+            rollout_logprobs=[],
+            calls=[Call(tool="search", arguments="q")],
+        )
+        for text in texts
+    ]
     return Trajectory(
         prompt_index=0, prompt_id="", sample_index=0, prompt_tokens=[1], turns=turns, stop_reason=""
     )

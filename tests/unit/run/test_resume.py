@@ -15,7 +15,7 @@ from a2tgpo.data.template import PromptSet
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.run.resume import find_record, follow_settings, require_same_run
-from a2tgpo.trajectory import Prompt, Trajectory, Turn
+from a2tgpo.trajectory import Call, Prompt, Trajectory, Turn
 
 __all__ = ["world"]
 
@@ -108,7 +108,13 @@ def test_a_best_score_on_other_held_out_questions_is_forgotten(world, tmp_path, 
 
 
 def carried_group(*reasons: str, tokens: tuple[int, ...] = (1, 2), tool: str = "search") -> CarriedGroup:
-    turn = Turn(tokens=[5], rollout_logprobs=[-1.0], observation_tokens=[6], query="x", tool=tool, version=3)
+    turn = Turn(
+        tokens=[5],
+        rollout_logprobs=[-1.0],
+        observation_tokens=[6],
+        calls=[Call(tool=tool, arguments="x")],
+        version=3,
+    )
     prompt = Prompt(index=1, id="q", question="?", answers=("a",), tokens=tokens)
     members = [
         Trajectory(

@@ -16,7 +16,7 @@ from turn_signals import needless_signals
 
 from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.record.rollout_files import part_path, write_part
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import Call, Trajectory, Turn
 from runs import Plan, Run
 
 ROOT = Path(__file__).parents[3]
@@ -157,7 +157,13 @@ def test_a_report_can_be_made_of_what_is_there(compared, tmp_path, capsys):
 
 def rollout(prompt: int, sample: int, gains: list[float], *, reward: float) -> Trajectory:
     calls = [
-        Turn(tokens=[1], rollout_logprobs=[0.0], observation_tokens=[2], query="q", info_gain=gain)
+        Turn(
+            tokens=[1],
+            rollout_logprobs=[0.0],
+            observation_tokens=[2],
+            calls=[Call(tool="search", arguments="q")],
+            info_gain=gain,
+        )
         for gain in gains
     ]
     return Trajectory(

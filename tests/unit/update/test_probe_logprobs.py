@@ -9,7 +9,7 @@ import torch
 from a2tgpo.batch.packing import Alignment, pack
 from a2tgpo.batch.probes import Probe, ProbedSequence, pack_probes
 from a2tgpo.config.rollout import GainConfig
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import Call, Trajectory, Turn
 from a2tgpo.update.gain_check import GainCheck
 from a2tgpo.update.logprobs import compute_logprobs
 from a2tgpo.update.probe_logprobs import compute_probe_logprobs
@@ -106,7 +106,7 @@ def test_the_gap_is_what_the_engine_was_off(policy):
                 tokens=list(tokens(5, number)),
                 rollout_logprobs=[0.0] * 5,
                 observation_tokens=list(tokens(7, 10 + number)) if number < 2 else [],
-                query="?" if number < 2 else None,
+                calls=[Call(tool="search", arguments="?")] if number < 2 else [],
                 version=2,
             )
             for number in range(3)
