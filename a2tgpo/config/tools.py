@@ -5,7 +5,8 @@ import pkgutil
 from dataclasses import dataclass
 from typing import Literal
 
-from a2tgpo.io.errors import one_of, require
+from a2tgpo.io.errors import ConfigError, one_of, require
+from a2tgpo.io.user_code import is_user_code
 
 TOOLS_PACKAGE = "a2tgpo.environment.tools"
 RESERVED = ("think", "result", "answer")
@@ -18,13 +19,19 @@ def tool_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
+def called_name(spec: str) -> str:
+    """Return the name by which the policy calls the tool `spec` of `tools.names`."""
+    return spec.rpartition(":")[2] if is_user_code(spec) else spec
+
+
 @dataclass(frozen=True, kw_only=True)
 class ToolsConfig:
     """The policy's tools, and limits of every tool."""
 
     names: tuple[str, ...] = ("search",)
-    """Tools that the policy may call, each a module in environment/tools/ (docs/tools.md). The policy calls a tool as
-    <NAME> text </NAME>."""
+    """Tools that the policy may call. Each is a module in environment/tools/, or a class or function of your own as
+    `path/to/file.py:name` (docs/tools.md). The policy calls a tool as <NAME> text </NAME>, where NAME is the module's
+    name or `name`."""
     max_concurrent_calls: int = 16
     """Most calls that each rank runs at a time."""
     call_timeout_s: float = 240.0
@@ -43,13 +50,27 @@ class ToolsConfig:
     def __post_init__(self) -> None:
         known = [name for name in tool_names() if name not in RESERVED]
         for name in self.names:
-            require(name in known, "tools.names", list(self.names), f"a list of {one_of(known, name)}")
-        are_distinct = len(set(self.names)) == len(self.names) > 0
+            if is_user_code(name):
+                self._check_own(name)
+            else:
+                require(name in known, "tools.names", list(self.names), f"a list of {one_of(known, name)}")
+        are_distinct = len(set(self.called_names)) == len(self.names) > 0
         require(are_distinct, "tools.names", list(self.names), "at least one tool, each once")
         for name in ("max_concurrent_calls", "max_part_tokens"):
             require(getattr(self, name) >= 1, f"tools.{name}", getattr(self, name), ">= 1")
         for name in ("call_timeout_s", "outage_limit_s"):
             require(getattr(self, name) > 0, f"tools.{name}", getattr(self, name), "> 0")
+
+    def _check_own(self, spec: str) -> None:
+        name = called_name(spec)
+        if not name.isidentifier() or name in RESERVED:
+            reserved = " | ".join(RESERVED)
+            raise ConfigError(f"tools.names has {spec!r}; allowed: path/to/file.py:name, name not {reserved}")
+
+    @property
+    def called_names(self) -> tuple[str, ...]:
+        """The names by which the policy calls the tools."""
+        return tuple(map(called_name, self.names))
 
     @property
     def longest_outage_s(self) -> float | None:

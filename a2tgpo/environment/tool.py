@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from a2tgpo.config.run import RunConfig
-from a2tgpo.config.tools import TOOLS_PACKAGE
+from a2tgpo.config.tools import TOOLS_PACKAGE, called_name
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.user_code import fault_line, is_user_code, load_user_code, user_file
 
 
 class ToolError(RuntimeError):
@@ -21,7 +24,11 @@ class ToolUnavailableError(ToolError):
 
 
 class Tool(Protocol):
-    """A tool that the policy can call. Many threads may call its methods at the same time."""
+    """A tool that the policy can call. Many threads may call its methods at the same time.
+
+    A tool may have the attributes `description`, a text for the policy, and `parameters`, a JSON schema of the call's
+    arguments (see `function_schema`).
+    """
 
     def call(self, text: str) -> list[str]:
         """Return the parts of the answer to `text`, at least one, the best first.
@@ -40,11 +47,57 @@ class Tool(Protocol):
         """Release the tool's resources. The tool is not called after this."""
 
 
+class Session(Protocol):
+    """The state of a tool for one trajectory. Only one thread at a time calls its methods.
+
+    A session may have a method `score() -> float`, which is called after each call, and returns a score of the call.
+    """
+
+    def call(self, text: str) -> list[str]:
+        """Answer a call, as `Tool.call` does."""
+
+    def close(self) -> None:
+        """Release the session's resources. The session is not called after this."""
+
+
+@runtime_checkable
+class SessionTool(Protocol):
+    """A tool that keeps a state between the calls of one trajectory. Many threads may call its methods.
+
+    If a trajectory goes on in a later step (partial rollouts), its session is opened anew, and repeats the
+    trajectory's calls. If this does not restore the state, the tool has the attribute `replayable` = False.
+    """
+
+    def open(self, record: Mapping[str, Any], question: str) -> Session:
+        """Return a new session for a trajectory of `question`, whose record in the question set is `record`.
+
+        Raises:
+            ToolError: as in `Tool.call`.
+        """
+
+    def close(self) -> None:
+        """Release the tool's resources. All sessions have been closed before."""
+
+
+AnyTool = Tool | SessionTool
+
+
+def function_schema(name: str, tool: AnyTool) -> dict[str, Any]:
+    """Return the description of a tool that chat templates expect. A tool without `parameters` takes one text."""
+    one_text = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+    function = {
+        "name": name,
+        "description": getattr(tool, "description", ""),
+        "parameters": dict(getattr(tool, "parameters", one_text)),
+    }
+    return {"type": "function", "function": function}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Toolset:
     """The tools of a run and the limits that they share."""
 
-    tools: Mapping[str, Tool]
+    tools: Mapping[str, AnyTool]
     """Maps each tool's name to the tool. The name is also the tag of the tool's calls."""
     max_concurrent_calls: int = 16
     """Largest number of calls that run at the same time on one rank."""
@@ -78,14 +131,56 @@ def build_tools(config: RunConfig) -> Toolset:
     """Build the tools that `tools.names` lists. Every rank must build its own tools.
 
     Raises:
-        ConfigError: with a one-line message, if a tool cannot work with this configuration.
+        ConfigError: with a one-line message, if a tool cannot be loaded, or cannot work with this configuration.
     """
-    tools: dict[str, Tool] = {}
-    for name in config.tools.names:
-        tools[name] = importlib.import_module(f"{TOOLS_PACKAGE}.{name}").build(config)
+    tools = {called_name(spec): _build(spec, config) for spec in config.tools.names}
+    for name, tool in tools.items():
+        if (
+            config.rollout.partial.is_on
+            and isinstance(tool, SessionTool)
+            and not getattr(tool, "replayable", True)
+        ):
+            raise ConfigError(
+                f"rollout.partial.tokens_per_step is {config.rollout.partial.tokens_per_step}; allowed: 0 with the "
+                f"tool {name}, because its sessions cannot go on in a later step (replayable = False)"
+            )
     return Toolset(
         tools=MappingProxyType(tools),
         max_concurrent_calls=config.tools.max_concurrent_calls,
         call_timeout_s=config.tools.call_timeout_s,
         outage_limit_s=config.tools.longest_outage_s,
     )
+
+
+def tool_file(tool: AnyTool) -> str:
+    """Return the file that defines the tool's class, or "" if there is none."""
+    try:
+        return inspect.getfile(type(tool))
+    except TypeError:
+        return ""
+
+
+def _build(spec: str, config: RunConfig) -> AnyTool:
+    if not is_user_code(spec):
+        built: AnyTool = importlib.import_module(f"{TOOLS_PACKAGE}.{spec}").build(config)
+        return built
+    path, name = user_file(spec, "tools.names")
+    build = load_user_code(spec, "tools.names")
+    if not callable(build):
+        raise ConfigError(
+            f"tools.names is {spec!r}; allowed: a class or a function {name}(config), but it is "
+            f"{type(build).__name__}, which cannot be called (docs/tools.md)"
+        )
+    try:
+        tool: AnyTool = build(config)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"tools.names: cannot build {spec}: {fault_line(error, path)}") from None
+    methods = ("open", "close") if hasattr(tool, "open") else ("call", "close")
+    if missing := [method for method in methods if not callable(getattr(tool, method, None))]:
+        raise ConfigError(
+            f"tools.names is {spec!r}, but {type(tool).__name__} has no method {missing[0]}; a tool has call(text) "
+            "or open(record, question), and close() (docs/tools.md)"
+        )
+    return tool

@@ -25,6 +25,8 @@ MAX_CLOCK_SKEW_S = 5.0
 """Largest allowed difference between a rank's clock and rank 0's, seconds. A loaded machine reads its clock late."""
 SAMPLED_BYTES = 4096
 """Number of bytes that a fingerprint reads at the start of each file, and again at the end of the file."""
+SMALL_BYTES = 1 << 20
+"""A fingerprint reads files up to this size, such as Python files, as a whole."""
 SEARCH_TIMEOUT_S = 10.0
 UNREADABLE = "cannot be read"
 
@@ -137,7 +139,7 @@ def search_server_faults(config: RunConfig) -> list[str]:
 
 
 def path_fingerprint(path: str) -> str:
-    """Return one fingerprint of all files at `path`, from their names, sizes, first bytes and last bytes."""
+    """Return one fingerprint of all files at `path`, from their names, sizes and some of their bytes."""
     root = Path(path)
     digest = hashlib.sha256()
     try:
@@ -146,7 +148,7 @@ def path_fingerprint(path: str) -> str:
             size = file.stat().st_size
             digest.update(f"{file.relative_to(root)} {size}\n".encode("utf-8", "surrogateescape"))
             with file.open("rb") as stream:
-                digest.update(stream.read(SAMPLED_BYTES))
+                digest.update(stream.read(size if size <= SMALL_BYTES else SAMPLED_BYTES))
                 stream.seek(max(0, size - SAMPLED_BYTES))
                 digest.update(stream.read(SAMPLED_BYTES))
     except OSError as error:

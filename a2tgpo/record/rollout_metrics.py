@@ -32,6 +32,7 @@ def add_rollout_metrics(metrics: MetricSums, trajectories: Sequence[Trajectory])
     metrics.add("tools/calls_per_turn", len(calls), len(process_turns))
     for tool, number in Counter(call.tool for call in made).items():
         metrics.add(f"tools/{tool}_calls", number, 0)
+        metrics.add(f"tools/{tool}_failures", sum(call.failed for call in made if call.tool == tool), 0)
     for kind, name in PROBLEMS.items():
         metrics.add(f"tools/{name}", sum(call.problem_kind == kind for call in calls), 0)
     for prompt_hops in sorted({t.hops for t in trajectories}):

@@ -26,6 +26,7 @@ from a2tgpo.rollout.answer_scorer import AnswerScore, AnswerScorer
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
 from a2tgpo.rollout.tool_pool import ToolFaultError, ToolPool, ToolResult
+from a2tgpo.rollout.tool_sessions import TrajectorySessions
 from a2tgpo.trajectory import Call, LogProbs, Prompt, TokenIds, Trajectory, Turn
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ class LiveTrajectory:
     """The calls of the last turn, with the results that have arrived, in the order of the calls."""
     num_open_calls: int = 0
     """Number of calls of the last turn whose result has not arrived."""
+    sessions: TrajectorySessions | None = None
+    """The trajectory's sessions, if the rollout has tools with sessions."""
     num_known: int = 0
     """Number of tokens of the sequence that the engine has already computed."""
     budget: int | None = None
@@ -184,6 +187,8 @@ class MultiTurnLoop:
     def _play(self, live: Sequence[LiveTrajectory]) -> Generator[LiveTrajectory | None, None, None]:
         waited_before, outage_before = self._tools.waited_s, self._tools.outage.total_s
         for trajectory in sorted(live, key=lambda trajectory: trajectory.start_order):
+            past_calls = [call for turn in trajectory.trajectory.turns for call in turn.calls]
+            trajectory.sessions = self._tools.sessions_for(trajectory.group.prompt, past_calls)
             self._generate(trajectory)
             if self._scorer is not None:
                 self._score_prefix(trajectory, self._scorer)
@@ -280,7 +285,7 @@ class MultiTurnLoop:
                 if call.problem is None:
                     live.num_open_calls += 1
                     self._counts.tool_calls += 1
-                    self._calling[self._tools.submit(call.tool, call.arguments)] = live, place
+                    self._calling[self._tools.submit(call.tool, call.arguments, live.sessions)] = live, place
             if not live.num_open_calls:
                 self._observe(live)
 
@@ -307,6 +312,7 @@ class MultiTurnLoop:
         live.tokens.extend(observation.tokens)
         if live.is_spent:
             self._count_turns(live)
+            self._tools.end(live.sessions)
             return
         # Submit the generation first. Its prefill caches the observation, so the scoring has to compute only the
         # scaffold and the answer.
@@ -325,6 +331,7 @@ class MultiTurnLoop:
     def _end(self, live: LiveTrajectory, reason: str) -> None:
         live.trajectory.stop_reason = reason
         self._count_turns(live)
+        self._tools.end(live.sessions)
         self._ended.append(live)
 
     def _count_turns(self, live: LiveTrajectory) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from a2tgpo.environment.tool import Tool, ToolError, Toolset
+from a2tgpo.environment.tool import AnyTool, SessionTool, Tool, ToolError, Toolset, tool_file
 from a2tgpo.io.errors import first_line
 from a2tgpo.lifecycle.outage import Outage
 from a2tgpo.lifecycle.workers import Call, CallsHangError, Workers
 from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.parallel.engine_group import ALONE, EngineGroup
 from a2tgpo.rollout.held_calls import HeldCalls
+from a2tgpo.rollout.tool_sessions import OpenSessions, SessionAnswer, TrajectorySessions
+from a2tgpo.trajectory import Call as PolicyCall
+from a2tgpo.trajectory import Prompt
 
 WAIT_S = 1.0
 """Seconds that one call of `ToolPool.results` waits at most."""
@@ -36,6 +40,8 @@ class ToolResult:
     """One line that says why the call failed, or None if the call succeeded."""
     is_late: bool = False
     """Whether the call failed because it exceeded its deadline."""
+    score: float | None = None
+    """The score that the call's session gave after the call."""
 
 
 class ToolPool:
@@ -46,6 +52,9 @@ class ToolPool:
     in the same order.
 
     If the toolset has an outage limit, a call to an unavailable service is retried until the service answers.
+
+    The first rank also has the sessions of tools. The calls of one trajectory to tools with sessions run one after
+    another, in the order of their submission.
 
     Args:
         engine_group: the ranks that share the engine.
@@ -58,7 +67,7 @@ class ToolPool:
         engine_group: EngineGroup = ALONE,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._tools, self.take_counts = toolset.tools, toolset.take_counts
+        self._toolset, self._tools = toolset, toolset.tools
         self._workers = Workers(
             "tool", toolset.max_concurrent_calls, deadline_s=toolset.call_timeout_s, clock=clock
         )
@@ -69,21 +78,63 @@ class ToolPool:
         self._held = None if toolset.outage_limit_s is None else HeldCalls(self.outage, clock=clock)
         self._group = engine_group.group
         self._leads = engine_group.is_leader
+        self._has_sessions = any(isinstance(tool, SessionTool) for tool in self._tools.values())
+        self._open = OpenSessions(deadline_s=toolset.call_timeout_s)
+        self._sessions_of: dict[int, TrajectorySessions] = {}
+        """The trajectory's sessions, by the key of the call that uses one of them."""
         self._pending: set[int] = set()
         self._num_submitted = 0
         self.waited_s = 0.0
         """Seconds spent in calls of `results` with `wait=True`."""
 
-    def submit(self, name: str, text: str) -> int:
-        """Queue a call of the tool `name` with `text`, and return a unique key for the answer."""
+    def sessions_for(
+        self, prompt: Prompt, past_calls: Sequence[PolicyCall] = ()
+    ) -> TrajectorySessions | None:
+        """Return the sessions of a new or continued trajectory, or None if no tool has sessions.
+
+        `end` must be called when the rollout of the trajectory ends or pauses.
+
+        Args:
+            past_calls: the trajectory's calls in earlier rollouts.
+        """
+        if not self._has_sessions:
+            return None
+        return TrajectorySessions(prompt, past_calls)
+
+    def submit(self, name: str, text: str, sessions: TrajectorySessions | None = None) -> int:
+        """Queue a call of the tool `name` with `text`, and return a unique key for the answer.
+
+        Args:
+            sessions: the trajectory's sessions, from `sessions_for`.
+        """
         key = self._num_submitted
         self._num_submitted += 1
         self._pending.add(key)
-        if self._leads:
-            self._workers.submit(
-                Call(key=key, name=name, run=functools.partial(_answer, self._tools[name], text))
-            )
+        if not self._leads:
+            return key
+        tool = self._tools[name]
+        if not isinstance(tool, SessionTool):
+            self._workers.submit(Call(key=key, name=name, run=functools.partial(_answer, tool, text)))
+            return key
+        assert sessions is not None, f"{name} has sessions"
+        self._open.add(sessions)
+        self._sessions_of[key] = sessions
+        run = functools.partial(_session_answer, sessions, name, tool, text)
+        sessions.queue.append(Call(key=key, name=name, run=run))
+        self._begin_next(sessions)
         return key
+
+    def end(self, sessions: TrajectorySessions | None) -> None:
+        """Close the sessions of a trajectory in the background."""
+        if sessions is not None:
+            self._open.close(sessions)
+
+    def take_counts(self) -> dict[str, int]:
+        """Return the counts of the tools since the last call, once the sessions of ended trajectories are closed."""
+        counts = self._toolset.take_counts()
+        if self._has_sessions:
+            counts["tools/open_sessions"] = self._open.take_leaks()
+        return counts
 
     def results(self, *, wait: bool) -> list[ToolResult]:
         """Return the answers that have arrived since the last call.
@@ -110,14 +161,24 @@ class ToolPool:
         return arrived
 
     def drop_pending(self) -> None:
+        """Discard the pending calls, and close all sessions in the background."""
         self._pending.clear()
         self._workers.drop_all()
         if self._held is not None:
             self._held.drop_all()
+        self._sessions_of.clear()
+        self._open.close_all()
 
     def close(self) -> None:
-        """Discard the pending calls. A thread that hangs in a call ends when that call returns."""
+        """Discard the pending calls and close all sessions. A thread that hangs in a call ends when it returns."""
         self._workers.close()
+        self._open.shut_down()
+
+    def _begin_next(self, sessions: TrajectorySessions) -> None:
+        """Begin the next call of the trajectory to a tool with sessions, if no such call is running."""
+        if not sessions.has_call and sessions.queue:
+            sessions.has_call = True
+            self._workers.submit(sessions.queue.popleft())
 
     def _collect(self, wait: bool) -> tuple[list[ToolResult], str | None]:
         """Return the answers that have arrived, and the fault that ends the run, if any."""
@@ -140,27 +201,39 @@ class ToolPool:
         return self._held.keep(self._workers.take(timeout_s=WAIT_S if wait else 0.0))
 
     def _result(self, call: Call) -> ToolResult:
+        if (sessions := self._sessions_of.pop(call.key, None)) is not None:
+            sessions.has_call, sessions.hangs = False, call.is_late
+            self._begin_next(sessions)
         if call.is_late:
             return ToolResult(key=call.key, error=self._late, is_late=True)
         if isinstance(call.error, ToolError):
             return ToolResult(key=call.key, error=str(call.error))
         if call.error is not None:
-            raise ToolFaultError(_fault(call.name, call.error))
-        return ToolResult(key=call.key, parts=call.result)
+            raise ToolFaultError(_fault(call.name, self._tools[call.name], call.error))
+        return ToolResult(key=call.key, parts=call.result.parts, score=call.result.score)
 
 
-def _answer(tool: Tool, text: str) -> tuple[str, ...]:
-    """Return the parts of the tool's answer. Raise TypeError unless they are a non-empty list of texts."""
-    parts = tool.call(text)
+def _answer(tool: Tool, text: str) -> SessionAnswer:
+    return _checked(SessionAnswer(parts=tool.call(text), score=None))
+
+
+def _session_answer(sessions: TrajectorySessions, name: str, tool: SessionTool, text: str) -> SessionAnswer:
+    return _checked(sessions.call(name, tool, text))
+
+
+def _checked(answer: SessionAnswer) -> SessionAnswer:
+    """Return the answer with a tuple of parts. Raise TypeError unless the parts are a non-empty list of texts."""
+    parts = answer.parts
     if isinstance(parts, str) or not parts or not all(isinstance(part, str) for part in parts):
         raise TypeError(f"it returned {parts!r:.80}, not a list of at least one text")
-    return tuple(parts)
+    return dataclasses.replace(answer, parts=tuple(parts))
 
 
-def _fault(name: str, error: Exception) -> str:
-    """Describe a tool's exception, and where it was raised, in one line."""
+def _fault(name: str, tool: AnyTool, error: Exception) -> str:
+    """Describe a tool's exception, and the last line of the tool's file that led to it, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    own = [frame for frame in frames if frame.filename == tool_file(tool)] or frames
+    place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
     kind, text = type(error).__name__, first_line(error)
     error_text = kind if text == kind else f"{kind}: {text}"
     return f"the {name} tool failed with {error_text}{place}; a tool may only raise ToolError (docs/tools.md)"

@@ -147,7 +147,7 @@ def _misfit(group: CarriedGroup, config: RunConfig, prompts: PromptSet, scored_a
         return "whose prompt has changed (data.instructions, the chat template or the tokenizer)"
     calls = [call for member in group.trajectories for turn in member.turns for call in turn.calls]
     tools = {call.tool for call in calls if call.problem is None}
-    if missing := sorted(tools - set(config.tools.names)):
+    if missing := sorted(tools - set(config.tools.called_names)):
         return f"that call {missing[0]}, which tools.names lacks"
     if scored_anew and any(member.stop_reason for member in group.trajectories):
         return f"scored with another {scored_anew[0]}"

@@ -43,7 +43,7 @@ def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
     except ConfigError as error:
         raise ConfigError(str(error).replace("model.path", "warmstart.source", 1)) from None
     tokenizer = load_tokenizer(settings.source, key="warmstart.source")
-    protocol = build_protocol(config, tokenizer, tools=config.tools.names, date=date)
+    protocol = build_protocol(config, tokenizer, tools=config.tools.called_names, date=date)
     demonstrations = load_demonstrations(settings.demonstrations)
     trajectories = [
         protocol.demonstrate(demonstration, prompt_index=index)

@@ -11,9 +11,10 @@ import ast
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from decimal import Decimal, localcontext
 from fractions import Fraction
+from typing import Any
 
 from a2tgpo.config.run import RunConfig
 from a2tgpo.config.tools import CalculatorConfig
@@ -33,6 +34,18 @@ class _Refusal(ValueError):
 
 class Calculator:
     """Answer a call with the value of the expression, or with a text that names the error in the expression."""
+
+    description = "Evaluates an arithmetic expression exactly."
+    parameters: Mapping[str, Any] = {
+        "type": "object",
+        "properties": {
+            "expression": {
+                "type": "string",
+                "description": "Numbers, + - * / // % **, parentheses, functions.",
+            }
+        },
+        "required": ["expression"],
+    }
 
     def __init__(self, config: CalculatorConfig):
         self._max_digits = config.max_digits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from a2tgpo.config.python import PythonConfig
 from a2tgpo.config.run import RunConfig
@@ -58,8 +58,8 @@ class PythonSession:
 class Python:
     """Runs every call in a process of its own."""
 
-    description: ClassVar[str] = DESCRIPTION
-    parameters: ClassVar[Mapping[str, Any]] = PARAMETERS
+    description = DESCRIPTION
+    parameters = PARAMETERS
 
     def __init__(self, config: PythonConfig, sandbox: Sandbox):
         self._config = config
@@ -76,6 +76,24 @@ class Python:
         self._sandbox.close()
 
 
-def build(config: RunConfig) -> Python:
+class StatefulPython:
+    """Runs the calls of each trajectory in a process of their own."""
+
+    description = f"{DESCRIPTION} Variables are kept between calls."
+    parameters = PARAMETERS
+
+    def __init__(self, config: PythonConfig, sandbox: Sandbox):
+        self._config = config
+        self._sandbox = sandbox
+
+    def open(self, record: Mapping[str, Any], question: str) -> PythonSession:
+        return PythonSession(self._config, self._sandbox)
+
+    def close(self) -> None:
+        self._sandbox.close()
+
+
+def build(config: RunConfig) -> Python | StatefulPython:
     """Build the tool, and try the isolation of its code."""
-    return Python(config.python, build_sandbox(config.python))
+    kind = StatefulPython if config.python.stateful else Python
+    return kind(config.python, build_sandbox(config.python))

@@ -1,5 +1,8 @@
 """The search tool, which returns passages for a query."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from a2tgpo.config.run import RunConfig
 from a2tgpo.environment.tool import ToolError, ToolUnavailableError
 from a2tgpo.search.errors import SearchError, SearchUnavailableError
@@ -11,6 +14,13 @@ NOTHING_FOUND = "No passage was found."
 
 class Search:
     """Answer a call with passages, each formatted as in Search-R1."""
+
+    description = "Returns passages that match a query."
+    parameters: Mapping[str, Any] = {
+        "type": "object",
+        "properties": {"query": {"type": "string", "description": "What to look for."}},
+        "required": ["query"],
+    }
 
     def __init__(self, search: SearchTool):
         self._search = search

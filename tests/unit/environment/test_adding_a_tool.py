@@ -4,51 +4,41 @@ from pathlib import Path
 
 import pytest
 
-import a2tgpo.environment.tools
 from a2tgpo.config.load import load_config
-from a2tgpo.config.tools import ToolsConfig, tool_names
-from a2tgpo.environment.tool import build_tools
+from a2tgpo.config.tools import tool_names
+from a2tgpo.environment.tool import build_tools, function_schema
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.protocol.tag_format import is_well_formed
 from a2tgpo.protocol.tag_syntax import CallSyntax
-from a2tgpo.rollout.tool_pool import ToolPool
+from a2tgpo.rollout.tool_pool import ToolFaultError, ToolPool
+from a2tgpo.trajectory import Prompt
 
 ROOT = Path(__file__).parents[3]
 DOCS = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
 
 
-def code_block(language: str) -> str:
-    """The one block of `language` in docs/tools.md."""
-    (block,) = re.findall(rf"^```{language}\n(.*?)^```", DOCS, flags=re.MULTILINE | re.DOTALL)
-    return block
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", DOCS, flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
-def new_tool(tmp_path, monkeypatch):
-    """Puts a source file where environment/tools/ is looked up; forgets it afterwards."""
-
-    def add(name: str, source: str) -> None:
-        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")
-        path = [*a2tgpo.environment.tools.__path__, str(tmp_path)]
-        monkeypatch.setattr(a2tgpo.environment.tools, "__path__", path)
-
-    yield add
-    sys.modules.pop("a2tgpo.environment.tools.weekday", None)
+def folder(tmp_path, monkeypatch):
+    """The folder in which a run starts."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith("a2tgpo_user_code_")]:
+        del sys.modules[name]
 
 
-def test_the_documented_way_to_add_a_tool_works_as_it_stands(new_tool, tmp_path):
-    with pytest.raises(
-        ConfigError,
-        match=r"tools\.names is \['search', 'weekday'\]; allowed: a list of calculator \| python \| search",
-    ):
-        ToolsConfig(names=("search", "weekday"))
-    new_tool("weekday", code_block("python"))
-    experiment = tmp_path / "experiment.yaml"
-    experiment.write_text(code_block("yaml"), encoding="utf-8")
-    corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text('{"id": 1, "contents": "France\\nIts capital is Paris."}\n')
-    overrides = [str(experiment), f"search.corpus={corpus}"]
-    toolset = build_tools(load_config(ROOT / "configs" / "quickstart.yaml", overrides))
+def quickstart(*overrides):
+    return load_config(ROOT / "configs" / "quickstart.yaml", list(overrides))
+
+
+def test_the_documented_way_to_add_a_tool_works_as_it_stands(folder):
+    (folder / "my_tools.py").write_text(code_blocks("python")[0], encoding="utf-8")
+    (folder / "experiment.yaml").write_text(code_blocks("yaml")[0], encoding="utf-8")
+    (folder / "corpus.jsonl").write_text('{"id": 1, "contents": "France\\nIts capital is Paris."}\n')
+    toolset = build_tools(quickstart("experiment.yaml", "search.corpus=corpus.jsonl"))
     assert toolset.names == ("search", "weekday")
     pool = ToolPool(toolset)
     asked = {
@@ -71,8 +61,114 @@ def test_the_documented_way_to_add_a_tool_works_as_it_stands(new_tool, tmp_path)
     assert not is_well_formed(response)
 
 
-def test_the_new_tool_is_gone_after_the_test():
-    assert tool_names() == ["calculator", "python", "search"]
+def test_the_documented_session_plays_as_it_stands(folder):
+    (folder / "my_tools.py").write_text(code_blocks("python")[1], encoding="utf-8")
+    toolset = build_tools(quickstart("tools.names=[my_tools.py:guess]"))
+    pool = ToolPool(toolset)
+    prompt = Prompt(index=0, id="q", question="?", answers=("7",), tokens=(1,), record='{"number": 7}')
+    sessions = pool.sessions_for(prompt)
+    keys = [pool.submit("guess", text, sessions) for text in ("5", "9", "x", "7")]
+    results = {}
+    while len(results) < len(keys):
+        results |= {result.key: result for result in pool.results(wait=True)}
+    assert [results[key].parts[0] for key in keys] == [
+        "too low",
+        "too high",
+        "Error: write a whole number",
+        "right",
+    ]
+    assert [results[key].score for key in keys] == [0.0, 0.0, 0.0, 1.0]
+    pool.end(sessions)
+    assert pool.take_counts() == {"tools/open_sessions": 0}
+    pool.close()
+    toolset.close()
+
+
+USERS_FILE = """
+import types
+number = 3
+def raises(config):
+    raise OSError("no licence")
+def no_method(config):
+    return types.SimpleNamespace(call=len)
+class fails:
+    def __init__(self, config): pass
+    def call(self, text):
+        return [{}["steps"]]
+    def close(self): pass
+class once:
+    replayable = False
+    def __init__(self, config): pass
+    def open(self, record, question): pass
+    def close(self): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        (
+            "nowhere.py:tool",
+            "tools.names is 'nowhere.py:tool', but there is no file nowhere.py; give the path",
+        ),
+        (
+            "mine.py",
+            "command line: tools.names has 'mine.py'; allowed: path/to/file.py:name, name not think |",
+        ),
+        (
+            "mine.py:answer",
+            "command line: tools.names has 'mine.py:answer'; allowed: path/to/file.py:name, name ",
+        ),
+        (
+            "mine.py:rases",
+            "but mine.py defines no rases; defined: types | number | raises | no_method | fails",
+        ),
+        (
+            "mine.py:number",
+            "allowed: a class or a function number(config), but it is int, which cannot be called",
+        ),
+        ("mine.py:raises", "tools.names: cannot build mine.py:raises: mine.py:5 raises: OSError: no licence"),
+        ("mine.py:no_method", "but SimpleNamespace has no method close; a tool has call(text) or open("),
+        ("search,mine.py:search", "is ['search', 'mine.py:search']; allowed: at least one tool, each once"),
+    ],
+)
+def test_a_users_tool_that_cannot_be_loaded_is_refused_in_one_line(folder, spec, says):
+    (folder / "mine.py").write_text(USERS_FILE)
+    with pytest.raises(ConfigError) as caught:
+        build_tools(quickstart(f"tools.names=[{spec}]", "search.corpus="))
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_error_of_a_users_tool_names_its_file_and_line(folder):
+    (folder / "mine.py").write_text(USERS_FILE)
+    pool = ToolPool(build_tools(quickstart("tools.names=[mine.py:fails]")))
+    pool.submit("fails", "a")
+    with pytest.raises(
+        ToolFaultError, match=r"^the fails tool failed with KeyError: 'steps' at mine\.py:11; a tool"
+    ):
+        while True:
+            pool.results(wait=True)
+    pool.close()
+
+
+def test_sessions_that_cannot_be_repeated_are_refused_with_partial_rollouts(folder):
+    (folder / "mine.py").write_text(USERS_FILE)
+    names = "tools.names=[mine.py:once]"
+    build_tools(quickstart(names))
+    partial = ("rollout.partial.tokens_per_step=300", "algorithm.correction.kind=truncate")
+    with pytest.raises(
+        ConfigError, match=r"^rollout\.partial\.tokens_per_step is 300; allowed: 0 with the tool once"
+    ):
+        build_tools(quickstart(names, *partial))
+
+
+def test_a_tool_describes_itself_for_chat_templates(folder):
+    (folder / "mine.py").write_text(USERS_FILE)
+    toolset = build_tools(quickstart("tools.names=[calculator,mine.py:fails]"))
+    calculator, fails = (function_schema(name, tool)["function"] for name, tool in toolset.tools.items())
+    assert calculator["name"] == "calculator" and calculator["parameters"]["required"] == ["expression"]
+    text = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+    assert fails == {"name": "fails", "description": "", "parameters": text}
 
 
 def test_the_documentation_names_every_tool():

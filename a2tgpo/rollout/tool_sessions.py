@@ -1,0 +1,169 @@
+"""The sessions of tools. A session keeps a state between the calls of one trajectory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from a2tgpo.environment.tool import Session, SessionTool, ToolError
+from a2tgpo.io.errors import first_line
+from a2tgpo.lifecycle.workers import Call as Work
+from a2tgpo.lifecycle.workers import CallsHangError, Workers
+from a2tgpo.trajectory import Call, Prompt
+
+NUM_CLOSERS = 4
+"""Number of trajectories whose sessions are closed at the same time."""
+CLOSE_S = 10.0
+"""Seconds that the end of a rollout waits at most until all sessions are closed."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionAnswer:
+    """The answer of one call of a session."""
+
+    parts: Sequence[str]
+    score: float | None
+    """The session's score after the call, if it gives one."""
+
+
+class TrajectorySessions:
+    """The sessions of one trajectory. Each opens at the first call of its tool, and only one call runs at a time.
+
+    Args:
+        past_calls: calls of the trajectory in earlier rollouts, whose sessions were closed. A session that opens
+            repeats those that its tool answered, because its state depends on them.
+    """
+
+    def __init__(self, prompt: Prompt, past_calls: Sequence[Call] = ()):
+        self._prompt = prompt
+        self._past = past_calls
+        self._lock = threading.Lock()
+        self._open: dict[str, Session] = {}
+        self._is_closed = False
+        self.queue: deque[Work] = deque()
+        """Calls that have not begun, because an earlier call of the trajectory has not ended."""
+        self.has_call = False
+        """Whether a call of the trajectory has begun and not ended."""
+        self.hangs = False
+        """Whether a call did not return in time. It may still use its session, so no other call begins."""
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    def call(self, name: str, tool: SessionTool, text: str) -> SessionAnswer:
+        """Return the answer of a call.
+
+        Raises:
+            ToolError: the call has no answer, an earlier call hangs, or the sessions are closed.
+        """
+        if self.hangs:
+            raise ToolError("an earlier call of its session did not return")
+        with self._lock:
+            if self._is_closed:
+                raise ToolError("its session is closed")
+            if name not in self._open:
+                self._open[name] = self._start(name, tool)
+            session = self._open[name]
+            parts = session.call(text)
+            score = getattr(session, "score", None)
+            return SessionAnswer(parts=parts, score=None if score is None else score())
+
+    def close(self) -> list[str]:
+        """Close all sessions as soon as no call runs. Return one line for each session whose close has failed."""
+        problems = []
+        with self._lock:
+            self._is_closed = True
+            for name in list(self._open):
+                try:
+                    self._open[name].close()
+                except Exception as error:
+                    problems.append(f"{name}: {type(error).__name__}: {first_line(error)}")
+                del self._open[name]
+        return problems
+
+    def _start(self, name: str, tool: SessionTool) -> Session:
+        session = tool.open(json.loads(self._prompt.record), self._prompt.question)
+        try:
+            for call in self._past:
+                if call.tool == name and call.problem is None and not call.failed:
+                    session.call(call.arguments)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+
+class OpenSessions:
+    """The sessions of all trajectories of a rank, until they are closed. Only one thread may use this object.
+
+    Args:
+        deadline_s: seconds after which a session that does not close is given up.
+    """
+
+    def __init__(self, *, deadline_s: float):
+        self._closers = Workers("tool session", NUM_CLOSERS, deadline_s=deadline_s)
+        self._used: dict[int, TrajectorySessions] = {}
+        """The sessions that were called and are not known to be closed."""
+        self._closing: dict[int, TrajectorySessions] = {}
+        self._num_begun = 0
+        self._num_failed = 0
+
+    def add(self, sessions: TrajectorySessions) -> None:
+        """Take note that `sessions` is called."""
+        self._used[id(sessions)] = sessions
+
+    def close(self, sessions: TrajectorySessions) -> None:
+        """Begin to close `sessions`. Calls of it that have not begun get no session any more."""
+        if self._used.pop(id(sessions), None) is not None:
+            sessions.queue.clear()
+            self._closing[self._num_begun] = sessions
+            self._closers.submit(Work(key=self._num_begun, name="session", run=sessions.close))
+            self._num_begun += 1
+
+    def close_all(self) -> None:
+        for sessions in list(self._used.values()):
+            self.close(sessions)
+
+    def take_leaks(self) -> int:
+        """Wait up to `CLOSE_S` for the sessions that are being closed, and return how many sessions are left open.
+
+        A session whose close has failed is counted once. A session that is neither closed nor being closed counts
+        each time.
+        """
+        end = time.monotonic() + CLOSE_S
+        while self._closing and (left_s := end - time.monotonic()) > 0:
+            try:
+                closed = self._closers.take(timeout_s=left_s)
+            except CallsHangError as error:
+                logger.warning("warning: %s", error)
+                break
+            for work in closed:
+                self._take(work)
+        leaks = self._num_failed + sum(
+            sessions.num_open for sessions in (*self._closing.values(), *self._used.values())
+        )
+        self._num_failed = 0
+        return leaks
+
+    def _take(self, work: Work) -> None:
+        sessions = self._closing.pop(work.key)
+        problems = work.result or []
+        if work.is_late:
+            problems = [f"it has not closed, {sessions.num_open} left open"]
+        self._num_failed += sessions.num_open if work.is_late else len(problems)
+        for problem in problems:
+            logger.warning("warning: a session of a tool could not be closed: %s", problem)
+
+    def shut_down(self) -> None:
+        """Close all sessions, wait for them up to `CLOSE_S`, and stop the threads."""
+        self.close_all()
+        self.take_leaks()
+        self._closers.close()

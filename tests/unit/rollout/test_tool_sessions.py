@@ -1,0 +1,276 @@
+"""Sessions of tools, without any engine: a test submits calls as the rollout does, and looks at what is left open."""
+
+import threading
+
+import pytest
+
+from a2tgpo.config.tools import CalculatorConfig
+from a2tgpo.environment.tool import ToolError, Toolset, ToolUnavailableError
+from a2tgpo.environment.tools.calculator import Calculator
+from a2tgpo.rollout import tool_sessions
+from a2tgpo.rollout.tool_pool import ToolFaultError, ToolPool
+from a2tgpo.trajectory import Call, Prompt
+
+SOON_S = 30.0
+NUM_SUMS = 64
+
+
+class Counter:
+    """Each session adds the numbers that it is called with to the start value of the question's record."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.opened, self.closed, self.calls = [], [], []
+        self.gate = threading.Event()
+        self.close_error = None
+        self.is_out = False
+
+    def open(self, record, question):
+        if self.is_out:
+            raise ToolUnavailableError("no room for a session")
+        with self.lock:
+            self.opened.append(question)
+        return CounterSession(self, record.get("start", 0), question)
+
+    def close(self):
+        """Nothing is held but sessions."""
+
+
+class CounterSession:
+    def __init__(self, counter, total, question):
+        self.counter, self.total, self.question = counter, total, question
+        self.is_running = False
+
+    def call(self, text):
+        assert not self.is_running, "two calls at the same time"
+        self.is_running = True
+        with self.counter.lock:
+            self.counter.calls.append((self.question, text))
+        if text == "hang":
+            assert self.counter.gate.wait(SOON_S)
+        self.is_running = False
+        if text == "fail":
+            raise ToolError("not today")
+        if text == "bug":
+            raise KeyError("a bug")
+        if text != "hang":
+            self.total += int(text)
+        return [str(self.total)]
+
+    def score(self):
+        return self.total / 10
+
+    def close(self):
+        assert not self.is_running, "closed during a call"
+        if self.counter.close_error:
+            raise self.counter.close_error
+        with self.counter.lock:
+            self.counter.closed.append(self.question)
+
+
+@pytest.fixture
+def counter():
+    return Counter()
+
+
+@pytest.fixture
+def pool_of(counter):
+    opened = []
+
+    def pool_of(**limits):
+        tools = {"counter": counter, "calculator": Calculator(CalculatorConfig())}
+        opened.append(ToolPool(Toolset(tools=tools, **limits)))
+        return opened[-1]
+
+    yield pool_of
+    counter.gate.set()
+    for pool in opened:
+        pool.close()
+
+
+def prompt(name="q", record="{}"):
+    return Prompt(index=0, id=name, question=name, answers=("a",), tokens=(1,), record=record)
+
+
+def collect(pool, number):
+    found = {}
+    while len(found) < number:
+        found.update({result.key: result for result in pool.results(wait=True)})
+    return found
+
+
+def ask(pool, sessions, *texts, tool="counter"):
+    """The results of calls that are submitted at once, in their order."""
+    keys = [pool.submit(tool, text, sessions) for text in texts]
+    found = collect(pool, len(keys))
+    return [found[key] for key in keys]
+
+
+def await_(condition):
+    deadline = threading.Event()
+    for _ in range(3000):
+        if condition():
+            return True
+        deadline.wait(0.01)
+    return False
+
+
+def test_a_session_has_its_record_keeps_its_state_and_is_closed_at_the_end(pool_of, counter):
+    pool = pool_of()
+    first, second = pool.sessions_for(prompt("one", '{"start": 100}')), pool.sessions_for(prompt("two"))
+    assert [result.parts for result in ask(pool, first, "1")] == [("101",)]
+    assert [result.parts for result in ask(pool, second, "1")] == [("1",)]
+    (answer,) = ask(pool, first, "20")
+    assert (answer.parts, answer.score) == (("121",), 12.1)
+    pool.end(first)
+    assert pool.take_counts()["tools/open_sessions"] == 1  # the second still plays
+    pool.end(second)
+    assert pool.take_counts()["tools/open_sessions"] == 0
+    assert sorted(counter.closed) == ["one", "two"]
+
+
+def test_calls_of_one_trajectory_run_one_after_another_in_their_order(pool_of, counter):
+    pool = pool_of(max_concurrent_calls=8)
+    users = [pool.sessions_for(prompt(str(number))) for number in range(4)]
+    keys = {pool.submit("counter", str(text), user): (user, text) for text in range(1, 9) for user in users}
+    results = collect(pool, len(keys))
+    for key, (_, text) in keys.items():
+        assert results[key].parts == (str(text * (text + 1) // 2),)
+
+
+def test_other_tools_are_called_beside_a_session_and_have_no_score(pool_of, counter):
+    pool = pool_of()
+    sessions = pool.sessions_for(prompt())
+    running = pool.submit("counter", "hang", sessions)
+    (answer,) = ask(pool, sessions, "6 * 7", tool="calculator")
+    assert (answer.parts, answer.score) == (("42",), None)
+    counter.gate.set()
+    assert collect(pool, 1)[running].parts == ("0",)
+
+
+def test_a_trajectory_that_calls_no_session_opens_none(pool_of, counter):
+    pool = pool_of()
+    sessions = pool.sessions_for(prompt())
+    ask(pool, sessions, "1 + 1", tool="calculator")
+    pool.end(sessions)
+    assert pool.take_counts()["tools/open_sessions"] == 0
+    assert counter.opened == []
+    plain = ToolPool(Toolset(tools={"calculator": Calculator(CalculatorConfig())}))
+    assert plain.sessions_for(prompt()) is None and "tools/open_sessions" not in plain.take_counts()
+    plain.end(None)
+    plain.close()
+
+
+def test_no_session_is_left_whatever_the_order_in_which_trajectories_end(pool_of, counter):
+    pool = pool_of(max_concurrent_calls=8)
+    users = {number: pool.sessions_for(prompt(str(number))) for number in range(NUM_SUMS)}
+    for _ in range(3):
+        keys = [pool.submit("counter", "1", user) for user in users.values()]
+        collect(pool, len(keys))
+        for number in list(users)[:3]:
+            pool.end(users.pop(number))
+    for user in users.values():
+        pool.end(user)
+    assert pool.take_counts()["tools/open_sessions"] == 0
+    assert sorted(counter.closed) == sorted(counter.opened) and len(counter.opened) == NUM_SUMS
+
+
+def test_an_interruption_closes_the_sessions_of_calls_that_run_and_of_calls_that_wait(pool_of, counter):
+    pool = pool_of(max_concurrent_calls=1)
+    idle, runs, waits = (pool.sessions_for(prompt(name)) for name in ("idle", "runs", "waits"))
+    ask(pool, idle, "1")
+    for text in ("hang", "1"):
+        pool.submit("counter", text, runs)
+    pool.submit("counter", "1", waits)
+    assert await_(lambda: ("runs", "hang") in counter.calls)
+    pool.drop_pending()
+    counter.gate.set()
+    assert pool.take_counts()["tools/open_sessions"] == 0
+    assert sorted(counter.closed) == ["idle", "runs"] and counter.opened == ["idle", "runs"]
+    again = pool.sessions_for(prompt("again"))
+    assert ask(pool, again, "5")[0].parts == ("5",)
+
+
+def test_the_end_of_the_pool_closes_what_is_open(pool_of, counter):
+    pool = pool_of()
+    ask(pool, pool.sessions_for(prompt()), "1")
+    pool.close()
+    assert counter.closed == ["q"]
+
+
+def test_a_replayed_session_plays_as_one_that_was_never_closed(pool_of, counter):
+    pool = pool_of()
+    whole = pool.sessions_for(prompt("whole", '{"start": 7}'))
+    answers = ask(pool, whole, "1", "2", "3", "4")
+    past = [
+        Call(tool="counter", arguments="1"),
+        Call(tool="calculator", arguments="1000"),
+        Call(tool="counter", arguments="1000", failed=True),
+        Call(
+            tool="counter", arguments="1000", problem="Error: at most 2 calls a turn", problem_kind="excess"
+        ),
+        Call(tool="counter", arguments="2"),
+    ]
+    going_on = pool.sessions_for(prompt("goes on", '{"start": 7}'), past)
+    results = ask(pool, going_on, "3", "4")
+    assert [(r.parts, r.score) for r in results] == [(r.parts, r.score) for r in answers[2:]]
+
+
+def test_a_replay_that_fails_fails_the_call_and_leaves_no_session(pool_of, counter):
+    pool = pool_of()
+    sessions = pool.sessions_for(prompt(), [Call(tool="counter", arguments="fail")])
+    (answer,) = ask(pool, sessions, "1")
+    assert answer.error == "not today"
+    assert counter.closed == counter.opened == ["q"]
+
+
+def test_a_call_that_hangs_fails_the_later_calls_of_its_trajectory_and_counts_as_a_leak(
+    pool_of, counter, monkeypatch
+):
+    monkeypatch.setattr(tool_sessions, "CLOSE_S", 0.1)
+    pool = pool_of(call_timeout_s=0.3)
+    sessions, other = pool.sessions_for(prompt("hangs")), pool.sessions_for(prompt("other"))
+    late, queued = ask(pool, sessions, "hang", "1")
+    assert late.is_late and queued.error == "an earlier call of its session did not return"
+    assert ask(pool, other, "1")[0].parts == ("1",)
+    for user in (sessions, other):
+        pool.end(user)
+    assert pool.take_counts()["tools/open_sessions"] == 1
+    counter.gate.set()
+    assert await_(lambda: "hangs" in counter.closed)
+
+
+def test_a_close_that_fails_is_warned_about_and_counted_once(pool_of, counter, caplog):
+    pool = pool_of()
+    counter.close_error = OSError("the disk is full")
+    sessions = pool.sessions_for(prompt())
+    ask(pool, sessions, "1")
+    pool.end(sessions)
+    assert [pool.take_counts()["tools/open_sessions"] for _ in range(2)] == [1, 0]
+    assert caplog.messages == [
+        "warning: a session of a tool could not be closed: counter: OSError: the disk is full"
+    ]
+
+
+def test_a_failed_call_keeps_the_session_and_a_bug_ends_the_run_with_its_place(pool_of, counter):
+    pool = pool_of()
+    sessions = pool.sessions_for(prompt())
+    results = ask(pool, sessions, "1", "fail", "2")
+    assert [(r.parts, r.error) for r in results] == [(("1",), None), ((), "not today"), (("3",), None)]
+    pool.submit("counter", "bug", sessions)
+    with pytest.raises(
+        ToolFaultError, match=r"^the counter tool failed with KeyError: 'a bug' at test_tool_sess"
+    ):
+        collect(pool, 1)
+    pool.drop_pending()
+    assert pool.take_counts()["tools/open_sessions"] == 0
+
+
+def test_a_session_that_cannot_open_in_an_outage_opens_once_it_is_over(pool_of, counter):
+    pool = pool_of(outage_limit_s=100.0)
+    counter.is_out = True
+    sessions = pool.sessions_for(prompt())
+    key = pool.submit("counter", "1", sessions)
+    assert await_(lambda: pool.results(wait=False) == [] and pool.outage.is_on)
+    counter.is_out = False
+    assert collect(pool, 1)[key].parts == ("1",)
