@@ -36,7 +36,7 @@ class LossInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """The loss with its gradient, and quantities per token for the metrics, all [n] and without gradient."""
+    """The loss of a micro-batch, with gradient. All other fields are [n] for the metrics, without gradient."""
 
     loss: torch.Tensor
     token_loss: torch.Tensor

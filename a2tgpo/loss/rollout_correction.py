@@ -2,9 +2,9 @@
 
 The engine samples the trajectories, but the loss treats them as drawn from the trainer's policy. Even with the same
 weights the two policies differ, because engine and trainer use different kernels and number formats. The weight w =
-pi_trainer / pi_engine corrects this. Its variance is limited in one of two ways. Truncated importance sampling uses
-min(w, upper) (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"). Masking
-drops every token whose w is outside [lower, upper] (IcePop, arXiv 2510.18855).
+pi_trainer / pi_engine corrects for this difference. The variance of w is limited in one of two ways. Truncated
+importance sampling uses min(w, upper) (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy
+RL Training"). Masking drops every token whose w is outside [lower, upper] (IcePop, arXiv 2510.18855).
 """
 
 from dataclasses import dataclass
@@ -44,8 +44,8 @@ def importance_weights(
 ) -> ImportanceWeights:
     """Return the bounded importance weights w = exp(old_logprobs - rollout_logprobs).
 
-    All tokens of a segment have the same w, the geometric mean over the segment, as in Eq. 10. A product over many
-    tokens would exceed any bound. If one log-prob is not finite, its whole segment is unusable.
+    All tokens of a segment have the same w: the geometric mean of the segment's ratios, as in Eq. 10. If one log-prob
+    is not finite, its whole segment is unusable.
 
     Args:
         old_logprobs: [n] log-probs that the trainer computed before the first update of the step.

@@ -1,4 +1,4 @@
-"""GPU memory by phase: trainer and engine make room for each other according to the table in `memory/residency.py`.
+"""Move trainer and engine to and from the GPU, according to the table of phases in `memory/residency.py`.
 
 In a change of phase, parts leave the GPU first, then torch's allocator frees its cache, then other parts come back.
 Before and after each change, an error is raised if a part is not where the table says.
@@ -11,8 +11,8 @@ Every change adds these metrics for the new phase. Each metric is the largest va
     memory/PHASE_reserved_gib   memory of torch's tensors plus the cache of torch's allocator; only with a GPU
     memory/PHASE_peak_gib       peak of the allocated memory in the phase that ends; only with a GPU
 
-The metrics `memory/moved_gib` (data copied to and from the host) and `memory/move_s` (time of all changes) are means
-over ranks for the whole step.
+Two metrics are sums over all changes of a step, averaged over ranks: `memory/moved_gib`, the data copied to and from
+the host, and `memory/move_s`, the time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MOVED, _SECONDS = "memory/moved_gib", "memory/move_s"
 _LEAVING = ("gradients", "optimizer", "reference", "weights")
 _COMING = ("weights", "reference", "optimizer", "gradients")
 _TAGS = {"engine weights": "weights", "KV cache": "kv_cache"}
-"""Maps each engine part to the engine's own name for this part. The parts wake in this order."""
+"""The engine's name for each of its parts, in the order in which the parts wake."""
 
 
 class Engine(Protocol):
@@ -121,7 +121,7 @@ class MemoryPhases:
         """Return the metrics of all phase changes since the last call. The caller must reduce them over the world."""
         taken, self._metrics = self._metrics, MetricSums()
         for name in (_MOVED, _SECONDS):
-            taken.add(name, 0.0, 1)  # each rank counts as one sample, however many changes it made
+            taken.add(name, 0.0, 1)  # one sample per rank: the mean is over ranks, not over changes
         return taken
 
     def _wanted(self, phase: str) -> frozenset[str]:
@@ -153,7 +153,7 @@ class MemoryPhases:
         ):
             engine.sleep()
         if ON_GPU:
-            # The engine has its own allocator, which cannot use memory in the cache of torch's allocator.
+            # The engine's own allocator cannot use memory that torch's allocator keeps in its cache.
             torch.cuda.empty_cache()
         return moved
 

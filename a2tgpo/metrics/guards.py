@@ -1,4 +1,4 @@
-"""Start alarms if metrics change as they do before reinforcement learning collapses, and decide when to stop a run.
+"""Watch for the changes of metrics that precede a collapse of the training, and decide when to stop a run.
 
 Every step reports each alarm as a metric that is 0 or 1. Under dynamic sampling, entropy and likelihood cover only
 the kept groups. Format errors are counted over all played groups.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from a2tgpo.config.guard import GuardConfig
 
 CONFIRMING_STEPS = 2
-"""Number of consecutive measured steps past the limit, or within it, after which an alarm starts or ends."""
+"""An alarm starts after this many consecutive values past the limit, and ends after as many within the limit."""
 
 NON_FINITE = "non_finite"
 
@@ -25,7 +25,7 @@ class Alarm:
     metrics: tuple[str, ...]
     """Names of metrics in order of preference. The alarm compares the first metric that the step has."""
     key: str
-    """Key of the setting that gives the limit, or "" without a setting. The setting 0 disables the alarm."""
+    """Key of the setting that gives the limit. The value 0 disables the alarm. The key is "" if no setting exists."""
     threshold: float
     """Value of the setting `key`."""
     limit: Callable[[float], float]
@@ -46,7 +46,7 @@ class Guards:
     metric is its mean over the first `baseline_steps` steps that have the metric.
 
     Args:
-        clip_low, clip_high: the clipping range, with which the ratio's noise is compared.
+        clip_low, clip_high: the clipping range. It gives the limit for the noise of the ratio.
     """
 
     def __init__(self, config: GuardConfig, *, clip_low: float, clip_high: float):
@@ -135,9 +135,9 @@ class Guards:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore `state`. If an alarm has been turned off or its limit has changed, reset this alarm instead.
+        """Restore `state`, except the alarms that are now turned off or have another limit.
 
-        If the reset alarm was active, the count of consecutive steps with an alarm also restarts at 0.
+        If such an alarm was active, the count of consecutive steps with an alarm restarts at 0.
         """
         self._baselines = {metric: (total, steps) for metric, (total, steps) in state["baselines"].items()}
         self._streak = state["streak"]
@@ -151,7 +151,7 @@ class Guards:
                 self._streak = 0
 
     def _limits(self) -> dict[str, float]:
-        """Return each alarm's limit for a baseline of 1. A change of this limit shows a change of the settings."""
+        """Return each alarm's limit for a baseline of 1, so that two results differ only if the settings differ."""
         return {name: alarm.limit(1.0) for name, alarm in self._alarms.items()}
 
     def _extends_baseline(self, alarm: Alarm, metric: str, value: float) -> bool:
@@ -203,7 +203,7 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             advice="the policy forgets the protocol or runs out of tokens: read the rollouts, lower update.lr",
         ),
         "noise_floor": Alarm(
-            # Steps with few mini-batches have no ratio/noise, so the noise floor is compared there.
+            # A step with few mini-batches has no ratio/noise.
             metrics=("ratio/noise", "ratio/noise_floor"),
             key="guard.max_noise_share",
             threshold=config.max_noise_share,
@@ -213,7 +213,7 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             "and clip_high to twice the noise",
         ),
         "engine_gap": Alarm(
-            # If no log-prob is finite, no token has a gap. The alarm then compares the number of unusable tokens.
+            # If no log-prob is finite, the first metric is missing.
             metrics=("gap/train_engine_abs_mean", "gap/unusable_tokens"),
             key="guard.max_train_engine_gap",
             threshold=config.max_train_engine_gap,
