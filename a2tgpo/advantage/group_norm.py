@@ -35,8 +35,8 @@ def normalize_groups(
         by_std: divide by the standard deviation. If False, only subtract the mean.
         sample_std: use the sample variance, as GRPO does. If False, use the population variance plus
             `VARIANCE_FLOOR`.
-        keep_single: normalise a value that is alone in its group with mean 0 and standard deviation 1, as GRPO does.
-            If False, such a value becomes 0.
+        keep_single: keep a value that is alone in its group, as GRPO does (mean 0, standard deviation 1). If False,
+            set it to 0.
 
     Raises:
         ValueError: if a group index is out of range.
@@ -45,7 +45,7 @@ def normalize_groups(
     count, total = group_sums(moments, group_index, num_groups=num_groups, dp_group=dp_group)
     mean = total / count.clamp(min=1)
     deviation = values - mean[group_index]
-    # Chan et al.'s correction term removes the effect of the mean's rounding on M2.
+    # `drift` corrects the sum of squares for the rounding of the mean (Chan et al.).
     moments = torch.stack([deviation * deviation, deviation])
     m2, drift = group_sums(moments, group_index, num_groups=num_groups, dp_group=dp_group)
     m2 = (m2 - drift * drift / count.clamp(min=1)).clamp(min=0)

@@ -13,7 +13,7 @@ def grpo_outcome(
 ) -> torch.Tensor:
     """Return each outcome R_i normalised within its prompt's group, [N] float64.
 
-    The standard deviation is that of the sample. An outcome that is alone in its group uses mean 0 and deviation 1.
+    The sample standard deviation is used. For an outcome that is alone in its group, mean is 0 and deviation is 1.
     """
     return normalize_groups(
         table.outcome,

@@ -17,7 +17,7 @@ from a2tgpo.trajectory import Trajectory
 def step_advantages(
     trajectories: Sequence[Trajectory], config: RunConfig, groups: ParallelGroups
 ) -> tuple[TurnTable, TurnAdvantages, torch.Tensor]:
-    """Return turn table, advantages and clip scales [N, T + 1] of this replica. Every rank must call this."""
+    """Return this replica's turn table, advantages, and clip scales [N, T + 1]. Every rank must call this."""
     table = build_turn_table(
         trajectories,
         num_prompts=config.rollout.prompts_per_step,

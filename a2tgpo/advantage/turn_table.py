@@ -47,7 +47,7 @@ class TurnTable:
     def state(self) -> torch.Tensor:
         """[N, T + 1] int64: the key of the state before turn t, in column t-1. NO_STATE past the last turn.
 
-        The keys are computed on first access, because this hashes every observation.
+        The keys are computed on first access, because each key is a hash of an observation.
         """
         columns = self.max_turns + 1
         keys = [turn_states(trajectory) for trajectory in self.trajectories]
@@ -90,7 +90,7 @@ def build_turn_table(
     has_gain, info_gain = (
         has_gain.reshape(shape),
         info_gain.reshape(shape),
-    )  # keep the shape if there are no rows
+    )  # without rows, the tensors have lost a dimension
     has_gain &= info_gain.isfinite()
     return TurnTable(
         prompt_index=torch.tensor([t.prompt_index for t in trajectories], dtype=torch.int64),

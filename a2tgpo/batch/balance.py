@@ -56,7 +56,7 @@ def microbatches(
 
 def _even(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[int]]:
     """Return the smallest number of micro-batches for which `deal` keeps the limit `max_tokens`."""
-    num_halves = sum(2 * size > max_tokens for size in sizes)  # no two of them fit into one micro-batch
+    num_halves = sum(2 * size > max_tokens for size in sizes)  # each of these items needs a micro-batch of its own
     fewest = max(min_count, num_halves, -(-sum(sizes) // max_tokens))
     for count in range(fewest, max(fewest, len(sizes)) + 1):
         groups: list[list[int]] = [[] for _ in range(count)]
@@ -70,7 +70,7 @@ def _even(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[in
 def _filled(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[int]]:
     """Return micro-batches that are filled to `max_tokens` one after the other.
 
-    Each micro-batch takes the longest remaining item, and those other items that fill the limit best. The largest
+    Each micro-batch takes the longest remaining item, and then the set of other items that fills it best. The largest
     micro-batches are divided in two until there are `min_count` micro-batches.
     """
     left = sorted(range(len(sizes)), key=lambda place: (-sizes[place], place))

@@ -10,7 +10,7 @@ def context_positions(cu_seqlens: Tensor, cp_size: int) -> Tensor:
     """Return, for each context-parallel rank, the positions of the packed row that this rank holds.
 
     Every segment is cut into 2 * cp_size equal pieces. Rank r holds pieces r and 2 * cp_size - 1 - r ("zigzag"), so
-    all ranks have the same amount of work under causal attention. Transformer Engine and Megatron expect this.
+    all ranks have the same amount of work under causal attention. Transformer Engine and Megatron expect it.
 
     Args:
         cu_seqlens: [segments + 1] integers, the segments' boundaries from 0 to T. The length of every segment must be

@@ -17,8 +17,8 @@ def exchange(
     """Distribute trajectories so that all data-parallel replicas get similar numbers of tokens in each mini-batch.
 
     Every rank of the world must call this, even if it has no trajectory. Only ids and lengths are all-gathered. Each
-    trajectory is sent once, to the first rank of its data-parallel replica. This rank broadcasts it to the other
-    ranks of the replica. The distribution does not depend on the engine that played a trajectory.
+    trajectory is sent once, to the first rank of its data-parallel replica. The first rank broadcasts the trajectory
+    to the other ranks of the replica. The distribution does not depend on the engine that played a trajectory.
 
     Args:
         trajectories: on the first rank of an engine, the trajectories that this engine played. Empty on other ranks.
@@ -51,7 +51,7 @@ def exchange(
 
 
 def _in_replica(payloads: list[bytes], groups: ParallelGroups) -> list[bytes]:
-    """Return the `payloads` of the replica's first rank on all ranks of the data-parallel replica."""
+    """Return, on all ranks of the data-parallel replica, the `payloads` of its first rank."""
     if len(groups.dp_ranks_of(groups.dp_rank)) == 1:
         return payloads
     joined = encode_records(payloads)

@@ -1,4 +1,4 @@
-"""Pack a data-parallel replica's trajectories into micro-batches, if possible as many as on the other replicas."""
+"""Pack a data-parallel replica's trajectories into micro-batches. All replicas make the same number if they can."""
 
 from __future__ import annotations
 

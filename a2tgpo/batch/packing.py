@@ -1,4 +1,4 @@
-"""Pack trajectories end to end into one row of tokens. Every field is aligned on the position that predicts a token.
+"""Pack trajectories end to end into one row of tokens.
 
 A trajectory with tokens x_0 .. x_{n-1} becomes the inputs x_0 .. x_{m-1} and the targets x_1 .. x_m, where x_m is the
 last token that the policy sampled. At position k the model has read `tokens[k]`, and `logprobs[k]` is log
@@ -128,7 +128,7 @@ def alignment(parallel: ParallelConfig, fp8: Fp8Config) -> Alignment:
 def packed_length(trajectory: Trajectory) -> int:
     """Return how many positions a trajectory has in a micro-batch, without padding.
 
-    This is the number of tokens before the last token that the policy sampled. It is 0 if the policy sampled none.
+    This is the number of tokens before the last token that the policy sampled, or 0 if the policy sampled none.
     """
     turns = trajectory.turns
     while turns and not turns[-1].tokens:
@@ -142,8 +142,8 @@ def packed_length(trajectory: Trajectory) -> int:
 def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: Alignment) -> PackedBatch:
     """Pack `trajectories[i] for i in indices` end to end in this order.
 
-    Trajectories without a sampled token are left out, as are turns without tokens. If no trajectory remains, the
-    batch has `align.row` masked positions, and contributes nothing to the loss.
+    Trajectories without a sampled token and turns without tokens are left out. If no trajectory remains, the batch
+    has `align.row` masked positions, and contributes nothing to the loss.
 
     Raises:
         ValueError: if a prompt is empty, or if a turn has more or fewer `rollout_logprobs` than tokens.

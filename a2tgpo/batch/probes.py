@@ -30,7 +30,7 @@ class Probe:
 
     @property
     def branch(self) -> tuple[int, ...]:
-        """The tokens of scaffold and answer that the model reads. It does not read the answer's last token."""
+        """The tokens that the model reads after the prefix: the scaffold, and the answer without its last token."""
         return (*self.scaffold, *self.answer[:-1])
 
 
@@ -48,7 +48,7 @@ class ProbedSequence:
 
     @property
     def packed_length(self) -> int:
-        """Number of positions in a row, which has the trunk once and every branch."""
+        """Number of positions of the trunk and of all branches."""
         return self.trunk_length + sum(len(probe.branch) for probe in self.probes)
 
 

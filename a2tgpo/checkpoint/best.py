@@ -54,7 +54,7 @@ class BestCheckpoint:
         return self._best.step if self._best else None
 
     def offer(self, step: int, scores: Mapping[str, float]) -> bool:
-        """Compare the evaluation after `step` steps with the best so far; return whether to save a checkpoint for it.
+        """Compare the evaluation after `step` steps with the best so far. Return whether to save a checkpoint now.
 
         If step 0 is the new best, this method writes the file at once and returns False.
 
@@ -79,7 +79,7 @@ class BestCheckpoint:
             write_best(self._root, self.state_dict())
 
     def describe(self) -> str:
-        """Return a few words that name the place of the best weights and their score."""
+        """Return a short text with the place and the score of the best weights."""
         if self._best is None:
             return "none"
         place = self._root / f"step_{self._best.step}" if self._best.step else "the untrained model"
@@ -90,11 +90,11 @@ class BestCheckpoint:
         return asdict(self._best) if self._best else None
 
     def load_state_dict(self, state: dict | None) -> None:
-        """Continue with the best policy in `state`, or with none if another metric chose that policy."""
+        """Restore the best policy of `state`, or none if `state` was written with another metric."""
         self._best = Best(**state) if state is not None and state["metric"] == self._metric else None
 
     def has_weights(self, step: int) -> bool:
-        """Return whether this rank sees a complete checkpoint of `step`. Step 0 needs none, so return True for 0."""
+        """Return whether this rank sees a complete checkpoint of `step`. Return True for 0, the untrained weights."""
         return step == 0 or (self._root / f"step_{step}" / MARKER).is_file()
 
 

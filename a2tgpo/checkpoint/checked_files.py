@@ -153,7 +153,7 @@ def size_and_checksum(pieces: list[Piece]) -> tuple[int, int]:
 def describe(folder: Path, names: list[str], group: dist.ProcessGroup) -> dict[str, tuple[int, int]]:
     """Return the size in bytes and the CRC-32 of each file in `folder` that `names` lists.
 
-    Each rank of `group` reads a share of the files, and every rank of `group` must call this.
+    Every rank of `group` must call this. Each of these ranks reads a share of the files.
 
     Raises:
         OSError: on every rank, if any rank could not read a file.

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 MARKER = "complete.json"
 STATE = "state.json"
 WEIGHTS_ONLY = "weights_only"
-"""Key of `complete.json`. If its value is True, `retention.py` has removed all but the weights of the checkpoint."""
+"""Key of `complete.json`: True if `retention.py` has removed all but the weights of the checkpoint."""
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"\.step_\d+\.(unfinished|replaced)|step_\d+\.(tmp|old)")
 """Names of the folders that an interrupted save leaves. Earlier versions left `step_N.tmp` or `step_N.old`."""
@@ -295,7 +295,7 @@ def _read_marker(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list
 
 
 def _first_fault(path: Path, expected: dict[str, tuple[int, int]], pieces: Collection[str]) -> str:
-    """Return the first fault of the files in `expected`, or "". Of a file in `pieces`, only the size is checked."""
+    """Return the first fault of the files in `expected`, or "". For a file in `pieces`, only check the size."""
     # For a name that no file can have, os.path.isfile returns False, but `Path.is_file` raises an error.
     for name in expected:
         if not os.path.isfile(path / name):
@@ -351,7 +351,7 @@ def put_in_place(final: Path, files: dict[str, tuple[int, int]], pieces: dict[st
     """Write `complete.json` to the unfinished folder, and rename the folder to `final`; one rank calls this.
 
     Args:
-        files: maps each file that `pieces` does not contain to its size and checksum.
+        files: maps each file outside `pieces` to the file's size and checksum.
         pieces: maps each tensor file to its pieces.
     """
     sums = {name: size_and_checksum(of_file) for name, of_file in pieces.items()}

@@ -24,7 +24,7 @@ from torch import Tensor
 PIECE_BYTES = 2**26
 """Largest size of a saved shard in bytes, unless one row is larger. A reader loads whole shards into host memory."""
 UNCUT = 2**62
-"""Value of `piece_bytes` for a load. Torch reads a saved shard once for each requested shard that overlaps it."""
+"""Value of `piece_bytes` for a load. Small requests would cost reads, because each reads whole saved shards."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """The offset and the size of a rectangle in each dimension of its tensor."""
@@ -36,7 +36,7 @@ def is_distributed(optimizer: Any) -> bool:
 
 
 def owned_shards(optimizer: Any, models: dict[str, Any], *, piece_bytes: int) -> dict[str, ShardedTensor]:
-    """Return the shards of a distributed optimizer's state that this rank owns, by names that only this rank uses.
+    """Return the shards of a distributed optimizer's state that this rank owns, under arbitrary keys.
 
     Each shard is a view of the optimizer's memory. A float32 parameter is its own master weight, so it has no `param`
     shard.
@@ -63,8 +63,8 @@ def owned_shards(optimizer: Any, models: dict[str, Any], *, piece_bytes: int) ->
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     """Yield the rectangles that the elements `start:stop` of a row-major tensor form, in the order of the elements.
 
-    The range is part of a row, whole rows, and part of a row. Each part of a row is divided again in the next
-    dimension, so there are at most 2 * len(shape) - 1 rectangles.
+    The range consists of the end of one row, whole rows, and the beginning of another row. A partial row is divided
+    again in the next dimension, so there are at most 2 * len(shape) - 1 rectangles.
     """
     if len(shape) == 1:
         yield (start,), (stop - start,)
@@ -88,7 +88,10 @@ def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[B
 
 
 def pieces(shape: Sequence[int], start: int, stop: int, *, max_elements: int) -> Iterator[tuple[int, int]]:
-    """Yield start and stop of each piece of `start:stop`. A piece has at most `max_elements` elements, or one row."""
+    """Yield start and stop of each piece of `start:stop`.
+
+    A piece has at most `max_elements` elements or is one row.
+    """
     row = math.prod(shape[1:])
     step = max(1, max_elements // row) * row
     cuts = [start, *range((start // step + 1) * step, stop, step), stop]

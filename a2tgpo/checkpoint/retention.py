@@ -23,9 +23,9 @@ def drop_old(root: str | Path, *, keep: int, keep_every: int, keep_gb: float, sp
     """Remove old checkpoints under `root`, and reduce some of them to their weights; one rank calls this.
 
     The `keep` newest checkpoints stay whole. An older checkpoint keeps its weights if its step is `spare` or a
-    multiple of `keep_every`. All other checkpoints are removed. With `keep_every` 0, only step `spare` keeps its
-    weights. If the kept weights take more than `keep_gb` GB, the oldest are removed, but never those of step `spare`.
-    With `keep_gb` 0, there is no limit.
+    multiple of `keep_every`. If `keep_every` is 0, no multiple is kept. All other checkpoints are removed. If the
+    kept weights take more than `keep_gb` GB, the oldest are removed too, except those of step `spare`. If `keep_gb`
+    is 0, there is no limit.
     """
     root = Path(root)
     steps = steps_in(root)
@@ -69,8 +69,8 @@ def reduce_to_weights(path: Path) -> None:
 def set_aside_after(root: str | Path, step: int) -> None:
     """Move the checkpoints of steps after `step` to `root/dropped_N/`. Every rank must call this.
 
-    If these checkpoints stayed, a start after the resumed run would resume from them. Only the newest `MAX_DROPPED`
-    folders `dropped_N` stay.
+    If these checkpoints stayed, the next start would resume from them. Only the newest `MAX_DROPPED` folders
+    `dropped_N` stay.
     """
     root = Path(root)
     if dist.get_rank() == 0 and (later := [old for old in steps_in(root) if old > step]):

@@ -104,7 +104,7 @@ def write_sharded(path: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[st
         group: a group of all ranks.
 
     Returns:
-        A map from each file that this rank has written, by its path within `path`, to the pieces of the file.
+        The pieces of each file that this rank has written, by the file's path within `path`.
 
     Raises:
         CheckpointException: on all ranks, if a rank could not write its tensors.
@@ -154,8 +154,8 @@ def load_sharded(
 
     Each rank reads its own slice of the optimizer's state, and a share of the weights that all data-parallel ranks
     have (`shared_read`). A load takes `optimizer_shards.PIECE_BYTES` of host memory, because a rank reads one piece
-    at a time. An older checkpoint has no pieces, so a load takes as much as a tensor-parallel rank's part of a
-    parameter.
+    at a time. A checkpoint of an earlier version has no pieces. Its load takes as much host memory as one rank's part
+    of a parameter.
 
     Args:
         pieces: the results of `write_sharded` on all ranks. If empty, no checksum is compared.
@@ -246,7 +246,7 @@ def _saved_state(policy: Policy, optimizer: Any) -> dict[str, Any]:
         return {**models, "optimizer": optimizer.sharded_state_dict(dict(models), metadata=metadata)}
     parts = optimizer.chained_optimizers
     if len(parts) > 1:
-        optimizer._synchronize_steps()  # a group that is empty on some ranks would have another step count there
+        optimizer._synchronize_steps()  # a rank without parameters in a group has not counted its steps
     settings = [part.state_dict() for part in parts]
     return {
         **models,

@@ -74,7 +74,7 @@ class CheckpointWriter:
             step: the step in the name of the checkpoint. The save replaces an older checkpoint of the same step.
             state: the caller's own values, which must be equal on all ranks and have JSON types. A load returns
                 tuples as lists.
-            own_files: maps the path within the checkpoint to the content, for each file that only this rank adds.
+            own_files: files that only this rank adds, as a map from the path within the checkpoint to the content.
             on_complete: the thread of rank 0 calls this once the checkpoint is complete. If it raises OSError, the
                 save fails.
 

@@ -1,4 +1,4 @@
-"""GiGPO's advantage (arXiv:2505.10978): outcomes within a prompt's group, and turns within groups of equal states.
+"""GiGPO's advantage (arXiv:2505.10978) compares trajectories of equal prompts, and turns written in equal states.
 
     A_{i,t} = A^E_i + alpha A^S_{i,t}                                                                     (Eq. 8)
 
