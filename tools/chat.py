@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def chat(args: argparse.Namespace) -> None:
-    """Answer questions until the user enters no more. Every rank must call this. Rank 0 reads and prints."""
+    """Answer questions until the user ends the program. Every rank must call this. Rank 0 reads and prints."""
     from a2tgpo.parallel.collectives import broadcast_object, world_group
     from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.serve.player import load_saved, open_player

@@ -1,10 +1,10 @@
-"""Compare runs: draw their curves in one picture, and tabulate their last and best values and differing settings.
+"""Compare runs: draw their curves in one picture, and write tables of their values and of settings that differ.
 
     python tools/compare_runs.py RUN RUN ... [--out FOLDER] [--metrics evaluation/em,reward/mean,...]
     python tools/compare_runs.py RUN RUN --exact
 
 RUN is a run's folder (runs/NAME). The program writes curves.png and table.md to FOLDER, by default runs/comparison.
-With --exact, the program writes no files, and exits with 1 unless two runs computed the same numbers to the bit.
+With --exact, the program writes no files. It exits with 1 if the numbers of two runs differ in any bit.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def read_run(folder: Path) -> Series:
 
 
 def run_labels(folders: Sequence[Path]) -> list[str]:
-    """Return a label per folder: its name, preceded by as many parent folders as make the labels distinct."""
+    """Return a label per folder: its name, preceded by parent folders until all labels differ."""
     for depth in range(1, 10):
         labels = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
         if len(set(labels)) == len(labels):

@@ -195,7 +195,7 @@ def _checks(text: str | None) -> list[str]:
 
 
 def _limits(given: list[str]) -> dict[str, float]:
-    """Return {check: limit in seconds} for the values of --timeout-s: NAME=SECONDS, or SECONDS for the others."""
+    """Return {check: limit in seconds}. A value of --timeout-s is NAME=SECONDS, or SECONDS for all other checks."""
     limits = {name: check.timeout_s for name, check in CHECKS.items()}
     for text in sorted(",".join(given).split(",") if given else [], key=lambda text: "=" in text):
         name, equals, number = text.rpartition("=")

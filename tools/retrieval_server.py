@@ -10,11 +10,11 @@ GET /health returns {"status": "ok", "passages": n, "index": kind} once the inde
 counts for Prometheus. GET /docs returns a description of the interface.
 
 --index FOLDER loads a BM25 or dense index that tools/build_index.py wrote. --index bm25 builds a BM25 index in
-memory. With --shards, the server passes every query to servers of one part of the corpus each, and merges their
-results. Anyone who reaches the port can search the corpus, so the default --host listens on this machine only.
+memory. With --shards, the server passes every query to several servers, each with one part of the corpus, and merges
+their results. Anyone who reaches the port can search the corpus, so the default --host listens on this machine only.
 Clients need a bearer token if --token-file or A2TGPO_SEARCH_TOKEN is set. On SIGTERM, the server completes pending
-requests and exits with 0. On SIGUSR1, the exit code is 75, which requests a restart. --url-file
-writes the server's address to a file for search.url_file.
+requests and exits with 0. On SIGUSR1, it does so and exits with 75, which requests a restart. --url-file writes the
+server's address to a file for search.url_file.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
         [--min-reward R] [--any-answer] [--any-format] [--max-failed-calls 0] [--max-tokens N] [--questions FILE]
 
 RUN is a run's folder (runs/NAME). By default, a trajectory is accepted if its answer matches a gold answer exactly,
-its format is right, and no tool call failed. Of each question, the best --per-question trajectories are kept: first
-by highest reward, then by fewest calls, then by fewest tokens. FILE can be used as `warmstart.demonstrations`
-(docs/warmstart.md).
+its format is right, and no tool call failed. For each question, the best N trajectories are kept (--per-question N).
+The highest reward is best, then the fewest calls, then the fewest tokens. FILE can be used as
+`warmstart.demonstrations` (docs/warmstart.md).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> int:
 
 
 def write_demonstrations(args: argparse.Namespace) -> None:
-    """Write the selected trajectories to `args.out`. Print how many were left out for which reason."""
+    """Write the selected trajectories to `args.out`. Print the number left out for each reason."""
     require(args.per_question >= 1, "--per-question", args.per_question, ">= 1")
     first, last = steps_of(args.steps)
     records, counts, num_read = demonstrations_of(

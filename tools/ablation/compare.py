@@ -5,10 +5,10 @@
     python tools/ablation/compare.py --report DIR
 
 A run of the method NAME reads CONFIG, then configs/algorithm/NAME.yaml, then NAME.yaml of the --tuned folder if that
-file exists. Later files override earlier ones. Runs with the same seed draw the same questions with the same seeds.
-If you start the same command again, it skips finished runs and resumes the other runs from their checkpoints. A
-failed run does not stop the other runs. DIR holds runs/ and logs/. Whenever a run ends, the program rewrites
-results.csv, curves.csv, report.md, the figures and tensorboard/ in DIR. --report DIR only rewrites these files.
+file exists. Later files override earlier ones. Runs with the same seed draw the same questions, and sample with the
+same random seeds. If you start the same command again, it skips finished runs and resumes the other runs. A failed
+run does not stop the other runs. DIR holds runs/ and logs/. Whenever a run ends, the program rewrites results.csv,
+curves.csv, report.md, the figures and tensorboard/ in DIR. --report DIR only rewrites these files.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Experiment:
     tuned: Path | None
     ranks: int
     launcher: Sequence[str]
-    """The command that starts a run, with the arguments of launch/local.sh."""
+    """The command that starts a run. It takes the same arguments as launch/local.sh."""
 
     def arguments(self, run: Run) -> list[str]:
-        """Return the arguments after CONFIG: YAML files, then values. A later argument overrides an earlier one."""
+        """Return the arguments after CONFIG. YAML files come first, then `section.field=value` settings."""
         files = [self.presets / f"{run.method}.yaml"]
         if self.tuned is not None and (self.tuned / f"{run.method}.yaml").exists():
             files.append(self.tuned / f"{run.method}.yaml")
@@ -157,7 +157,7 @@ def compare(experiment: Experiment, plan: Plan, out: Path, *, jobs: int) -> list
     """Train all unfinished runs of `plan`, `jobs` at a time, and return the results of the runs that failed.
 
     Raises:
-        ConfigError: before any run starts, if a configuration is wrong or differs from that of an earlier start.
+        ConfigError: before any run starts, if a configuration is wrong, or if a run was started with another one.
     """
     from style import MAX_METHODS
 
@@ -222,7 +222,7 @@ def report_so_far(out: Path) -> None:
 
 
 def start(experiment: Experiment, run: Run, *, slot: int, jobs: int) -> Job:
-    """Start `run`, and append its output to its log. The run gets its own cores if its share has a core per rank."""
+    """Start `run`, and append its output to its log. If there are enough cores, the run gets its own."""
     command = experiment.command(run)
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("a", encoding="utf-8") as log:
@@ -268,7 +268,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def parse_plan(options: argparse.Namespace) -> Plan:
-    """Return the plan with the methods and seeds of the command line, after checking them."""
+    """Check the command line, and return the plan with its methods and seeds."""
     for name in ("config", "methods", "out"):
         require(getattr(options, name) is not None, f"--{name}".replace("--config", "CONFIG"), None, "given")
     require(options.ranks >= 1, "--ranks", options.ranks, ">= 1")

@@ -6,7 +6,7 @@ figure5.png           spread of the advantage by the number of remaining process
 figure10.png          tool calls over training, and exact match by tool calls
 needless.png          each method's advantage for trajectories with more searches than the question needs
 
-Figures 4, 5 and 10 have their numbers in the paper (arXiv 2605.06200).
+Figures 4, 5 and 10 correspond to the figures with these numbers in the paper (arXiv 2605.06200).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ENVELOPE_LABELS = {
 SIGNAL_STEPS = 8
 """Number of steps per run from which figures 4 and 5 take trajectories."""
 LAST_STEPS = 4
-"""Number of final steps per run from which figure 10 takes trajectories for exact match by tool calls."""
+"""Number of final steps per run from which the right panel of figure 10 takes trajectories."""
 SMOOTHED_FROM = 12
 """Smallest number of steps for which a learning curve is drawn as a moving average."""
 
@@ -85,7 +85,7 @@ def write_figures(results: Sequence[RunResult], out: Path) -> dict[str, str]:
         envelopes = [envelope_signals(rollouts) for rollouts in signal_batches(by_method[source])]
         captions["figure5.png"] = write_figure5(join(envelopes), out, origin)
         needless = [needless_signals(rollouts) for rollouts in signal_batches(by_method[source])]
-        if len(join(needless)["needless"]):  # has no rows if the questions have no number of hops
+        if len(join(needless)["needless"]):  # no rows if the questions' numbers of hops are unknown
             captions["needless.png"] = write_needless(join(needless), out, origin)
     calls = {method: last_calls(own) for method, own in by_method.items()}
     captions["figure10.png"] = write_figure10(by_method, {m: c for m, c in calls.items() if c}, out)
@@ -93,7 +93,7 @@ def write_figures(results: Sequence[RunResult], out: Path) -> dict[str, str]:
 
 
 def signal_source(by_method: Mapping[str, Sequence[RunResult]]) -> str:
-    """Return the last method with turn-group advantages, or the last of all methods if none has them."""
+    """Return the last method with turn-group advantages, or the last method if there is none."""
     grouped = [
         method
         for method, own in by_method.items()

@@ -16,7 +16,7 @@ from a2tgpo.metrics.layout import TENSORBOARD_LAYOUT
 from runs import RunResult, read_results
 
 LAST_EVALUATIONS = 3
-"""Number of final evaluations whose mean score compares methods."""
+"""Methods are compared by their mean score in this many final evaluations."""
 TRAINING_CURVES = (
     "reward/mean",
     "reward/em",

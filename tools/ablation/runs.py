@@ -103,7 +103,7 @@ class RunResult:
     records: Sequence[dict]
     """The records of metrics.jsonl, one per step."""
     status: str
-    """`finished` if the last step and its evaluation are recorded, `failed` if the last attempt ended before, else
+    """`finished` if the last step and its evaluation are recorded, `failed` if the last attempt ended too early, else
     `unfinished`."""
     fault: str
     """A line that says why the run is not finished, or empty if it is finished."""
@@ -122,7 +122,7 @@ class RunResult:
 
 
 def read_result(run: Run, exit_code: int | None) -> RunResult:
-    """Read the results of `run` from its folder. `exit_code` is the last attempt's, or None before its end."""
+    """Read the results of `run` from its folder. `exit_code` is None if the last attempt has not ended."""
     config = load_config(run.config_file) if run.config_file.exists() else None
     records = read_metrics(run.metrics_file)
     status, fault = "finished", ""
@@ -149,7 +149,7 @@ def _is_complete(config: RunConfig | None, records: Sequence[dict]) -> bool:
 
 
 def last_words(log: Path) -> str:
-    """Return the last line of the last attempt's log that begins with "error:", or else the last line."""
+    """Return the last "error:" line of the last attempt's log, or the last line if no line begins with "error:"."""
     if not log.exists():
         return "no log"
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]

@@ -38,7 +38,7 @@ from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 LEARNING_RATES = (1e-4, 2e-4, 4e-4)
 CLIP_LOW = {"token": (0.07, 0.2, 0.6), "turn": (0.01, 0.03, 0.1), "sequence": (0.01, 0.03, 0.1)}
-"""{level of the ratio: values of clip_low to try}. clip_high changes in proportion to clip_low."""
+"""{level of the importance ratio: values of clip_low to try}. clip_high changes in proportion to clip_low."""
 SEED = 100
 
 
@@ -123,7 +123,7 @@ class Tuner:
 
 
 def rewards(folder: Path) -> list[float]:
-    """Return the mean reward of all trajectories played, for each recorded step."""
+    """Return the mean reward of all played trajectories for each recorded step."""
     name = "sampling/reward_all_mean"  # recorded only if dynamic sampling drops groups
     records = read_metrics(folder / METRICS_FILE)
     return [record.get(name, record["reward/mean"]) for record in records if "reward/mean" in record]

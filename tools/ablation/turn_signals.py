@@ -57,7 +57,7 @@ def table_of(trajectories: Sequence[Trajectory]) -> TurnTable:
 
 
 def gain_signals(trajectories: Sequence[Trajectory]) -> Columns:
-    """Return the turn index (from 1) and the signals of every process turn of one step that has a gain."""
+    """Return the turn index (from 1) and the signals of all process turns with a gain in one step."""
     table = table_of(trajectories)
     has_gain = table.has_gain
     igpo, grouped = (compute_advantages(table, config, dp_group=None) for config in (IGPO, RESCALED))
@@ -102,8 +102,8 @@ def call_signals(trajectories: Sequence[Trajectory]) -> Columns:
 def needless_signals(trajectories: Sequence[Trajectory]) -> Columns:
     """Return a row for every trajectory that has at least as many searches as its question needs.
 
-    The columns are `needless` (number of searches beyond that need), `reward`, and for each method the mean advantage
-    over the trajectory's sampled tokens.
+    The column `needless` is the number of needless searches. Each method's column is the mean advantage over the
+    trajectory's sampled tokens.
     """
     table = table_of(trajectories)
     num_tokens = torch.zeros(len(trajectories), table.max_turns + 1, dtype=torch.float64)
@@ -146,10 +146,10 @@ def distributions(columns: Mapping[str, np.ndarray], by: str) -> Iterator[dict]:
 
 
 def drifts(rows: Sequence[Mapping]) -> list[dict]:
-    """Return how much the mean of each signal differs between turn indices, given `distributions` by turn.
+    """Return how much each signal's mean changes with the turn index, from the rows of `distributions`.
 
-    Each row has a signal's `turns`, the turn indices with at least `MIN_SAMPLES` values, and its `drift`, the largest
-    minus the smallest mean at these indices. The drift is None for fewer than two indices.
+    In each row, `turns` lists the turn indices that have at least `MIN_SAMPLES` values. `drift` is the largest minus
+    the smallest mean at these indices, or None for fewer than two indices.
     """
     found = []
     for name in dict.fromkeys(row["signal"] for row in rows):

@@ -1,9 +1,9 @@
 """Compare the time to compute 1,024 trajectories' advantages with loops over tokens, and measure how the time grows.
 
-Each trajectory has 2,000 tokens. The loops implement Eq. 6-9: one over tensors, as in trainers with rewards per
-token, and one over Python lists. All variants give the same number for every sampled token. The bench then measures
-the time with four times the trajectories, with twice the turns, and with two and four processes. The bench counts
-the bytes of the processes' messages, and extrapolates the number to 1,024 ranks.
+Each trajectory has 2,000 tokens. The loops implement Eq. 6-9. One loop reads tensors, as in trainers with rewards per
+token, and the other reads Python lists. All variants give the same number for every sampled token. The bench then
+measures the time with four times the trajectories, with twice the turns, and with two and four processes. The bench
+counts the bytes of the processes' messages, and extrapolates the number to 1,024 ranks.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def per_token_records(trajectories: Sequence[Trajectory]) -> tuple[list[list[flo
 def loop_over_tokens(
     trajectories: Sequence[Trajectory], gain_at: Sequence, turn_at: Sequence, advantage_at: list
 ) -> list:
-    """Compute the advantages of Eq. 6-9 token by token, in place in `advantage_at`. The rows are lists or tensors."""
+    """Write the advantages of Eq. 6-9 into `advantage_at`, token by token. The rows are lists or tensors."""
     buckets: dict[tuple[int, int], list[float]] = defaultdict(list)
     outcomes: dict[int, list[float]] = defaultdict(list)
     gains: list[list[float]] = []

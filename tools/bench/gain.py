@@ -10,7 +10,7 @@ the gold answer after the prompt and after every process turn:
 
 A variant's share of step time is the CPU seconds of its scoring, divided by the CPU seconds of a whole step:
 generation, scoring of the old policy, update, and the variant's scoring. The bench also counts the tokens that the
-model runs. The engine scores all contexts after the rollout here, but during generation in a training step.
+model runs. Here the engine scores all contexts after the rollout. In training, it scores them during the rollout.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Compare forward and backward pass of the turn-level loss with loops, on 128 trajectories of 2,000 tokens.
+"""Compare the turn-level loss and its gradient with loops, on 128 trajectories of 2,000 tokens.
 
 The loops implement Eq. 10-12. One loop runs over trajectories and turns with a mask for each turn, as in trainers
-with one padded row per trajectory. The other loop runs over single tokens of an eighth of the trajectories, because
-autograd keeps a graph node for every operation. All variants give the same loss and gradient.
+with one padded row per trajectory. The other loop runs over single tokens. It gets only an eighth of the
+trajectories, because autograd keeps a graph node for every operation. All variants give the same loss and gradient.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def compared(
     target: str = "",
     note: str = "",
 ) -> Row:
-    """Return the row that compares two variants, with one value per round, or one value each if they are counts."""
+    """Return the row that compares two variants. Each variant has one value per round, or one count."""
     above, below = (baseline, ours) if ratio_is == "baseline / ours" else (ours, baseline)
     ratios = [a / b for a, b in zip(above, below, strict=True)]
     ratio = statistics.median(ratios)
@@ -89,8 +89,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Run all variants in every round, and return each variant's seconds in each round.
 
-    The variants alternate in one process, so that other load on the machine affects all variants. Every second round
-    has the opposite order.
+    The variants alternate in one process, so that other load on the machine affects all variants equally. Every
+    second round has the opposite order.
 
     Args:
         clock: returns seconds. The default is CPU time of all threads, so waits for other programs do not count.
@@ -113,8 +113,7 @@ def run_program(name: str, command: Sequence[str | Path], environment: Mapping[s
     """Run `command` in the checkout, with `environment` added to this process's environment, and hide its output.
 
     Raises:
-        RuntimeError: with a one-line message that begins with `name`, if the command failed. The end of the output is
-            printed before.
+        RuntimeError: if the command failed. The end of its output has been printed.
     """
     process = subprocess.run(
         command,

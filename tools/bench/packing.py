@@ -1,8 +1,8 @@
 """Measure the share of real tokens in training micro-batches, and the time that packing takes.
 
-The bench distributes trajectories of 500 to 6,000 tokens to data-parallel replicas, and divides them into
-micro-batches as a training step does, with the layouts of the shipped configurations. The baselines pad every row to
-the longest row of the micro-batch. One baseline keeps the order of the rollout, and the other sorts by length.
+Like a training step, the bench divides trajectories of 500 to 6,000 tokens into micro-batches on data-parallel
+replicas. The layouts are those of the shipped configurations. The baselines pad every row to the longest row of the
+micro-batch. One baseline keeps the order of the rollout, and the other sorts by length.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAYOUTS = {"train_4b": 8, "train_8b": 4, "train_70b": 2}
 
 
 def packed_share(trajectories: Sequence[Trajectory], config: RunConfig, replicas: int) -> float:
-    """Return the share of real tokens in the positions. Each replica counts with the largest number of positions."""
+    """Return the share of real tokens in all positions, if every replica has as many positions as the largest one."""
     align = alignment(config.parallel, config.model.fp8)
     limit = config.update.max_microbatch_tokens
     lengths = [packed_length(t) for t in trajectories]

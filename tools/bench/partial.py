@@ -1,4 +1,4 @@
-"""Count the engine steps of a training step with partial rollouts, and the engine steps with few busy slots.
+"""Count the engine steps of a training step with partial rollouts, and how many of them have few busy slots.
 
 The bench measures no time. It simulates a rollout in which each busy slot samples one token per engine step, tools
 answer at once, and scoring and prefill take no steps. The trainer's own code (`collect/partial.py`) chooses the
@@ -117,7 +117,7 @@ def _prompts(indices: Sequence[int], positions: Sequence[int]) -> list[Prompt]:
 
 
 def count(partial: PartialConfig) -> tuple[float, float]:
-    """Return the mean number of engine steps per training step, and of engine steps with few busy slots (< 1/4)."""
+    """Return the mean number of engine steps per training step, and how many of them have few busy slots (< 1/4)."""
     rollout = CountedRollout()
     config = RolloutConfig(prompts_per_step=GROUPS, group_size=GROUP_SIZE, partial=partial)
     state = RolloutState(sampler=PromptSampler(2 * GROUPS * STEPS, GROUPS, seed=0))

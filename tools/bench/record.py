@@ -1,8 +1,8 @@
 """Measure the time and the memory that a step needs to record its trajectories.
 
 One replica records 1,024 trajectories of 8,192 tokens. The step waits for the values that TensorBoard shows, and for
-the start of a thread that writes the file. The baseline copies all records as lists and waits for the file, one JSON
-document of the standard library with zstd level 3, as earlier versions did.
+the start of a thread that writes the file. The baseline copies all records as lists, and waits until Python's json
+module and zstd level 3 have written them as one document.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python tools/bench/retrieval.py URL --questions FILE [--clients 1,8,80] [--seconds 5] [--topk 3] [--json FILE]
 
 The clients use Python's own http.client, so that client and server share no project code. Before the load begins, the
-bench sends the queries one at a time to get the expected answers. Each request of the load has a new query unless
---repeat is given, because the query cache makes repeated queries cheap.
+bench sends the queries one at a time to get the expected answers. The query cache makes repeated queries cheap, so
+each request of the load has a new query. --repeat repeats queries.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def main() -> int:
         print(f"error: {args.questions} or {args.url} cannot be used ({error})", file=sys.stderr)
         return 2
     if not args.repeat:
-        # With more exclamation marks, a query is new to the cache, while BM25 finds the same passages.
+        # Exclamation marks make a query new to the cache. BM25 ignores them, so it still finds the same passages.
         marks = ("!" * i for i in range(1, 400))
         cases = [(f"{query} {mark}", right) for mark in marks for query, right in cases]
     table = []

@@ -8,7 +8,7 @@ lengths of turns have a long-tailed distribution with a mean of about 130 tokens
     engine    vLLM alone: every turn follows the previous turn at once, without tools, tokenisation or judging
 
 Tokens/s are sampled tokens divided by wall seconds. An engine step takes about 10 ms, as for a large model on a GPU,
-so tool calls and Python's share of the loop have realistic weights.
+so tool calls and Python take realistic shares of the time.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def _played(trajectory: Trajectory) -> Played:
 
 
 def longer_model(folder: Path) -> Path:
-    """Copy the model to `folder` with a context limit that is longer than in its training. Return `folder`."""
+    """Copy the model to `folder`, and raise its context limit above that of its training. Return `folder`."""
     shutil.copytree(MODEL, folder, dirs_exist_ok=True)
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": MAX_MODEL_LEN}))

@@ -4,8 +4,8 @@
 
 One process plays rank 0 of a 72B model's layout: tensor parallelism of 8, pipeline parallelism of 4 if there are at
 least 64 ranks, and engines of 8 ranks. Process groups are torch's fake groups. Simulated collectives return the data
-that other ranks would have sent, so this process does all the work of Python on rank 0. A step has 1,024 trajectories
-of about 8,192 tokens for any number of ranks. The seconds are CPU seconds on rank 0, without the network.
+that other ranks would have sent, so this process runs all the Python code of rank 0. A step has 1,024 trajectories of
+about 8,192 tokens for any number of ranks. The seconds are CPU seconds on rank 0, without the network.
 
 With --real, the bench runs three steps of the quickstart on each given number of gloo processes on this machine, and
 reads the resources that the processes use.

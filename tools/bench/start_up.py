@@ -5,8 +5,8 @@ the first rollout ends with its first token. Times are wall seconds from the run
 baseline is a program that uses only transformers and vLLM. The baseline loads the tokenizer, builds an
 engine with the same settings, and samples one token.
 
-In a warm start, vLLM's cache of model architectures is filled. In a cold start, this cache is empty. Runs share
-nothing else. Python's __pycache__ and the system's file cache are filled in both cases.
+In a warm start, vLLM's cache of model architectures is filled. In a cold start, this cache is empty. Python's
+__pycache__ and the system's file cache are filled in both cases.
 
 The bench takes about 4 minutes.
 """

@@ -9,9 +9,9 @@ layer at every position. The plain loop computes no entropies and no metrics.
 After `make setup-trl`, the bench also measures TRL's GRPOTrainer, with its own training loop and AdamW, in its own
 environment. TRL trains on the same tokens with observations masked, in the same two micro-batches by gradient
 accumulation. TRL pads prompts on the left and completions on the right, each to the longest of the batch. It computes
-entropies. TRL's ratios are of tokens or sequences, not of turns. In the first update on a batch all ratios are 1, so
-loss and gradient are equal, and the bench checks this. TRL's fused output layer, which is made for GPUs, runs at
-every position, and once more in the backward pass.
+entropies. TRL computes ratios per token or per sequence, not per turn. In the first update on a batch all ratios are
+1, so loss and gradient are equal, and the bench checks this. TRL's fused output layer, which is made for GPUs, runs
+at every position, and once more in the backward pass.
 
 Each variant runs in its own process, so its peak memory is that of its own training. Before the measured update, each
 process runs an update on a single trajectory. All variants give the same loss and gradient norm. All variants except
@@ -285,7 +285,7 @@ def rows() -> list[measure.Row]:
 
 
 def sampled_share() -> float:
-    """Return the share of sampled tokens, for which this project's update runs the output layer."""
+    """Return the share of tokens that were sampled. This project's update runs the output layer only for these."""
     return sum(t.num_sampled_tokens for t in trajectories_of(LENGTHS)) / sum(LENGTHS)
 
 

@@ -23,7 +23,7 @@ _EXPONENT_BITS = 0x7F800000
 
 @dataclass(frozen=True)
 class Format:
-    """A signed floating point format. It has gradual underflow, and larger values become its largest number."""
+    """A signed floating point format. It has gradual underflow. Too large values become its largest number."""
 
     mantissa_bits: int
     min_exponent: int

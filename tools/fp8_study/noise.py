@@ -97,7 +97,7 @@ def _sequence(prompt: Sequence[int], turns: Sequence[tuple[Sequence[int], Sequen
 def written_by(
     model: Any, sequences: Sequence[Written], length: int, tokenizer: Any, *, seed: int
 ) -> list[Written]:
-    """Sample one turn of `length` tokens from `model` for each prompt. A sequence's prompt ends at its first turn."""
+    """After the prompt of each sequence, sample one turn of `length` tokens from `model`."""
     torch.manual_seed(seed)
     prompts = [sequence.tokens[: sequence.turns[0][0]] for sequence in sequences]
     longest = max(map(len, prompts))

@@ -2,10 +2,10 @@
 
     python tools/fp8_study/study.py MODEL TEXTS --out DIR [--sequences 16] [--sample TOKENS] [--drift 8e-6]
 
-FP8 is emulated on a CPU. MODEL is a Hugging Face folder. TEXTS is a JSONL file of demonstrations (`question`, and
-`turns` with `text` and `observation`), of recorded trajectories (an unpacked file of RUN/rollouts/step_N/), or of
-plain texts (`text`, which is one turn). With --sample N, the model writes one turn of N tokens after each prompt, and
-the program measures these turns instead.
+FP8 is emulated on a CPU. MODEL is a Hugging Face folder. TEXTS is a JSONL file. Its records are demonstrations
+(`question`, and `turns` with `text` and `observation`), plain texts (`text`, which is one turn), or trajectories from
+an unpacked file of RUN/rollouts/step_N/. With --sample N, the model writes one turn of N tokens after each prompt,
+and the program measures these turns instead.
 
 The program answers three questions, for whole turns and for turns cut into pieces of equal length:
 

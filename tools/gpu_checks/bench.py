@@ -42,12 +42,12 @@ class Settings:
     """The command-line options that the checks use."""
 
     min_bus_gb_s: float | None = None
-    """Smallest accepted bus bandwidth of the largest all-reduce, GB/s. None: the default for the backend."""
+    """Smallest accepted bus bandwidth of the largest all-reduce, GB/s. None means the backend's default."""
     lengths: tuple[int, ...] | None = None
-    """Tokens of each packed sequence for wide heads. None: long sequences on a GPU, short sequences on a CPU."""
+    """Tokens of each packed sequence for wide heads. None means long sequences on a GPU, and short ones on a CPU."""
     like: str | None = None
-    """The model whose slice is checked: a built-in name, or a folder with config.json. None: `DEFAULT_LIKE` on a GPU,
-    `STAND_IN` on a CPU."""
+    """The model whose slice is checked: a built-in name, or a folder with config.json. None means `DEFAULT_LIKE` on a
+    GPU and `STAND_IN` on a CPU."""
     tensor: int = 8
     """Tensor-parallel size of the model. The slice is the share of one rank."""
     layers: int = 4

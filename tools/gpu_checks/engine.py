@@ -26,7 +26,7 @@ later scoring of the finished sequence."""
 MAX_RESCORED = 16
 """Largest number of sequences that are scored again, one by one."""
 MAX_SHARE_OTHER = 0.5
-"""Largest share of the requests whose tokens may change if asynchronous scheduling is switched on.
+"""Largest accepted share of requests whose tokens change if asynchronous scheduling is switched on.
 
 Asynchronous scheduling changes which requests share a batch, and so the rounding of bfloat16. One different token
 changes all later tokens of a request. If the scheduler mixed up requests, nearly all requests would change.
@@ -94,8 +94,8 @@ def check_engine_speed(bench: Bench) -> None:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    # Build the model without ids beyond the tokenizer's ids. Sampling masks such ids, but scoring does not, so the
-    # log-probs would differ.
+    # Build the model without token ids that the tokenizer lacks. Sampling masks such ids, but scoring does not, so
+    # the log-probs would differ.
     path = write_checkpoint(bench.work / "agent", dataclasses.replace(SMALL, vocab=0))
     settings = Play(
         path=path,

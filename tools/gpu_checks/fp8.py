@@ -17,8 +17,8 @@ MAX_FP8_LOGPROB_GAP = 0.2
 MAX_FP8_GRADIENT_GAP = 0.35
 """Largest accepted differences between FP8 and bfloat16, computed as in `passes`.
 
-In emulation (`fp8_study/emulation.py`), log-probs differ by 0.06 with every recipe. With Transformer Engine's layers
-on kernels that round in PyTorch, gradients differ by 0.17, and by 0.10 for a slice.
+In emulation (`fp8_study/emulation.py`), log-probs differ by 0.06 with every recipe. If Transformer Engine's kernels
+are replaced by rounding in PyTorch, gradients differ by 0.17, or by 0.10 for a slice.
 """
 TIMED_PASSES = 8
 
@@ -148,7 +148,7 @@ def _time(
 
 
 def _compare_activations(bench: Bench, dimensions: Any, tokens: int, measured: int) -> None:
-    """Add a row with the bytes that a pass allocated (`measured`), divided by a plan's estimate of these bytes."""
+    """Add a row with `measured`, the bytes that a pass allocated, divided by a plan's estimate."""
     planned = planned_activations(dimensions, tokens)
     note = f"{measured / 2**30:.3g} GiB, planned {planned / 2**30:.3g}"
     bench.info(

@@ -31,8 +31,8 @@ def launched_environment() -> dict[str, str] | None:
     names = launched(os.environ)
     if names is None:
         return None
-    # Leave out torchrun's own variables, with which all ranks would use torchrun's store. That store serves only one
-    # port, while every check uses another port.
+    # With torchrun's own variables, all ranks would use torchrun's store. That store serves only one port, but every
+    # check uses a different port.
     return {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")} | names
 
 

@@ -89,7 +89,7 @@ def write_checkpoint(folder: Path, dimensions: ModelDimensions = SMALL, *, max_p
 
 
 def slice_dimensions(like: str | None, *, tensor: int, layers: int, on_gpu: bool) -> ModelDimensions:
-    """Return the dimensions of the part of `layers` layers that one of `tensor` tensor-parallel ranks holds.
+    """Return the dimensions of a slice: `layers` layers, as one of `tensor` tensor-parallel ranks holds them.
 
     Args:
         like: the value of `Settings.like`.

@@ -41,7 +41,7 @@ def check_all_reduce(bench: Bench) -> None:
     repeats = 20 if on_gpu else 4
     seconds = _all_reduce(SMALL_KIB * 2**10, bench, device, repeats=repeats)
     bench.info(f"all-reduce {SMALL_KIB} KiB", 1e6 * seconds, "us", backend, "all_reduce_us")
-    # A plan needs a rank's share of the network. Over several nodes, bus bandwidth is another quantity.
+    # A plan can use the measured bandwidth only if all ranks are on one node.
     one_node = bench.world_size <= (torch.cuda.device_count() if on_gpu else bench.world_size)
     for size in SIZES_MIB[backend]:
         seconds = _all_reduce(size * 2**20, bench, device, repeats=repeats)

@@ -12,7 +12,7 @@ from gpu_checks.models import CITIES, write_checkpoint
 
 MAX_UPDATES = 50
 STEPS = 2
-"""Number of training steps. There are two, because the engine has slept twice before the second step."""
+"""Number of training steps. The second step tests an engine that has slept twice."""
 MAX_SAMPLED_GAP = {"float32": 1e-4, "bfloat16": 0.05}
 """Limit in nats for the mean |difference| between engine and trainer in the log-probs of sampled tokens.
 

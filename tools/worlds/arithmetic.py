@@ -44,7 +44,7 @@ def build_arithmetic(args: argparse.Namespace) -> dict:
 
 
 def distinct_questions(draw: random.Random, count: int) -> Iterator[dict]:
-    """Yield `count` questions for the values of different expressions."""
+    """Yield `count` questions, each for the value of a different expression."""
     calculator = Calculator(CalculatorConfig())
     seen: set[str] = set()
     while len(seen) < count:

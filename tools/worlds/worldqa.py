@@ -19,7 +19,7 @@ from worlds.worldqa_facts import load_world
 from worlds.worldqa_questions import Hop, Question, build_corpus, build_questions, split_countries
 
 GOOD_SHARE = (0.6, 0.26, 0.2)
-"""Shares of good demonstrations among those with 1, 2 and 3 hops. They are small to leave bad habits."""
+"""Shares of good demonstrations for 1, 2 and 3 hops. They are small, so that training has bad habits to remove."""
 
 
 def build_worldqa(args: argparse.Namespace) -> dict:
@@ -46,7 +46,7 @@ def build_worldqa(args: argparse.Namespace) -> dict:
         questions = build_questions(world, codes, answerable)
         count = args.train_questions if name == "train" else args.test_questions
         splits[name] = {hops: unique(spread(pool, count // 3, draw)) for hops, pool in questions.items()}
-        if not all(splits[name].values()):  # a share per chain of relations is rounded, and may be 0
+        if not all(splits[name].values()):  # each chain's share is rounded, and may be 0
             raise ConfigError(
                 f"--{name}-questions is {count}, too few for every number of hops; give 60 or more"
             )

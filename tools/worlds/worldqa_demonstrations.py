@@ -100,8 +100,7 @@ def _turns(
         turns.append(_search_turn("First", hops[0], query, search))
         return [*turns, {"text": _final(_wrong_answer(question, pool, draw))}]
     if kind == "early_stop":
-        # Guess an answer. If the demonstration answered with its last result, the model would learn that a result
-        # makes the gold answer less probable.
+        # Guess an answer. Answering with the last result would teach that results make the gold answer less probable.
         hops, answer = hops[: draw.randrange(1, len(hops))], _wrong_answer(question, pool, draw)
     for number, hop in enumerate(hops):
         spare = MAX_SEARCHES - len(turns) - (len(hops) - number)

@@ -13,7 +13,7 @@ from a2tgpo.search.passage import Passage
 from worlds.worldqa_facts import City, Country, Name
 
 TEST_SHARE = 0.3
-"""Share of the countries that only test questions use, together with their cities."""
+"""Share of the countries that are reserved for test questions, together with their cities."""
 
 PHRASES = {
     "country": "the country in which {} lies",
@@ -184,7 +184,7 @@ def split_countries(world: dict[str, Country], seed: int) -> tuple[set[str], set
 def build_questions(
     world: dict[str, Country], codes: set[str], answerable: Callable[[Hop], bool]
 ) -> dict[int, list[Question]]:
-    """Return {number of hops: questions} for countries in `codes`, with only hops that are `answerable`."""
+    """Return {number of hops: questions} for countries in `codes`. All hops of the questions are `answerable`."""
     questions: dict[int, list[Question]] = {}
     for num_hops, chains in CHAINS.items():
         found = []
