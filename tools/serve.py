@@ -108,7 +108,7 @@ def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: thre
     protocol = build_protocol(
         config,
         load_tokenizer(config.model.path),  # not the player's tokenizer, which another thread uses
-        tools=player.toolset.names,
+        schemas=player.toolset.schemas,
         date=player.protocol.template.date,
     )
     app = build_app(

@@ -13,6 +13,12 @@ SEARCH_INSTRUCTIONS = (
 )
 
 
+CHAT_INSTRUCTIONS = (
+    "Answer the question. When you lack a fact, call a tool; you may call tools several times. When you know the "
+    "answer, write it as \\boxed{answer}."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The question files, and the parts of the prompt."""
@@ -22,7 +28,7 @@ class DataConfig:
     test: Expanded
     """File of questions for evaluation, in the format of `train`."""
     instructions: str = SEARCH_INSTRUCTIONS
-    """System message; empty: none."""
+    """System message; empty: none. With rollout.protocol=chat, the default stands for a text without tags."""
     chat_template_kwargs: dict = field(default_factory=dict)
     """Variables for the tokenizer's chat template, for example {enable_thinking: false}."""
     max_prompt_tokens: int = 2000

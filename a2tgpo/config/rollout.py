@@ -1,13 +1,24 @@
 """Settings of the rollout: multi-turn generation, the engine, and information gain."""
 
+import importlib
+import pkgutil
 from dataclasses import dataclass, field
 from typing import Literal
 
-from a2tgpo.io.errors import require
+from a2tgpo.io.errors import one_of, require
+
+FORMATS_PACKAGE = "a2tgpo.protocol.formats"
 
 GPU_STEP_TOKENS = 8192
 """Most tokens, of prefill and decoding together, that an engine on a GPU processes in one engine step. vLLM's general
 default is only 2,048 (vllm/engine/arg_utils.py, get_batch_defaults)."""
+
+
+def call_formats() -> list[str]:
+    """Return the names of all call formats, which are the modules in protocol/formats/."""
+    # The modules are not imported.
+    package = importlib.import_module(FORMATS_PACKAGE)
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +34,8 @@ class GainConfig:
     """Most aliases that answer_reduction=max scores. An alias is left out if it does not fit."""
     scaffold: str = "</think> <answer> \\boxed{"
     """Text between a context and the gold answer. A leading </think> is left out if the context has no open thought.
-    A leading <think> is left out if the context has an open thought."""
+    A leading <think> is left out if the context has an open thought. With rollout.protocol=chat, the default stands
+    for \\boxed{, after an empty thought if the model thinks, and other texts are used as they are."""
     verify_every: int = 0
     """Number of steps between checks. In a check, the trainer scores gold answers too, and the log gets the
     difference from the engine (`gain/engine_trainer_gap`). 0: no checks."""
@@ -103,8 +115,20 @@ class RolloutConfig:
     gain uses temperature 1."""
     top_p: float = 1.0
     """Threshold of nucleus sampling. It must be 1.0 in training, and may be lower in an evaluation."""
+    protocol: Literal["tags", "chat"] = "tags"
+    """How the policy calls tools (docs/protocols.md). tags: as in the paper, <search> query </search>, answered by
+    text in <result> tags. chat: in the form of the model's own chat template, answered by messages of role tool."""
+    call_format: str = "auto"
+    """With protocol=chat, the form of a call: hermes, llama_json, or another module in protocol/formats/. auto: the
+    form in which the chat template writes calls."""
+    max_calls_per_turn: int = 4
+    """With protocol=chat, most calls that one turn makes. They run at the same time. Further calls of the turn get an
+    error as their result."""
+    strict_format: bool = True
+    """With protocol=chat: true: a response has the right format only if no call is wrong, and if each turn has one
+    thought where the model thinks. false: only the last turn, with the answer, decides."""
     max_turns: int = 6
-    """Most tool calls in a trajectory (paper: 6). One more call ends the trajectory."""
+    """Most turns with tool calls in a trajectory (paper: 6). One more such turn ends the trajectory."""
     max_turn_tokens: int = 1024
     """Most tokens that the policy may sample in one turn."""
     max_response_tokens: int = 6192
@@ -147,8 +171,24 @@ class RolloutConfig:
             "tensor_parallel",
             "max_concurrent",
             "max_draws",
+            "max_calls_per_turn",
         ):
             require(getattr(self, name) >= 1, f"rollout.{name}", getattr(self, name), ">= 1")
+        formats = ["auto", *call_formats()]
+        require(
+            self.call_format in (formats if self.protocol == "chat" else ["auto"]),
+            "rollout.call_format",
+            self.call_format,
+            one_of(formats, self.call_format)
+            if self.protocol == "chat"
+            else "auto with rollout.protocol=tags",
+        )
+        require(
+            self.strict_format or self.protocol == "chat",
+            "rollout.strict_format",
+            self.strict_format,
+            "true with rollout.protocol=tags",
+        )
         for name in ("check_lockstep_every", "kv_cache_gib"):
             require(getattr(self, name) >= 0, f"rollout.{name}", getattr(self, name), ">= 0")
         require(
@@ -185,6 +225,11 @@ class RolloutConfig:
             self.gpu_memory_fraction,
             "in (0, 0.95], or 0: chosen by the plan",
         )
+
+    @property
+    def describes_tools(self) -> bool:
+        """Whether the prompts describe the tools."""
+        return self.protocol == "chat"
 
     def check_training(self) -> None:
         """Raise `ConfigError` if training on the trajectories would be wrong."""

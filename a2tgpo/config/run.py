@@ -5,7 +5,7 @@ from typing import Literal
 
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.cluster import ClusterConfig
-from a2tgpo.config.data import DataConfig
+from a2tgpo.config.data import CHAT_INSTRUCTIONS, SEARCH_INSTRUCTIONS, DataConfig
 from a2tgpo.config.expand import Expanded
 from a2tgpo.config.guard import GuardConfig
 from a2tgpo.config.model import ModelConfig
@@ -213,6 +213,13 @@ class RunConfig:
             self.algorithm.kl_estimator,
             "k2 | k3 with algorithm.kl_coef > 0: the expected gradient of k1 is 0, so it would restrain nothing",
         )
+
+    @property
+    def instructions(self) -> str:
+        """The system message of the prompts, or "" if they have none."""
+        if self.rollout.protocol == "chat" and self.data.instructions == SEARCH_INSTRUCTIONS:
+            return CHAT_INSTRUCTIONS
+        return self.data.instructions
 
     @property
     def max_model_len(self) -> int:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from a2tgpo.data.question_set import Question, parse_question
 from a2tgpo.data.records import stated
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.json_lines import read_json_lines, text_field
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemonstratedCall:
+    """A tool call that a policy should write, and the result that it would get."""
+
+    tool: str
+    arguments: Mapping[str, Any]
+    result: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +29,8 @@ class Demonstration:
     question: Question
     turns: tuple[tuple[str, str | None], ...]
     """For each turn, the policy's text and the observation after it. Only the last turn's observation is None."""
+    calls: tuple[tuple[DemonstratedCall, ...], ...] = ()
+    """The calls of each turn. Empty if the calls and their results are in the texts, as tags."""
     quality: str = ""
     """Quality label of the data set, used only in reports."""
 
@@ -26,6 +39,7 @@ def load_demonstrations(path: str, *, key: str = "warmstart.demonstrations") -> 
     """Return every demonstration of a JSONL file, in file order.
 
     A record has the fields of a question (see `load_questions`) and the field `turns`, a list of
+    {"text", "calls"}, or in tags, of
     {"text", "observation"}. Every turn except the last has an observation and ends with a call, <NAME> text </NAME>.
     Several demonstrations of one question may have the same id.
 
@@ -50,6 +64,15 @@ def _parse_demonstration(record: dict, where: str, *, default_id: str) -> Demons
         or not all(isinstance(turn, dict) for turn in raw_turns)
     ):
         raise ConfigError(f"{where}: `turns` must be a list with at least one {{text, observation}}")
+    quality = record.get("quality")
+    if any("calls" in turn for turn in raw_turns):
+        texts, calls = _turns_with_calls(raw_turns, where)
+        return Demonstration(
+            question=parse_question(record, where, default_id=default_id),
+            turns=tuple((text, None) for text in texts),
+            calls=tuple(calls),
+            quality=quality if isinstance(quality, str) else "",
+        )
     turns: list[tuple[str, str | None]] = []
     for number, turn in enumerate(raw_turns, start=1):
         turn_where = f"{where}, turn {number} of {len(raw_turns)}"
@@ -65,11 +88,36 @@ def _parse_demonstration(record: dict, where: str, *, default_id: str) -> Demons
         if call_at_end(text) is None:
             raise ConfigError(f"{turn_where}: `text` must end with a call, like <search> query </search>")
         turns.append((text, observation))
-    quality = record.get("quality")
     return Demonstration(
         question=parse_question(record, where, default_id=default_id),
         turns=tuple(turns),
         quality=quality if isinstance(quality, str) else "",
+    )
+
+
+def _turns_with_calls(turns: list[dict], where: str) -> tuple[list[str], list[tuple[DemonstratedCall, ...]]]:
+    """Return the text and the calls of each turn. All turns but the last have calls."""
+    texts, calls = [], []
+    for number, turn in enumerate(turns, start=1):
+        turn_where = f"{where}, turn {number} of {len(turns)}"
+        raw_calls = turn.get("calls", [])
+        if not isinstance(raw_calls, list) or bool(raw_calls) != (number < len(turns)):
+            raise ConfigError(
+                f"{turn_where}: `calls` must be a list of {{name, arguments, result}}, with at least one call in "
+                "every turn but the last, which has none"
+            )
+        texts.append(str(turn.get("text", "")) if raw_calls else text_field(turn, "text", turn_where))
+        calls.append(tuple(_call(call, turn_where) for call in raw_calls))
+    return texts, calls
+
+
+def _call(call: Any, where: str) -> DemonstratedCall:
+    if not isinstance(call, dict) or not isinstance(call.get("arguments"), dict):
+        raise ConfigError(f"{where}: a call must be {{name, arguments, result}}, with a mapping as arguments")
+    return DemonstratedCall(
+        tool=text_field(call, "name", where),
+        arguments=call["arguments"],
+        result=text_field(call, "result", where),
     )
 
 

@@ -90,6 +90,17 @@ class LiteralEncoder:
                 (encoded[place],) = encode(frame([BREAK.join(self.broken_up(text))]))
         return encoded
 
+    def encode_joined(self, texts: Sequence[str], frame: Callable[[Sequence[str]], str]) -> list[int]:
+        """Return the token ids of `frame(texts)`, which puts all texts into one frame.
+
+        The result has the frame's control tokens and no others.
+        """
+        (encoded,) = self.encode_parts([frame([self.broken_up(text) for text in texts])])
+        (of_frame,) = self.encode_parts([frame(["?"] * len(texts))])
+        if self._control_tokens(encoded) != self._control_tokens(of_frame):  # see `encode_framed`
+            (encoded,) = self.encode_parts([frame([BREAK.join(self.broken_up(text)) for text in texts])])
+        return encoded
+
     def encode_tagged(self, text: str, tags: re.Pattern[str]) -> list[int]:
         """Return the token ids of `text`. Only the tags that match `tags` can become control tokens."""
         pieces, position = [], 0

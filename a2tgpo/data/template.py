@@ -32,10 +32,11 @@ class PromptTemplate:
         instructions: the system message. If it is empty, the prompt has no system message.
         kwargs: values for other variables of the template, such as enable_thinking.
         date: the date that the template's `strftime_now` returns. None means today's date in UTC.
+        tools: descriptions of the tools that the template is to write into the prompt.
 
     Raises:
         ConfigError: with a one-line message, if the tokenizer has no chat template, if the template refuses or drops
-            a message, if it has no generation header, or if it does not use one of `kwargs`.
+            a message or a tool, if it has no generation header, or if it does not use one of `kwargs`.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class PromptTemplate:
         *,
         kwargs: Mapping[str, Any] | None = None,
         date: datetime.date | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ):
         self.tokenizer = tokenizer
+        self._tools = [dict(tool) for tool in tools]
         self.instructions = instructions
         self._literal = LiteralEncoder(tokenizer)
         self.date = date or today()
@@ -77,6 +80,19 @@ class PromptTemplate:
         encoded = self._literal.encode_framed(questions, self._texts, begins_sequence=True)
         return [tuple(ids) for ids in encoded]
 
+    def conversation(self, messages: Sequence[Mapping[str, Any]], *, has_header: bool) -> str:
+        """Return a conversation as text.
+
+        Args:
+            messages: the messages after the system message.
+            has_header: whether the text ends with the generation header.
+
+        Raises:
+            ConfigError: with a one-line message, if the template refuses the conversation.
+        """
+        whole = [*self._messages("")[:-1], *map(dict, messages)]
+        return self._apply([whole], has_header=has_header)[0]
+
     def _texts(self, questions: Sequence[str]) -> list[str]:
         return self._apply([self._messages(question) for question in questions])
 
@@ -84,7 +100,7 @@ class PromptTemplate:
         user = {"role": "user", "content": question}
         return [{"role": "system", "content": self.instructions}, user] if self.instructions else [user]
 
-    def _apply(self, conversations: list[list[dict[str, str]]], *, has_header: bool = True) -> list[str]:
+    def _apply(self, conversations: list[list[dict[str, Any]]], *, has_header: bool = True) -> list[str]:
         if not conversations:
             return []
         try:
@@ -94,6 +110,7 @@ class PromptTemplate:
                 tokenize=False,
                 # transformers' own `strftime_now` reads the clock, so processes and starts could get different dates.
                 strftime_now=self.date.strftime,
+                tools=self._tools or None,  # type: ignore[arg-type]  # transformers' annotation lacks plain dicts
                 **self._kwargs,
             )
         except Exception as error:
@@ -152,6 +169,12 @@ class PromptTemplate:
         ):
             if _squeezed(content) not in _squeezed(prompt):
                 raise ConfigError(f"model.path: the chat template of {name} ignores {key}; {mend}")
+        names = [str(tool["function"]["name"]) for tool in self._tools]
+        if missing := [tool for tool in names if tool not in prompt.rpartition(_PROBE)[0]]:
+            raise ConfigError(
+                f"model.path: the chat template of {name} ignores the tool {missing[0]}; use a template that writes "
+                "tools into the prompt, or rollout.protocol=tags"
+            )
         if not self._has_header(prompt):
             raise ConfigError(
                 f"model.path: the chat template of {name} has no generation header (add_generation_prompt): the "

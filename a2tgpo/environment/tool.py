@@ -111,6 +111,11 @@ class Toolset:
     def names(self) -> tuple[str, ...]:
         return tuple(self.tools)
 
+    @property
+    def schemas(self) -> list[dict[str, Any]]:
+        """The descriptions of all tools that chat templates expect."""
+        return [function_schema(name, tool) for name, tool in self.tools.items()]
+
     def take_counts(self) -> dict[str, int]:
         """Return the counts of the tools since the last call of this method, by the names `TOOL/COUNT`.
 
@@ -150,6 +155,19 @@ def build_tools(config: RunConfig) -> Toolset:
         call_timeout_s=config.tools.call_timeout_s,
         outage_limit_s=config.tools.longest_outage_s,
     )
+
+
+def tool_schemas(config: RunConfig) -> list[dict[str, Any]]:
+    """Return the descriptions of the tools. If the prompts describe no tools, return only the tools' names.
+
+    Raises:
+        ConfigError: with a one-line message, if a tool cannot be built.
+    """
+    if not config.rollout.describes_tools:
+        return [{"type": "function", "function": {"name": name}} for name in config.tools.called_names]
+    toolset = build_tools(config)
+    toolset.close()
+    return toolset.schemas
 
 
 def tool_file(tool: AnyTool) -> str:

@@ -55,7 +55,7 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
     toolset = build_tools(config)
     toolset.close()
     template = build_protocol(
-        config, load_tokenizer(config.model.path), tools=toolset.names, date=read_date(folder)
+        config, load_tokenizer(config.model.path), schemas=toolset.schemas, date=read_date(folder)
     ).template
     limit = config.data.max_prompt_tokens
     prompts = {key: PromptSet(of_set, template, max_prompt_tokens=limit) for key, of_set in questions.items()}

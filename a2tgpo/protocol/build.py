@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from a2tgpo.config.rollout import GainConfig
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.template import PromptTemplate
+from a2tgpo.protocol.chat import ChatProtocol
 from a2tgpo.protocol.protocol import AgentProtocol
 from a2tgpo.protocol.tags import TagProtocol
 
@@ -19,24 +21,36 @@ def build_protocol(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    tools: Sequence[str],
+    schemas: Sequence[Mapping[str, Any]],
     date: datetime.date | None,
 ) -> AgentProtocol:
     """Build the protocol of `config`.
 
     Args:
-        tools: names of the tools.
+        schemas: descriptions of the tools (`Toolset.schemas`).
         date: the date that the prompts give as the current date. None means today in UTC.
 
     Raises:
-        ConfigError: with a one-line message, if the tokenizer's chat template cannot render the prompts.
+        ConfigError: with a one-line message, if the tokenizer's chat template does not suit the protocol.
     """
+    rollout = config.rollout
     template = PromptTemplate(
-        tokenizer, config.data.instructions, kwargs=config.data.chat_template_kwargs, date=date
+        tokenizer,
+        config.instructions,
+        kwargs=config.data.chat_template_kwargs,
+        date=date,
+        tools=schemas if rollout.describes_tools else (),
     )
-    return TagProtocol(
-        template,
-        tools=tools,
-        scaffold=config.rollout.gain.scaffold,
-        max_part_tokens=config.tools.max_part_tokens,
-    )
+    scaffold, max_part_tokens = rollout.gain.scaffold, config.tools.max_part_tokens
+    if rollout.protocol == "chat":
+        return ChatProtocol(
+            template,
+            schemas=schemas,
+            call_format=rollout.call_format,
+            max_calls=rollout.max_calls_per_turn,
+            scaffold="" if scaffold == GainConfig().scaffold else scaffold,
+            is_strict=rollout.strict_format,
+            max_part_tokens=max_part_tokens,
+        )
+    names = [str(schema["function"]["name"]) for schema in schemas]
+    return TagProtocol(template, tools=names, scaffold=scaffold, max_part_tokens=max_part_tokens)

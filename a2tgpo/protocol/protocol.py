@@ -81,6 +81,11 @@ class AgentProtocol(ABC):
         """Ids that end a turn, in addition to the end of sequence."""
 
     @property
+    def warning(self) -> str | None:
+        """What a user should know about the chat template, in one line, or None."""
+        return None
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.template.tokenizer
 

@@ -10,14 +10,8 @@ from a2tgpo.data.literal_text import LiteralEncoder
 from a2tgpo.data.template import PromptTemplate
 from a2tgpo.data.thought import THINK_OPEN, thought_is_open
 from a2tgpo.io.errors import ConfigError
-from a2tgpo.protocol.tag_syntax import tag_pattern, without_tags
+from a2tgpo.protocol.tag_syntax import split_result, tag_pattern, without_tags
 from a2tgpo.trajectory import Call, LogProbs, TokenIds, Trajectory, Turn
-
-_RESULT = re.compile(r"(\s*<result>\s*)?(.*?)(\s*</result>\s*)?", re.DOTALL)
-"""Splits an observation into the opening tag, the tool's answer and the closing tag.
-
-The spaces around a tag stay with the tag, because a tokenizer may encode tag and spaces as one token.
-"""
 
 
 def to_trajectory(
@@ -73,7 +67,7 @@ def _to_turn(encoder: LiteralEncoder, tags: re.Pattern[str], text: str, observat
     tokens = TokenIds(encoder.encode_tagged(text, tags))
     turn = Turn(tokens=tokens, rollout_logprobs=LogProbs([0.0] * len(tokens)))
     if observation is not None:
-        before, body, after = _RESULT.fullmatch(observation).groups(default="")  # type: ignore[union-attr]
+        before, body, after = split_result(observation)
         turn.observation_tokens = TokenIds(encoder.encode_between(before, without_tags(body, tags), after))
         call = call_at_end(text)
         assert call is not None, "checked when the file was read"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from a2tgpo.data.thought import THINK_TAG
+from a2tgpo.protocol.answer_box import last_box
 from a2tgpo.trajectory import Trajectory
 
 SEARCH_ONLY = ("search",)
@@ -73,22 +74,7 @@ def extract_answer(response: str) -> str | None:
     follows the same rule.
     """
     blocks = _ANSWER.findall(response)
-    return _last_box(blocks[-1]) if blocks else None
-
-
-def _last_box(text: str) -> str | None:
-    if "\\boxed " in text:
-        return text.rpartition("\\boxed ")[2].partition("$")[0]
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth = 1
-    for position in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
-        if depth == 0:
-            return text[start:position]
-    return None
+    return last_box(blocks[-1]) if blocks else None
 
 
 def _is_balanced(tags: list[str], opening: str) -> bool:

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from a2tgpo.data.literal_text import LiteralEncoder
+from a2tgpo.protocol.part_cut import REPLACEMENT, PartCut
 from a2tgpo.protocol.tag_syntax import RESULT_CLOSE, RESULT_OPEN, CallSyntax
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-REPLACEMENT = "\ufffd"
-"""The character that a decoder writes in place of invalid bytes."""
 MAX_CHARACTER_TOKENS = 4
 """Largest number of tokens of one character, because a character has at most 4 bytes in UTF-8."""
 
@@ -28,14 +27,13 @@ class ObservationEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, syntax: CallSyntax, max_part_tokens: int):
-        self._tokenizer = tokenizer
         self._literal = LiteralEncoder(tokenizer)
+        self._parts = PartCut(tokenizer, self._literal, max_tokens=max_part_tokens)
         self._syntax = syntax
-        self._max_part_tokens = max_part_tokens
         self._opening, self._closing = self._literal.encode_parts([RESULT_OPEN, RESULT_CLOSE])
 
     def encode(self, parts: Sequence[str]) -> list[int]:
-        return self._encode_result(self._syntax.result_body([self._cut(part) for part in parts]))
+        return self._encode_result(self._syntax.result_body([self._parts.cut(part) for part in parts]))
 
     def encode_failure(self, name: str, reason: str) -> list[int]:
         return self._encode_result(self._syntax.failure_body(name, reason))
@@ -54,20 +52,9 @@ class ObservationEncoder:
         whole = next((end for end in range(len(kept), 0, -1) if self._ends_a_character(kept[:end])), 0)
         return kept[:whole] + self._closing
 
-    def _cut(self, text: str) -> str:
-        tokens = self._literal.encode(text)
-        if len(tokens) <= self._max_part_tokens:
-            return text
-        # A cut inside a character leaves tokens that decode to replacement characters.
-        return self._decode(tokens[: self._max_part_tokens]).rstrip(REPLACEMENT)
-
     def _ends_a_character(self, tokens: list[int]) -> bool:
         """Return whether the last of `tokens` ends a character."""
-        return not self._decode(tokens[-MAX_CHARACTER_TOKENS:]).endswith(REPLACEMENT)
-
-    def _decode(self, tokens: list[int]) -> str:
-        # Keep spaces before punctuation, which some tokenizers would remove.
-        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+        return not self._parts.decode(tokens[-MAX_CHARACTER_TOKENS:]).endswith(REPLACEMENT)
 
     def _encode_result(self, body: str) -> list[int]:
         return self._literal.encode_between(RESULT_OPEN, body, RESULT_CLOSE)

@@ -11,11 +11,23 @@ from collections.abc import Sequence
 RESULT_OPEN, RESULT_CLOSE = " <result>\n", "\n</result>"
 ANSWER_CLOSE = "</answer>"
 MAX_REASON_CHARS = 160
+_RESULT = re.compile(r"(\s*<result>\s*)?(.*?)(\s*</result>\s*)?", re.DOTALL)
 
 
 def tag_pattern(tools: Sequence[str]) -> re.Pattern[str]:
     """Return a pattern that matches every tag of the protocol, including the tags that call `tools`."""
     return re.compile(rf"</?(?:{'|'.join(['think', 'result', 'answer', *map(re.escape, tools)])})>")
+
+
+def split_result(observation: str) -> tuple[str, str, str]:
+    """Split an observation into the opening tag, the tool's answer and the closing tag.
+
+    The spaces around a tag stay with the tag, because a tokenizer may encode tag and spaces as one token.
+    """
+    found = _RESULT.fullmatch(observation)
+    assert found is not None, "the pattern matches every text"
+    before, body, after = found.groups(default="")
+    return before, body, after
 
 
 def without_tags(text: str, tags: re.Pattern[str]) -> str:

@@ -21,6 +21,10 @@ _FIELDS = {
     "rollout": (
         "temperature",
         "top_p",
+        "protocol",
+        "call_format",
+        "max_calls_per_turn",
+        "strict_format",
         "max_turns",
         "max_turn_tokens",
         "max_response_tokens",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.demonstrations import Demonstration, load_demonstrations
 from a2tgpo.data.tokenizer import load_tokenizer
+from a2tgpo.environment.tool import tool_schemas
 from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.protocol.build import build_protocol
@@ -43,7 +44,7 @@ def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
     except ConfigError as error:
         raise ConfigError(str(error).replace("model.path", "warmstart.source", 1)) from None
     tokenizer = load_tokenizer(settings.source, key="warmstart.source")
-    protocol = build_protocol(config, tokenizer, tools=config.tools.called_names, date=date)
+    protocol = build_protocol(config, tokenizer, schemas=tool_schemas(config), date=date)
     demonstrations = load_demonstrations(settings.demonstrations)
     trajectories = [
         protocol.demonstrate(demonstration, prompt_index=index)

@@ -139,6 +139,11 @@ def to_demonstration(candidate: Candidate, question: Question) -> dict[str, Any]
     for turn in record["turns"][:-1]:
         closing = f"</{turn['tool']}>"
         end = turn["text"].rfind(closing)  # the last token may have text after the tag
+        if end < 0:
+            raise ConfigError(
+                f"question {question.id!r} has a rollout without the tag {closing}; rollouts with "
+                "rollout.protocol=chat cannot become demonstrations"
+            )
         turns.append({"text": turn["text"][: end + len(closing)], "observation": turn["observation_text"]})
     turns.append({"text": record["turns"][-1]["text"]})
     found: dict[str, Any] = {

@@ -54,7 +54,7 @@ def of_method(parts: RunParts, config: RunConfig) -> RunParts:
     protocol = build_protocol(
         config,
         parts.tokenizer,
-        tools=parts.toolset.names,
+        schemas=parts.toolset.schemas,
         date=parts.rollout.protocol.template.date,
     )
     return dataclasses.replace(

@@ -92,7 +92,8 @@ class Player:
     def __init__(self, config: RunConfig, tokenizer: Any, prompts: list[Prompt]):
         self._config, self._tokenizer, self._prompts = config, tokenizer, prompts
         self._toolset = build_tools(config)
-        self._protocol = build_protocol(config, tokenizer, tools=self._toolset.names, date=today())
+        self._search: Any = self._toolset.tools["search"]
+        self._protocol = build_protocol(config, tokenizer, schemas=self._toolset.schemas, date=today())
         self.num_sampled = self.num_tokens = 0
 
     def play(self, numbers: list[str], trainer: TimedTrainer) -> dict[str, list | None]:
@@ -194,7 +195,7 @@ class Player:
             return False
         (call,) = calls
         try:
-            result = CallResult(call=call, parts=tuple(self._toolset.tools["search"].call(call.arguments)))
+            result = CallResult(call=call, parts=tuple(self._search.call(call.arguments)))
         except ToolError as error:
             result = CallResult(call=call, error=str(error))
         turn.calls = [call]

@@ -30,6 +30,39 @@ TAGS = (
     ") ",
 )
 """Texts of the protocol that are one token each."""
+CHAT_SPECIAL = (*SPECIAL, "<|end|>")
+CHAT_PROTOCOL_TEMPLATE = """\
+{%- for tool in tools or [] %}{{ '<|system|>' + tool.function.name + '<|end|>' }}{% endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'tool' %}
+        {{- '<|user|>' if loop.first or messages[loop.index0 - 1].role != 'tool' else '' }}
+        {{- '<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+        {{- '<|end|>' if loop.last or messages[loop.index0 + 1].role != 'tool' else '' }}
+    {%- else %}
+        {{- '<|' + message.role + '|>' + (message.content or '') }}
+        {%- for call in message.tool_calls or [] %}
+            {{- '\\n' if message.content or not loop.first else '' }}
+            {{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+            {{- (call.function.arguments | tojson) + '}\\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
+"""
+"""A chat template with tool calls. It has the structure of Qwen's template, but describes a tool only by its name."""
+CHAT_TAGS = (
+    "<think>",
+    " </think>",
+    '\n<tool_call>\n{"name": "search", "arguments": {"query": "',
+    '"}}\n</tool_call>',
+    "<tool_response>\n",
+    "\n</tool_response>",
+    " \\boxed{",
+    "Doc 1 (Title: ",
+    ") ",
+)
+"""As `TAGS`, for the chat protocol."""
 # Split a space from a capital letter after it, so that a name has the same tokens with and without a space before it.
 WORDS = r" ?[a-z]+| ?[^\sA-Za-z]|[A-Z][a-z]*|\s"
 VOCAB_SIZE = 480
@@ -37,7 +70,7 @@ ROPE_THETA = 10_000.0
 EMBEDDING_STD = 0.06
 
 
-def build_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Iterator[str], *, protocol: str = "tags") -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with at most `VOCAB_SIZE` ids on `texts`.
 
     The vocabulary is so small that names are split into pieces that other names also contain.
@@ -45,6 +78,11 @@ def build_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    special, tags, template = (
+        (SPECIAL, TAGS, CHAT_TEMPLATE)
+        if protocol == "tags"
+        else (CHAT_SPECIAL, CHAT_TAGS, CHAT_PROTOCOL_TEMPLATE)
+    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -54,18 +92,18 @@ def build_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(TAGS),
-        special_tokens=list(SPECIAL),
+        vocab_size=VOCAB_SIZE - len(tags),
+        special_tokens=list(special),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=SPECIAL[0],
         pad_token=SPECIAL[0],
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
         clean_up_tokenization_spaces=False,
     )
 

@@ -1,0 +1,69 @@
+"""Check the arguments of a call against the tool's parameters, and convert them to the text that the tool gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from a2tgpo.protocol.call_format import dump_json
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "object": (dict,),
+    "array": (list,),
+    "null": (type(None),),
+}
+
+
+class ArgumentError(ValueError):
+    """The arguments do not fit the tool. The message is one line for the policy."""
+
+
+def argument_text(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
+    """Return the text that a tool gets for `arguments`.
+
+    If the tool has one parameter, and it is a text, the tool gets this text without spaces around it. Other tools get
+    all arguments as a JSON object.
+
+    Args:
+        parameters: the tool's parameters, as a JSON schema of type object.
+
+    Raises:
+        ArgumentError: if an argument is missing, unknown, empty or of another type.
+    """
+    properties: Mapping[str, Any] = parameters.get("properties", {})
+    for name in parameters.get("required", ()):
+        if name not in arguments:
+            raise ArgumentError(f"the argument {name!r} is missing")
+    for name, value in arguments.items():
+        if name not in properties:
+            known = ", ".join(map(repr, properties)) or "none"
+            raise ArgumentError(f"there is no argument {name!r:.80}; the arguments are: {known}")
+        if not _has_type(value, properties[name].get("type")):
+            raise ArgumentError(f"the argument {name!r} is not of type {properties[name]['type']}")
+    (only, *others) = properties or [""]
+    if others or properties.get(only, {}).get("type") != "string":
+        return dump_json(arguments)
+    text = str(arguments.get(only, "")).strip()
+    if not text:
+        raise ArgumentError(f"the argument {only!r} is empty")
+    return text
+
+
+def one_text(parameters: Mapping[str, Any], text: str) -> dict[str, str] | None:
+    """Return the arguments with `text` as the only one, or None if the tool needs other arguments."""
+    properties: Mapping[str, Any] = parameters.get("properties", {})
+    names = [name for name, schema in properties.items() if schema.get("type") == "string"]
+    return {names[0]: text} if len(properties) == len(names) == 1 else None
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    kinds = kind if isinstance(kind, list) else [kind]
+    if any(name not in _TYPES for name in kinds):
+        return True  # the schema does not say
+    if isinstance(value, bool):
+        return "boolean" in kinds
+    return any(isinstance(value, _TYPES[name]) for name in kinds)

@@ -1,0 +1,109 @@
+"""The interface of a call format, and the list of all formats."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+from a2tgpo.config.rollout import FORMATS_PACKAGE
+
+MAX_CALL_CHARS = 32_768
+"""Largest number of characters of one call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenCall:
+    """A call as the policy wrote it, before anything is known about the tool."""
+
+    text: str
+    """The call's own text, without the tags around it."""
+    name: str = ""
+    """Name of the tool, or empty if it cannot be read."""
+    arguments: Mapping[str, Any] | None = None
+    """The arguments, or None if they cannot be read."""
+    problem: str | None = None
+    """What is wrong with the form of the call, or None if nothing is wrong."""
+
+
+class CallFormat(Protocol):
+    """Reads and writes the tool calls in a turn's text."""
+
+    tags: tuple[str, ...]
+    """The tags around a call. No tool may write these tags."""
+
+    def find_calls(self, text: str) -> list[WrittenCall]:
+        """Return all calls in `text`, in order. No text raises an error, and the time is linear in its length.
+
+        Args:
+            text: the visible part of a turn, without the token that ended the turn.
+        """
+
+    def write(self, text: str, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+        """Return a turn with the visible `text` and `calls`, which are pairs (name, arguments)."""
+
+
+def load_format(name: str) -> CallFormat:
+    found: CallFormat = importlib.import_module(f"{FORMATS_PACKAGE}.{name}").FORMAT
+    return found
+
+
+def decode_object(text: str, start: int) -> tuple[Any, int]:
+    """Decode the JSON value that begins at `start`, and return the value and the position of its end.
+
+    If a key is repeated, its last value counts.
+
+    Raises:
+        ValueError: if there is no valid JSON value.
+    """
+    try:
+        return _DECODER.raw_decode(text, start)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_call(text: str, value: Any, *, keys: Sequence[str]) -> WrittenCall:
+    """Return the call that the decoded JSON `value` describes.
+
+    Args:
+        text: the text from which `value` was decoded.
+        keys: names that the arguments may have in `value`; the first one is the usual one.
+    """
+    if len(text) > MAX_CALL_CHARS:
+        return WrittenCall(
+            text=text[:MAX_CALL_CHARS], problem=f"the call is longer than {MAX_CALL_CHARS} characters"
+        )
+    if not isinstance(value, dict):
+        return WrittenCall(text=text, problem="the call is not a JSON object")
+    name = value.get("name")
+    if not isinstance(name, str) or not name:
+        return WrittenCall(text=text, problem='the call has no "name"')
+    key = next((key for key in keys if key in value), keys[0])
+    arguments = value.get(key)
+    if isinstance(arguments, str):
+        arguments = _object_in(arguments)
+    if not isinstance(arguments, dict):
+        return WrittenCall(text=text, name=name, problem=f'"{key}" is not a JSON object')
+    return WrittenCall(text=text, name=name, arguments=arguments)
+
+
+def dump_json(value: Any) -> str:
+    """Return `value` as JSON in the form in which chat templates write it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _object_in(text: str) -> Any:
+    try:
+        value, end = decode_object(text.strip(), 0)
+    except ValueError:
+        return None
+    return value if end == len(text.strip()) else None
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
