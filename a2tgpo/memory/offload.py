@@ -15,7 +15,7 @@ from torch import Tensor, UntypedStorage
 from a2tgpo.model.policy import Policy
 
 PAGE_BYTES = 2**28
-"""Host memory is allocated in pieces of this size, a power of two. torch would round another size up to one."""
+"""Host memory is allocated in pieces of this size. torch rounds the size of a piece up to a power of two."""
 
 
 class MovablePart:
@@ -102,7 +102,7 @@ class _HostPages:
         self._pages = [torch.empty(size, dtype=torch.uint8, pin_memory=page_locked) for size in sizes]
 
     def beside(self, on_card: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the pieces of `on_card` [bytes] with their places in the pages, from byte `start` of the pages on."""
+        """Yield each piece of `on_card` [bytes] with its place in the pages. The first place is byte `start`."""
         done = 0
         while done < on_card.numel():
             page, offset = divmod(start + done, PAGE_BYTES)

@@ -9,7 +9,7 @@
     update      the trainer runs forward and backward passes and the optimizer step
     checkpoint  model and optimizer are copied to host memory, or loaded
 
-A sleeping engine has lost its weights, so the next refit brings new weights. Only a rollout can follow a refit.
+A sleeping engine has lost its weights, so a refit precedes every rollout. Only a rollout can follow a refit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Estimate how much of a ratio's distance from 1 is rounding noise, and advise which settings to change.
 
-At a step's first mini-batch, the weights equal those that computed the old log-probs, so both passes round in the
-same way. From the second mini-batch on, the weights differ, so the ratio contains the full noise. The policy's
+At a step's first mini-batch, the weights are those with which the old log-probs were computed, so both passes round
+in the same way. From the second mini-batch on, the weights differ, so the ratio contains the full noise. The policy's
 movement grows from update to update, but the noise does not.
 """
 

@@ -32,7 +32,7 @@ class SlowRanks:
         Returns:
             1. The metrics `time/STAGE_min_s`, `time/STAGE_max_s` and `time/STAGE_slowest_rank`. With a single rank,
                there are no metrics.
-            2. A line if this step is the `steps`-th consecutive one in which a rank is slow. Otherwise "".
+            2. A line if this step is the `steps`-th consecutive step in which the same rank is slow. Otherwise "".
         """
         if len(by_rank) < 2:
             return {}, ""

@@ -104,7 +104,7 @@ class MetricWriter:
     def log_text(self, step: int, name: str, text: str) -> None:
         """Record `text` in TensorBoard, in a monospaced font and without interpreting it as Markdown."""
         if self.enabled:
-            # Indent the text to make it a code block. The text could contain the end of a fenced block.
+            # Make the text an indented code block, because it could contain the end of a fenced block.
             indented = "\n".join("    " + line for line in text.splitlines())
             with naming(self._board_folder):
                 self._board.add_text(name, indented, step)

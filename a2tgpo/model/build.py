@@ -122,8 +122,8 @@ def _gpt_model(
     for name, parameter in gpt_model.named_parameters():
         # The optimizer reads these attributes of every parameter, but layers set them only on split parameters.
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
-        # Reduce an expert's gradient over all ranks that hold the expert. Without this attribute, Megatron 0.16 would
-        # do so only if parallel.expert > 1, and would lose the gradients from other tensor-parallel ranks' tokens.
+        # Reduce an expert's gradient over all ranks that hold the expert. Without this attribute, Megatron 0.16 loses
+        # the gradients from other tensor-parallel ranks' tokens if parallel.expert is 1.
         parameter.allreduce = not is_expert(name)
     return gpt_model
 
@@ -150,7 +150,7 @@ def wrap_for_training(
                 bucket_size=bucket_size,
             ),
             chunk,
-            # The backward pass reaches the first chunk last, so only this chunk's reduction needs several buckets.
+            # Other chunks are reduced during the backward pass of earlier chunks, so only the first needs buckets.
             disable_bucketing=number > 0,
         )
         for number, chunk in enumerate(policy.chunks)
@@ -168,7 +168,7 @@ def accumulate_in_float32(chunk: Any) -> None:
     """Make Transformer Engine's linear layers add their weight gradients directly to the float32 buffer.
 
     By default these layers first round each micro-batch's gradient to the weights' dtype. `chunk` must be wrapped in
-    DistributedDataParallel, which owns the buffer. A layer may overwrite the buffer, so zero it before each pass.
+    DistributedDataParallel, which owns the buffer. Zero the buffer before each pass: a layer may overwrite it.
     """
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):

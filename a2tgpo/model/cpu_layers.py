@@ -85,7 +85,7 @@ class LayerNormColumnParallelLinear(ColumnParallelLinear):
         """Return this rank's part of a checkpoint. The norm weight is whole on every rank."""
         state = self.state_dict(prefix="", keep_vars=True)
         groups: dict[str, Any] = {}
-        # Megatron-Core 0.17 and later require the groups as arguments.
+        # Megatron-Core 0.17 and later require the process groups as arguments.
         if "dp_cp_group" in inspect.signature(make_sharded_tensors_for_checkpoint).parameters:
             from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 

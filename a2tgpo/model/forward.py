@@ -34,7 +34,7 @@ def forward_packed(
     schedule must call this, because the schedule passes on the previous chunk's output. With context parallelism, the
     batch must have the padding of `packing.alignment`. A rank then runs only its own positions of the batch (see
     `context_split.context_positions`). Tokens after `cu_seqlens[-1]` form an additional segment. Do not call this
-    under `torch.inference_mode`, because Megatron caches rotary tables, which training could then not use.
+    under `torch.inference_mode`, because training cannot use the rotary tables that Megatron would then cache.
 
     Args:
         tokens: [1, T] int64, T >= 1, on any device.
@@ -95,8 +95,8 @@ def _packed_seq_params(
     )
     if boundaries[-1] < num_tokens:
         boundaries.append(num_tokens)
-    # The longest length must be exact. If the rotary table is as long as the whole row, Megatron reads one table row
-    # per packed token instead of per position (megatron/core/models/common/embeddings/rope_utils.py:212).
+    # The longest length must be exact. If it were the length of the packed row, Megatron would not restart the rotary
+    # positions at each segment (megatron/core/models/common/embeddings/rope_utils.py:212).
     longest = max(end - start for start, end in pairwise(boundaries))
     segments = torch.tensor(boundaries, dtype=torch.int32).to(device, non_blocking=True)
     return PackedSeqParams(

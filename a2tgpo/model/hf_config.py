@@ -110,7 +110,8 @@ def _require_the_stated_head(
 ) -> None:
     """Raise `ConfigError` if the stored output head contradicts tie_word_embeddings in config.json.
 
-    With tied embeddings, only transformers uses a stored head. Therefore a stored head must equal the embedding.
+    If the embeddings are tied, transformers still uses a stored head, but Megatron uses the embedding. Therefore both
+    must be equal.
     """
     if not hf_config.tie_word_embeddings:
         if _HEAD not in shapes:

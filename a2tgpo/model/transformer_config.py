@@ -118,15 +118,15 @@ def _stages(parallel: ParallelConfig) -> dict[str, Any]:
     """Return Megatron's settings for chunks and uneven stages. None: Megatron's default."""
     first, last = parallel.first_stage_layers or None, parallel.last_stage_layers or None
     if parallel.pipeline == 2 and first and last:
-        # `first` implies `last`. If both were set, Megatron would divide by zero for virtual stages, because two
-        # stages have no middle stage.
+        # `first` determines `last`. If both are set and stages are virtual, Megatron divides by the number of middle
+        # stages, 0.
         last = None
     return {
         "virtual_pipeline_model_parallel_size": parallel.virtual if parallel.virtual > 1 else None,
         "num_layers_in_first_pipeline_stage": first,
         "num_layers_in_last_pipeline_stage": last,
-        # Each of two stages is both the previous and the next stage of the other. Megatron's batched exchange would
-        # then confuse activations with gradients. Overlapped communication sends each tensor separately.
+        # If two stages are virtual, each is both the previous and the next stage of the other, and a batched exchange
+        # would confuse activations with gradients. Overlapped communication sends each tensor separately.
         "overlap_p2p_comm": parallel.virtual > 1,
         "batch_p2p_comm": parallel.virtual == 1,
     }

@@ -1,7 +1,7 @@
-"""Attention along a tree: one packed pass runs a trunk and branches that each continue a part of the trunk.
+"""Attention along a tree, so that one pass runs a trunk and branches. Each branch continues a part of the trunk.
 
-Kernels for packed sequences support only causal segments. Such a pass therefore replaces every layer's core attention
-by plain scaled dot product attention. The core attention has no weights.
+Kernels for packed sequences support only causal segments. The pass therefore replaces every layer's core attention,
+which has no weights, by plain scaled dot product attention.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def make_bridge(hf_config: PretrainedConfig, config: TransformerConfig, *, padde
     base = _MODEL_REGISTRY[hf_config.model_type]
     direct = dict(base._DIRECT_MAPPING)
     direct[_OUTPUT] = "model.embed_tokens.weight" if hf_config.tie_word_embeddings else "lm_head.weight"
-    # Create a class for each bridge. If embeddings are tied, mbridge changes its class's table, which would affect
-    # later models. Replace `_build_config`, because it reads attributes that transformers 5 does not have.
+    # Create a class for each bridge, because a bridge with tied embeddings changes a table of its class. Replace
+    # `_build_config`, because it reads attributes that transformers 5 does not have.
     members = {
         "_DIRECT_MAPPING": direct,
         "_adjust_mapping_for_shared_weights": lambda bridge: None,
@@ -190,7 +190,7 @@ def iterate_hf_weights(policy: Policy, *, bucket_bytes: int = 0) -> Iterator[tup
 def _named_parts(
     policy: Policy, record: ParameterRecord, parts: list[torch.Tensor]
 ) -> list[tuple[str, torch.Tensor]]:
-    """Return (name, whole parameter) pairs in Megatron's layout. Each part of an expert's record is a parameter."""
+    """Return (name, whole parameter) pairs. If the record is of an expert, each part is a whole parameter."""
     groups, config = policy.groups, policy.transformer_config
     if is_expert(record.name):
         assert config.num_moe_experts is not None

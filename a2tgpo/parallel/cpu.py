@@ -26,7 +26,7 @@ KEPT_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 """Environment variable and value that limit oneDNN's cache to 64 compiled kernels.
 
 Each number of tokens needs its own kernels. oneDNN's default cache of 1,024 kernels takes 0.25 GiB and is full within
-ten steps. From then on, kernels are replaced one by one, which fragments the heap. A kernel compiles in 0.3 ms.
+ten steps. From then on, kernels are replaced one by one, which fragments the heap. Recompiling takes 0.3 ms.
 """
 
 _FACTORIES = (
@@ -59,7 +59,7 @@ def install() -> None:
     """Adapt Megatron-Core to the CPU. On a machine with a GPU, or in a second call, do nothing.
 
     Raises:
-        RuntimeError: if megatron has already been imported. Its references to torch can no longer be replaced.
+        RuntimeError: if megatron has already been imported, because its modules then keep their references to torch.
     """
     if torch.cuda.is_available() or any(isinstance(finder, ImportHook) for finder in sys.meta_path):
         return
@@ -226,7 +226,7 @@ def _cpu_generator(random: Any) -> None:
     """Make Megatron save and restore the state of the CPU generator in place of the GPU generator."""
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    # Megatron's fork() warns when the CPU state changes, but here this change is intended.
+    # Megatron's fork() warns if the CPU's random state changes, but here this change is intended.
     logging.getLogger(random.__name__).addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )

@@ -31,7 +31,7 @@ class RolloutRetention:
         self._has_warned = False
 
     def trim(self, covered: int) -> None:
-        """Remove recorded steps before step `covered`, which a resumed run does not replay, until the limit is met.
+        """Remove recorded steps until the limit is met. Keep the steps from `covered` on for a resumed run.
 
         Files that cannot be removed are ignored.
         """

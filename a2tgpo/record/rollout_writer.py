@@ -52,7 +52,7 @@ class RolloutWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the started step is on disk, or until its write has failed. An OSError only logs a warning."""
+        """Wait until the started step is on disk or its write has failed. If an OSError occurred, log a warning."""
         if self._thread is None:
             return
         self._thread.join()

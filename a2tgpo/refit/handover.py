@@ -68,7 +68,7 @@ def refit(policy: Policy, engine: VllmEngine, *, version: int, bucket_mib: int) 
 
 
 class _Export(Iterator[tuple[str, torch.Tensor]]):
-    """Iterator over the weights for the engine. It counts them in `report`, and keeps no reference to a tensor."""
+    """Iterator over the weights for the engine. `report` counts the weights, and no reference to a tensor is kept."""
 
     def __init__(self, weights: Iterator[tuple[str, torch.Tensor]]):
         self._weights = weights

@@ -45,7 +45,7 @@ def run_pipeline(
     `token_function`'s values over all micro-batches and all data-parallel replicas.
 
     Args:
-        distribution: the distribution of the log-probs and entropies that `token_function` receives.
+        distribution: the next-token distribution whose log-probs and entropies `token_function` receives.
         forward_only: compute no gradients, and ignore the values of `token_function`.
 
     Raises:
@@ -105,7 +105,7 @@ class _ScoredRows(NamedTuple):
     rows: Tensor
     """[n] int64, n >= 1: indices of this rank's positions at which `loss_mask` is True.
 
-    If `loss_mask` is nowhere True, the tensor is [0], so that the pass still reaches every parameter and collective.
+    If `loss_mask` is nowhere True, the only index is 0, so that the pass reaches every parameter and collective.
     """
 
 
@@ -136,7 +136,7 @@ def _logprobs(
         values = values.new_zeros(own.numel()).index_copy(0, scored.rows, values)
         if groups.cp_size > 1:
             values = gather_context(values, scored.positions, groups.cp_group)
-        return values.where(batch.loss_mask[0], 0.0)  # this also masks the unneeded row [0]
+        return values.where(batch.loss_mask[0], 0.0)  # also masks index 0 if `loss_mask` is nowhere True
 
     # Scatter log-probs and entropies separately. If they were stacked, autograd would run backward through both.
     return over_the_row(found[0]), over_the_row(found[1])

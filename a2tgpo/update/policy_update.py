@@ -1,4 +1,4 @@
-"""Take one optimizer step per mini-batch. If a step has several mini-batches, score all of them first."""
+"""Take one optimizer step per mini-batch. Before the first of several, compute the old log-probs of all."""
 
 from __future__ import annotations
 
