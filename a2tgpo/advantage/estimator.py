@@ -11,7 +11,7 @@ from a2tgpo.config.algorithm import METHODS_PACKAGE, AlgorithmConfig
 def compute_advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
-    """Return the advantages by the method in `advantage/methods/` that `algorithm.advantage` names.
+    """Compute advantages with the method in `advantage/methods/` that `algorithm.advantage` names.
 
     Every rank of `dp_group` must call this, even with an empty table.
     """

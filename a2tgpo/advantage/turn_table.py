@@ -90,7 +90,7 @@ def build_turn_table(
     has_gain, info_gain = (
         has_gain.reshape(shape),
         info_gain.reshape(shape),
-    )  # without rows, the tensors have lost a dimension
+    )  # `torch.tensor([])` has only one dimension
     has_gain &= info_gain.isfinite()
     return TurnTable(
         prompt_index=torch.tensor([t.prompt_index for t in trajectories], dtype=torch.int64),

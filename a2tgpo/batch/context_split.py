@@ -9,8 +9,8 @@ from torch import Tensor
 def context_positions(cu_seqlens: Tensor, cp_size: int) -> Tensor:
     """Return, for each context-parallel rank, the positions of the packed row that this rank holds.
 
-    Every segment is cut into 2 * cp_size equal pieces. Rank r holds pieces r and 2 * cp_size - 1 - r ("zigzag"), so
-    all ranks have the same amount of work under causal attention. Transformer Engine and Megatron expect it.
+    Every segment is cut into 2 * cp_size equal pieces. Rank r holds pieces r and 2 * cp_size - 1 - r ("zigzag", as in
+    Transformer Engine and Megatron), so all ranks have the same amount of work under causal attention.
 
     Args:
         cu_seqlens: [segments + 1] integers, the segments' boundaries from 0 to T. The length of every segment must be

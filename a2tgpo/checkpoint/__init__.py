@@ -1,3 +1,3 @@
-"""Write sharded checkpoints while training continues, verify each when it is read, and remove old ones by rules."""
+"""Write sharded checkpoints while training continues, verify them when they are read, and remove old checkpoints."""
 
 import a2tgpo.parallel  # noqa: F401  adapts Megatron to the machine before the modules here import it

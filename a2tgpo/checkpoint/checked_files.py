@@ -87,7 +87,7 @@ class CheckedWriter(torch_checkpoint.FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            # After a write error, closing the file raises a second error that hides the first, so search the chain.
+            # After a write error, closing the file raises a second error. Search the chain of errors for the first.
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__

@@ -50,9 +50,8 @@ def find_model(path: str | Path, *, untrained: str | Path = "", key: str = "--ch
     """Return the weights that `path` refers to.
 
     Args:
-        path: a Hugging Face folder, a checkpoint (`runs/NAME/checkpoints/step_N`), or a folder of checkpoints. Such a
-            folder refers to the newest complete checkpoint in it, and `.../checkpoints/best` to the checkpoint that
-            best.json names.
+        path: a Hugging Face folder or a checkpoint (`runs/NAME/checkpoints/step_N`). `.../checkpoints` refers to the
+            newest complete checkpoint, and `.../checkpoints/best` to the checkpoint that best.json names.
         untrained: the Hugging Face folder to return if best.json names step 0.
         key: the option with which the user gave `path`, for error messages.
 

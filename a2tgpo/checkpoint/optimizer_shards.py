@@ -24,7 +24,7 @@ from torch import Tensor
 PIECE_BYTES = 2**26
 """Largest size of a saved shard in bytes, unless one row is larger. A reader loads whole shards into host memory."""
 UNCUT = 2**62
-"""Value of `piece_bytes` for a load. Small requests would cost reads, because each reads whole saved shards."""
+"""Value of `piece_bytes` for a load: no cuts, because torch would read a saved shard again for each piece of it."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """The offset and the size of a rectangle in each dimension of its tensor."""

@@ -310,7 +310,7 @@ def _check_index(path: Path) -> None:
 def _check_memo(content: bytes) -> None:
     """Raise ValueError if the pickle `content` has a memo index larger than its own length.
 
-    The unpickler allocates a memo of twice the index, so one flipped bit could make it allocate 64 GiB.
+    The unpickler allocates a memo of twice the largest index, so one flipped bit could make it allocate 64 GiB.
     """
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name.endswith("PUT") and int(argument or 0) > len(content):

@@ -1,7 +1,7 @@
 """Copy the state to host memory in the training thread, and write the checkpoint in another thread.
 
 The writing thread has its own gloo group, so that its collectives cannot mix with those of the training. The ranks
-exchange their faults at the end of each stage of a save, so that a save fails on all ranks or on none.
+exchange their errors at the end of each stage of a save, so that a save fails on all ranks or on none.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class CheckpointWriter:
             state: the caller's own values, which must be equal on all ranks and have JSON types. A load returns
                 tuples as lists.
             own_files: files that only this rank adds, as a map from the path within the checkpoint to the content.
-            on_complete: the thread of rank 0 calls this once the checkpoint is complete. If it raises OSError, the
-                save fails.
+            on_complete: the thread of rank 0 calls this once the checkpoint is complete. If the call raises OSError,
+                the save fails.
 
         Raises:
             TypeError: if `state` contains a type that JSON does not have.

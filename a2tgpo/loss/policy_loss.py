@@ -36,7 +36,7 @@ class LossInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """The loss of a micro-batch, with gradient. All other fields are [n] for the metrics, without gradient."""
+    """The loss of a micro-batch, with gradient. The other fields, [n] without gradient, are for the metrics."""
 
     loss: torch.Tensor
     token_loss: torch.Tensor

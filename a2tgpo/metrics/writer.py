@@ -137,7 +137,7 @@ class MetricWriter:
             file=self._stream,
             desc="step",
             dynamic_ncols=True,
-            # With a small value, tqdm estimates the remaining time mostly from the run's average.
+            # If `smoothing` is small, tqdm estimates the remaining time mostly from the run's average.
             smoothing=0.1,
             bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed} elapsed, {remaining} left {postfix}",
         )

@@ -156,6 +156,6 @@ class PackedAttention(MegatronModule):
 def _causal_masks(
     own_positions: torch.Tensor, cu_seqlens: torch.Tensor, own_lengths: list[int]
 ) -> list[torch.Tensor | None]:
-    """Return a bool mask [own length, length] for each segment. True means that the query attends to the key."""
+    """Return a bool mask [this rank's tokens, all tokens] for each segment. True: the query attends to the key."""
     ends = zip(own_positions.split(own_lengths), cu_seqlens.tolist(), cu_seqlens[1:].tolist(), strict=False)
     return [own[:, None] >= torch.arange(start, stop) for own, start, stop in ends]

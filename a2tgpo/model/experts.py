@@ -89,7 +89,7 @@ def is_expert(name: str) -> bool:
 
 
 def expert_names(name: str, *, experts_per_rank: int, num_ranks: int) -> list[str]:
-    """Return one name for each expert-parallel rank: that of its parameter in the same local place as `name`."""
+    """Return, for each expert-parallel rank, the name of the expert parameter with the same local index as `name`."""
     stem, number = name.rsplit("weight", 1)
     place = int(number) % experts_per_rank
     return [f"{stem}weight{place + experts_per_rank * rank}" for rank in range(num_ranks)]

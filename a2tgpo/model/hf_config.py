@@ -110,8 +110,7 @@ def _require_the_stated_head(
 ) -> None:
     """Raise `ConfigError` if the stored output head contradicts tie_word_embeddings in config.json.
 
-    If the embeddings are tied, transformers still uses a stored head, but Megatron uses the embedding. Therefore both
-    must be equal.
+    If the embeddings are tied, transformers uses a stored head, but Megatron uses the embedding. Both must be equal.
     """
     if not hf_config.tie_word_embeddings:
         if _HEAD not in shapes:

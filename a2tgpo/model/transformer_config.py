@@ -125,8 +125,8 @@ def _stages(parallel: ParallelConfig) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": parallel.virtual if parallel.virtual > 1 else None,
         "num_layers_in_first_pipeline_stage": first,
         "num_layers_in_last_pipeline_stage": last,
-        # If two stages are virtual, each is both the previous and the next stage of the other, and a batched exchange
-        # would confuse activations with gradients. Overlapped communication sends each tensor separately.
+        # In a virtual pipeline of two stages, each stage is both the previous and the next stage of the other. A
+        # batched exchange would confuse activations with gradients. Overlapped exchanges send tensors separately.
         "overlap_p2p_comm": parallel.virtual > 1,
         "batch_p2p_comm": parallel.virtual == 1,
     }
@@ -144,7 +144,7 @@ def _fusions(transformer_engine: bool) -> dict[str, Any]:
         "apply_rope_fusion": transformer_engine,
         "persist_layer_norm": transformer_engine,
         "masked_softmax_fusion": False,  # Transformer Engine or its twin computes attention
-        # With this setting, Megatron's own layers would need APEX. See build.accumulate_in_float32.
+        # If this were True, Megatron's own layers would need APEX. See build.accumulate_in_float32.
         "gradient_accumulation_fusion": False,
     }
 

@@ -28,7 +28,7 @@ class Recorder:
 
     Args:
         writer: the metric writer, which is enabled only on rank 0.
-        num_texts: number of a step's rollouts to show in TensorBoard, half of the best and half of the worst.
+        num_texts: number of a step's rollouts to show in TensorBoard. Half are the best, the others the worst.
     """
 
     def __init__(

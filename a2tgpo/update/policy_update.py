@@ -1,4 +1,4 @@
-"""Take one optimizer step per mini-batch. Before the first of several, compute the old log-probs of all."""
+"""Compute the old log-probs of a step's mini-batches, and take one optimizer step per mini-batch."""
 
 from __future__ import annotations
 
