@@ -1,4 +1,4 @@
-"""Pack a data-parallel replica's trajectories into micro-batches. All replicas make the same number if they can."""
+"""Pack trajectories into micro-batches, so that all data-parallel replicas have the same number if possible."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def checked_reading(folder: Path, pieces: Mapping[str, list[Piece]]) -> Iterator
 
 
 def size_and_checksum(pieces: list[Piece]) -> tuple[int, int]:
-    """Return the size in bytes of a file that consists of `pieces`, and one CRC-32 over the list of its pieces."""
+    """Return the size in bytes of a file that consists of `pieces`, and one CRC-32 over the list `pieces`."""
     return sum(size for _, size, _ in pieces), zlib.crc32(
         json.dumps([list(piece) for piece in pieces]).encode()
     )

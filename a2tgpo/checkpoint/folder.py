@@ -167,7 +167,7 @@ def require_same_model(path: Path, record: dict[str, Any], hf_config: Pretrained
 
 
 def _require_same_optimizer(path: Path, record: dict[str, Any], optimizer: Any) -> None:
-    """Raise a ValueError of one line if either the saved optimizer or `optimizer` is distributed, but not both."""
+    """Raise a ValueError of one line if only one of the saved optimizer and `optimizer` is distributed."""
     mine = is_distributed(optimizer)
     saved = record.get("distributed_optimizer", mine)  # an older checkpoint has no such record
     if saved != mine:

@@ -11,8 +11,8 @@ class StageTimers:
     If a stage runs several times, its times are added. The time of a stage includes the time of stages inside it.
 
     Args:
-        synchronize: function that waits for the device, such as torch.cuda.synchronize. It is called at the beginning
-            and at the end of a stage, so that the stage's time includes queued work. None on CPUs.
+        synchronize: function that waits for the device, such as torch.cuda.synchronize. It runs at the beginning and
+            the end of a stage, so that the stage's time includes queued work. None on CPUs.
         enter: function that is called with the stage's name when an outermost stage begins, and with "" at its end.
     """
 

@@ -75,7 +75,7 @@ def load_hf_config(path: str) -> PretrainedConfig:
 def _require_sizes_of_weights(path: str, raw: dict, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raise `ConfigError` if a size in config.json differs from the shapes in the weights' headers.
 
-    A wrong size could make the model too large for memory, because it is built before its weights are read.
+    A wrong size could make the model too large for memory, because the model is built before the weights are read.
     """
     hidden = raw.get("hidden_size")
     last = f"model.layers.{(raw.get('num_hidden_layers') or 1) - 1}."
@@ -110,7 +110,7 @@ def _require_the_stated_head(
 ) -> None:
     """Raise `ConfigError` if the stored output head contradicts tie_word_embeddings in config.json.
 
-    If the embeddings are tied, transformers uses a stored head, but Megatron uses the embedding. Both must be equal.
+    If embeddings are tied, Megatron uses the embedding and transformers a stored head, so both must be equal.
     """
     if not hf_config.tie_word_embeddings:
         if _HEAD not in shapes:
