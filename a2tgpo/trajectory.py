@@ -15,7 +15,7 @@ import msgspec
 
 Record = TypeVar("Record")
 _OLD_FIELD = b"\xa5query"
-"""A field's name in msgpack that only turns of earlier versions have."""
+"""The msgpack name of a field that only turns of earlier versions have."""
 
 
 class TokenIds(array):
@@ -224,7 +224,7 @@ def from_dict(record: dict) -> Trajectory:
 
 
 def _with_calls(content: Any) -> Any:
-    """Return decoded `content` with `calls` in each turn that an earlier version wrote without."""
+    """Return the decoded `content`. Turns that earlier versions wrote get the field `calls`."""
     if isinstance(content, list | tuple):
         return [_with_calls(item) if isinstance(item, dict | list) else item for item in content]
     if not isinstance(content, dict):

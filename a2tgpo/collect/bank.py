@@ -4,8 +4,8 @@ The file `bank/step_N/replica_R.bin` contains the rollout of step N by engine R.
 file, and all ranks of the engine read it.
 
 A start uses the stored rollouts of a step only if step, weights (bitwise) and rollout configuration match, and if the
-files of all ranks come from the same attempt at the step. Otherwise all ranks replay the step. On a GPU, an update
-need not repeat bit for bit, so often only the first step after the checkpoint matches.
+files of all ranks come from the same attempt at the step. Otherwise all ranks replay the step. On a GPU, a repeated
+update may give slightly different weights, so often only the first step after the checkpoint matches.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class RolloutBank:
         self._attempt = ""
 
     def take(self, step: int, policy: Policy) -> PlayedStep | None:
-        """Return the stored rollouts of `step` by `policy`, or None if the caller must play the step.
+        """Return the stored rollouts of `step` with `policy`'s weights, or None if the caller must play the step.
 
         The weights must be on the GPU. If rollouts are returned, the state has advanced past the step. Only the
         leader of each engine gets trajectories.

@@ -69,7 +69,7 @@ def engines_for(entries: Sequence[Entry], count: int, *, num_engines: int) -> li
 
 
 def is_due(entry: Entry, version: int, *, max_staleness: int) -> bool:
-    """Return whether the step that plays `version` is the last step that may train on the group of `entry`."""
+    """Return whether the group of `entry` would be too stale for the step after `version`."""
     return version - entry.begun >= max_staleness
 
 
@@ -82,7 +82,7 @@ def with_complete(entries: Sequence[Entry], complete: Collection[tuple[int, int]
 
 
 def to_finish(entries: Sequence[Entry], *, num_groups: int) -> list[Entry]:
-    """Return the oldest unfinished groups, as many as are missing to have `num_groups` complete groups."""
+    """Return the oldest unfinished groups that must be finished to get `num_groups` complete groups."""
     unfinished = sorted(entry for entry in entries if not entry.is_complete)
     return unfinished[: max(0, num_groups - (len(entries) - len(unfinished)))]
 

@@ -20,7 +20,7 @@ class RolloutSnapshot:
 
 @dataclass(kw_only=True)
 class RolloutState:
-    """The sampler of the questions, and the groups that continue in the next step with `rollout.partial`."""
+    """The sampler of the questions, and the groups that continue in the next step if `rollout.partial` is on."""
 
     sampler: PromptSampler
     carried: Carried = field(default_factory=Carried)

@@ -80,7 +80,7 @@ class StepRollout:
         self._has_warned = False
 
     def play(self, *, version: int) -> PlayedStep | None:
-        """Play a step with the weights of `version`; every rank must call this.
+        """Play a step with the weights of `version`. Every rank must call this.
 
         The engines must be awake and hold these weights. Return None if this rank's rollout was interrupted. With
         dynamic sampling or partial rollouts, return None if the rollout of any rank was interrupted. The caller must
@@ -125,8 +125,8 @@ class StepRollout:
             if size == 0:
                 break
             questions += sampler.next_indices(size, excluded=questions)
-            # A position identifies a group within the step and seeds its rollouts, so each draw continues the
-            # positions of the last draw.
+            # A position identifies a group within the step and seeds its rollouts, so a draw must not reuse the
+            # positions of earlier draws.
             drawn = range(len(questions))[-size:]
             trajectories = self._play_share(questions, drawn, version, counts)
             found = self._agree_on_informative(drawn, trajectories)
@@ -164,7 +164,7 @@ class StepRollout:
     def _agree_on_informative(
         self, drawn: range, trajectories: Sequence[Trajectory] | None
     ) -> list[bool] | None:
-        """Return whether each group of the draw is informative, or None if any rank interrupted the draw."""
+        """Return a flag per group of the draw: whether it is informative. Return None if any rank was interrupted."""
         world = world_group()
         mine = None
         if trajectories is not None:
@@ -194,7 +194,7 @@ class StepRollout:
 
 
 def informative_groups(trajectories: Sequence[Trajectory]) -> dict[int, bool]:
-    """Map each prompt index to whether the prompt's group is informative."""
+    """Return {prompt index: whether the prompt's group is informative}."""
     rewards: dict[int, set[float | None]] = {}
     for trajectory in trajectories:
         # All ill-formed responses earn the same reward, whatever their answers are.
@@ -204,12 +204,12 @@ def informative_groups(trajectories: Sequence[Trajectory]) -> dict[int, bool]:
 
 
 def draw_size(informative: Sequence[bool], *, num_groups: int, num_engines: int, num_left: int) -> int:
-    """Return how many prompts the next draw must have to fill the step, if the informative share stays equal.
+    """Estimate how many prompts the next draw needs to fill the step, from the informative share so far.
 
     The result is 0 if the step is full, or if the step has drawn all questions.
 
     Args:
-        informative: whether each group played so far is informative. If the list is empty, return `num_groups`.
+        informative: one flag for each group played so far. If the list is empty, return `num_groups`.
         num_groups: the number of groups in a step. No draw is larger.
         num_engines: the number of engines. Each engine gets the same number of prompts if enough questions are left.
         num_left: the number of questions that the step has not drawn yet.
@@ -236,7 +236,7 @@ def select_groups(informative: Sequence[bool], *, num_groups: int) -> Selection:
     """Select the first `num_groups` informative groups. If there are too few, add the first uninformative groups.
 
     Args:
-        informative: whether each group played is informative, in draw order, with at least `num_groups` values.
+        informative: one flag for each group played, in draw order, with at least `num_groups` values.
     """
     kept = [position for position, is_informative in enumerate(informative) if is_informative]
     dropped = [position for position, is_informative in enumerate(informative) if not is_informative]

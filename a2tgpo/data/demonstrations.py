@@ -28,9 +28,9 @@ class Demonstration:
 
     question: Question
     turns: tuple[tuple[str, str | None], ...]
-    """For each turn, the policy's text and the observation after it. Only the last turn's observation is None."""
+    """For each turn, the policy's text and the observation after it, or None if the turn is the last or has `calls`."""
     calls: tuple[tuple[DemonstratedCall, ...], ...] = ()
-    """The calls of each turn. Empty if the calls and their results are in the texts, as tags."""
+    """The calls of each turn. Empty if the texts contain the calls as tags."""
     quality: str = ""
     """Quality label of the data set, used only in reports."""
 
@@ -38,10 +38,9 @@ class Demonstration:
 def load_demonstrations(path: str, *, key: str = "warmstart.demonstrations") -> list[Demonstration]:
     """Return every demonstration of a JSONL file, in file order.
 
-    A record has the fields of a question (see `load_questions`) and the field `turns`, a list of
-    {"text", "calls"}, or in tags, of
-    {"text", "observation"}. Every turn except the last has an observation and ends with a call, <NAME> text </NAME>.
-    Several demonstrations of one question may have the same id.
+    A record has the fields of a question (see `load_questions`) and the field `turns`, a list of {"text", "calls"}
+    or {"text", "observation"}. In the second form, every turn except the last has an observation, and its text ends
+    with a call, <NAME> text </NAME>. Several demonstrations of one question may have the same id.
 
     Raises:
         ConfigError: with a one-line message, if the file cannot be read, if a record is malformed, or if the file has

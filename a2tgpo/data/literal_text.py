@@ -7,7 +7,7 @@ or <|fim_prefix|>. This module therefore breaks up such spellings and encodes th
 
 A SentencePiece tokenizer (of Llama 2, for example) puts a space before every text that it encodes. If `\boxed{` and
 `Vienna` were encoded separately, they would become `\boxed{ Vienna`. This module removes the space from every part
-except the beginning of a sequence.
+that does not begin a sequence.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TAG = re.compile(r"\s*(<.+>|\[.+\])\s*", re.DOTALL)
 _SPACE = "\u2581"
 """SentencePiece's character for a space."""
 _ANCHOR = "\n"
-"""Text that is put before a part, so that a SentencePiece tokenizer puts its space before the anchor."""
+"""Text that is put before a part, so that a SentencePiece tokenizer adds its space to this text, not to the part."""
 
 
 class LiteralEncoder:

@@ -289,7 +289,7 @@ def _text(record: dict, name: str, where: str) -> str:
 
 
 def _texts(value: Any, where: str, name: str) -> list[str]:
-    """Return the unique, non-empty `gold_text`s of `value`: a text, a number, a boolean or a list of these."""
+    """Return the unique, non-empty `gold_text`s of `value` (a text, a number, a boolean, or a list of these)."""
     values = value if isinstance(value, list) else [value]
     texts: list[str] = []
     for entry in values:

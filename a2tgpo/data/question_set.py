@@ -109,8 +109,8 @@ def _as_json(record: dict, where: str) -> str:
 def gold_text(text: str) -> str:
     """Return a gold answer in the form in which a policy would write it.
 
-    Characters are composed (Unicode's NFC), and each run of spaces becomes one space. Invisible marks are removed,
-    except joiners, because they change how letters look.
+    Characters are composed (Unicode's NFC), and each run of spaces becomes one space. Invisible marks are removed.
+    Joiners are kept, because they change how letters look.
     """
     text = unicodedata.normalize("NFC", text)
     shown = (c for c in text if unicodedata.category(c) != "Cf" or c in _JOINERS)

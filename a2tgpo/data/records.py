@@ -22,7 +22,7 @@ def read_records(path: Path, *, key: str) -> Iterator[tuple[str, dict]]:
         key: the configuration key or option that names the file, for messages.
 
     Raises:
-        ConfigError: with a one-line message, if the file cannot be read, or for the reasons of `read_json_lines`.
+        ConfigError: with a one-line message, if the file cannot be read, or if a line is not a JSON object.
     """
     is_parquet = path.suffix == ".parquet" or _begins_as_parquet(path)
     for where, record in (_read_parquet if is_parquet else read_json_lines)(path, key=key):

@@ -13,8 +13,9 @@ def stratified_subset(questions: Sequence[Question], count: int) -> list[Questio
     """Return `count` of `questions` in their order, or all of them if there are fewer. Nothing is random.
 
     Questions with the same source and number of hops form a stratum. Each stratum gets a share of `count` in
-    proportion to its size, rounded by largest remainders. From most strata, the subset has the first questions. From
-    the stratum without source and hops, it has questions at equal distances, because the file may concatenate sets.
+    proportion to its size, rounded by largest remainders. The subset takes the first questions of a stratum. From a
+    stratum without source and hops, it takes questions at equal distances instead, because the file may concatenate
+    sets.
     """
     if count >= len(questions):
         return list(questions)

@@ -35,8 +35,8 @@ class PromptTemplate:
         tools: descriptions of the tools that the template is to write into the prompt.
 
     Raises:
-        ConfigError: with a one-line message, if the tokenizer has no chat template, if the template refuses or drops
-            a message or a tool, if it has no generation header, or if it does not use one of `kwargs`.
+        ConfigError: with a one-line message, if the tokenizer has no chat template, or if the template cannot write a
+            message, a tool or the generation header, or does not use one of `kwargs`.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class PromptTemplate:
         """The think tags after the question: <think> if the template opens a thought, <think></think> if thinking is
         switched off, and otherwise an empty text."""
         self.end_of_turn = self._find_end_of_turn()
-        """Id of the control token with which the template ends an answer, or None if this is the tokenizer's
-        end-of-sequence token or no control token. For example, the template of a base model may write <|im_end|>,
-        while the model ends a sequence with <|endoftext|>."""
+        """Id of the control token with which the template ends an answer, or None if the template uses the
+        tokenizer's end-of-sequence token or no control token. For example, the template of a base model may write
+        <|im_end|>, while the model ends a sequence with <|endoftext|>."""
 
     def render(self, question: str) -> tuple[int, ...]:
         """Return the token ids of the prompt for `question`."""
@@ -81,7 +81,7 @@ class PromptTemplate:
         return [tuple(ids) for ids in encoded]
 
     def conversation(self, messages: Sequence[Mapping[str, Any]], *, has_header: bool) -> str:
-        """Return a conversation as text.
+        """Return the text of a conversation.
 
         Args:
             messages: the messages after the system message.

@@ -16,6 +16,6 @@ def after_thought(text: str, *, before: bool = False) -> str:
 
 
 def thought_is_open(text: str, *, before: bool = False) -> bool:
-    """Return whether the last think tag in `text` is <think>; if `text` has no think tag, return `before`."""
+    """Return whether the last think tag in `text` is <think>. If `text` has no think tag, return `before`."""
     tags = THINK_TAG.findall(text)
     return tags[-1] == THINK_OPEN if tags else before

@@ -25,8 +25,8 @@ def load_tokenizer(path: str, *, key: str = "model.path") -> PreTrainedTokenizer
         key: the configuration key that names the folder, for error messages.
 
     Raises:
-        ConfigError: with a one-line message, if the folder has no tokenizer, if the tokenizer is damaged, or if the
-            model has no embedding for one of its ids.
+        ConfigError: with a one-line message, if the folder has no intact tokenizer, or if the model has no embedding
+            for one of its ids.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

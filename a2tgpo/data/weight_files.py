@@ -19,8 +19,8 @@ def weight_files(path: str) -> dict[str, Path]:
     exists, else all *.safetensors files. Other files are ignored, for example an adapter.
 
     Raises:
-        ConfigError: with a one-line message, if the folder has no such files, if the index is malformed or lists a
-            missing file, or if the folder has both an index and a model.safetensors that the index does not list.
+        ConfigError: with a one-line message, if the folder has no such files, or if the index is malformed or does
+            not match the files.
     """
     folder = Path(path)
     index = folder / INDEX_FILE
@@ -49,8 +49,8 @@ def weight_shapes(path: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor in the `weight_files` of folder `path`, by name. Only file headers are read.
 
     Raises:
-        ConfigError: with a one-line message, if a file is damaged or truncated, if two files hold the same tensor, or
-            for the reasons of `weight_files`.
+        ConfigError: with a one-line message, if `weight_files` raises it, if a file is damaged, or if two files hold
+            the same tensor.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     holder: dict[str, str] = {}

@@ -31,7 +31,7 @@ class Tool(Protocol):
     """
 
     def call(self, text: str) -> list[str]:
-        """Return the parts of the answer to `text`, at least one, the best first.
+        """Return one or more parts of the answer to `text`, the best first.
 
         If the policy has made a mistake, return an answer that explains the mistake.
 
@@ -65,7 +65,7 @@ class SessionTool(Protocol):
     """A tool that keeps a state between the calls of one trajectory. Many threads may call its methods.
 
     If a trajectory goes on in a later step (partial rollouts), its session is opened anew, and repeats the
-    trajectory's calls. If this does not restore the state, the tool has the attribute `replayable` = False.
+    trajectory's calls. If this does not restore the state, the tool must have the attribute `replayable` = False.
     """
 
     def open(self, record: Mapping[str, Any], question: str) -> Session:
@@ -104,8 +104,8 @@ class Toolset:
     call_timeout_s: float = 240.0
     """Seconds from the start of a call until the call fails. Time in the queue does not count."""
     outage_limit_s: float | None = None
-    """Seconds for which a call is repeated if it raises `ToolUnavailableError`. 0: the run ends at once. None: the
-    call fails without being repeated, and the policy reads that it failed."""
+    """Seconds for which a call is repeated if it raises `ToolUnavailableError`. If 0, the run ends at once. If None,
+    the call fails without being repeated, and the policy reads that it failed."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,7 +113,7 @@ class Toolset:
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
-        """The descriptions of all tools that chat templates expect."""
+        """The descriptions of all tools, in the form that chat templates expect."""
         return [function_schema(name, tool) for name, tool in self.tools.items()]
 
     def take_counts(self) -> dict[str, int]:

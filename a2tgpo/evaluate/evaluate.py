@@ -62,9 +62,9 @@ def evaluate(
         stop: reports a requested stop, which interrupts the evaluation. If None, nothing interrupts the evaluation.
 
     Returns:
-        A map from each metric's name to its value, equal on all ranks. The metrics are em (a wrong format does not
-        change it), em_format_gated and f1; standard_error_em, standard_error_em_format_gated and standard_error_f1;
-        format_ok_rate, tool_calls and num_questions; and em_N_hops, the em over the questions with N hops.
+        A map from each metric's name to its value, equal on all ranks. The scores are em (a wrong format does not
+        change it), em_format_gated and f1. SCORE has its standard error in standard_error_SCORE. Other metrics are
+        format_ok_rate, tool_calls, num_questions, and em_N_hops, the em over the questions with N hops.
 
     Raises:
         StopAgreed: on all ranks, if the evaluation was interrupted.
@@ -139,7 +139,7 @@ def _judge(done: Finished, response: ResponseFormat) -> Answer:
 
 
 def _with_standard_errors(metrics: dict[str, float]) -> dict[str, float]:
-    """Return `metrics` with the standard error of each score in place of the mean of the score's squares.
+    """Return `metrics`, in which standard errors of scores replace the means of squares.
 
     The standard error is sqrt((mean of squares - square of mean) / n).
     """

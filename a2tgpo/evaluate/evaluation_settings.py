@@ -1,4 +1,4 @@
-"""Collect the settings that decide an evaluation's answers. They must not change when the evaluation resumes."""
+"""Collect the settings that decide an evaluation's answers. A resumed evaluation must have the same settings."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Processes that run the policy's Python code. They have limits, no network, and no view of the trainer's files."""
+"""Processes that run the policy's Python code, with limits and without network or access to the trainer's files."""

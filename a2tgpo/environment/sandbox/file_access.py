@@ -16,7 +16,7 @@ _VERSION_FLAG, _PATH_BENEATH = 1, 1
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _TRUNCATE, _IOCTL_DEV = 1, 2, 4, 8, 1 << 14, 1 << 15
 _OF_A_FILE = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 _NUM_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
-"""Number of rights to files that a version of Landlock knows; later versions know at least 16."""
+"""{version of Landlock: number of access rights that it knows}. Later versions know at least 16."""
 _PR_SET_NO_NEW_PRIVS = 38
 
 
@@ -26,12 +26,12 @@ def has_landlock() -> bool:
 
 
 def restrict_files(*, readable: Sequence[str], writable: Sequence[str]) -> bool:
-    """Allow access only to files at and beneath these paths, from now on. Return whether the kernel can do this.
+    """From now on, allow access only to files at and beneath these paths. Return False if the kernel has no Landlock.
 
     Paths that do not exist are skipped.
 
     Raises:
-        OSError: the kernel refuses a rule.
+        OSError: if the kernel refuses a rule.
     """
     if not has_landlock():
         return False

@@ -20,11 +20,11 @@ from a2tgpo.environment.sandbox.process import SandboxError, SandboxProcess
 from a2tgpo.io.errors import ConfigError
 
 ISOLATIONS = ("bwrap", "namespace", "seccomp")
-"""All isolations; the one that hides most of the machine comes first."""
+"""All isolations. The isolation that hides most of the machine comes first."""
 MAX_FILE_BYTES = 1 << 20
 """Largest size of a file that the code writes."""
 FOLDER_BYTES = 16 << 20
-"""Size of the code's folder, where the isolation can limit it."""
+"""Largest size of the code's folder, if the isolation can limit this size."""
 MAX_OPEN_FILES = 64
 _INSIDE = "/tmp"
 """The code's folder under bubblewrap."""
@@ -48,7 +48,7 @@ class Sandbox:
         """Start a process.
 
         Raises:
-            SandboxError: the process does not start, or cannot isolate itself.
+            SandboxError: if the process does not start or cannot isolate itself.
         """
         folder = None if self.isolation == "bwrap" else tempfile.mkdtemp(prefix="a2tgpo-python-")
         inside = folder or _INSIDE
@@ -87,10 +87,10 @@ class Sandbox:
 
 
 def build_sandbox(config: PythonConfig) -> Sandbox:
-    """Return a sandbox with the configured isolation, after one process has run in it.
+    """Return a sandbox with the configured isolation, after a test process has run in the sandbox.
 
     Raises:
-        ConfigError: one line; the isolation, or with `auto` each isolation, does not work here.
+        ConfigError: with a one-line message, if no allowed isolation works on this machine.
     """
     if config.packages and not Path(config.packages).is_dir():
         raise ConfigError(f"python.packages is {config.packages!r}; allowed: an existing folder")
@@ -132,7 +132,7 @@ def _log(isolation: str) -> None:
 
 
 def _bubblewrap(interpreter: str, packages: str) -> list[str]:
-    """Return the command that shows to the code the interpreter, the system's libraries and a folder in memory."""
+    """Return a command under which code sees only the interpreter, the system's libraries and a folder in memory."""
     command = ["bwrap", "--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--dev", "/dev"]
     command += ["--size", str(FOLDER_BYTES), "--tmpfs", _INSIDE]
     for path in launcher.SYSTEM_FILES:

@@ -2,10 +2,10 @@
 
     python -I -S launcher.py SETTINGS CONTROL
 
-SETTINGS is the JSON text of `SandboxSettings`, and CONTROL the number of a pipe. A piece of code arrives on the
-standard input: its number of bytes in decimal digits, a line break, and its bytes in UTF-8. Its output goes to the
-standard output. The launcher writes to CONTROL: b"." once it is ready and after each piece of code, or b"!" and a
-text if it cannot confine itself. It imports nothing but the standard library, and never a module of the package.
+SETTINGS is the JSON text of the settings, and CONTROL is the number of a pipe. A piece of code arrives on the
+standard input: its number of bytes in decimal digits, a line break, and its bytes in UTF-8. The code's output goes to
+the standard output. The launcher writes to CONTROL: b"." once it is ready and after each piece of code, or b"!" and a
+text if it cannot confine itself. The launcher imports only the standard library.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _confine(settings: dict[str, Any]) -> None:
 
 
 class _Packages:
-    """Finds modules in the folder `python.packages` after all others."""
+    """Finds modules in the folder `python.packages`, if no other folder has them."""
 
     def __init__(self, folder: str):
         self._folder = folder
@@ -95,7 +95,7 @@ class _Packages:
 
 
 def _enter_namespaces(folder: str, folder_bytes: int) -> None:
-    """Move into a network, IPC and mount namespace of its own, where `folder` is an empty file system in memory."""
+    """Move this process into new network, IPC and mount namespaces. In them, `folder` is empty and in memory."""
     user, group = os.geteuid(), os.getegid()
     libc = ctypes.CDLL(None, use_errno=True)
     _check(libc.unshare(_NEW_USER | _NEW_NETWORK | _NEW_MOUNTS | _NEW_IPC), libc, "unshare")

@@ -10,7 +10,7 @@ class BoundedOutput:
     """The beginning and the end of a text in UTF-8, whatever its length.
 
     Args:
-        max_chars: largest number of characters of the text that is kept, not counting the mark of the cut.
+        max_chars: largest number of characters of the text that are kept.
     """
 
     def __init__(self, max_chars: int):

@@ -15,12 +15,12 @@ from a2tgpo.config.python import LONGEST_START_S
 from a2tgpo.environment.sandbox.output import BoundedOutput
 
 END_S = 2.0
-"""Seconds in which a process that closed its control pipe may end by itself, so that its exit code is known."""
+"""Longest wait in seconds for the exit code of a process that has closed its control pipe."""
 MAX_CODE_BYTES = 60_000
 """Largest size of one piece of code. It fits into an empty pipe, so that writing it never blocks."""
 _CHUNK = 1 << 16
 _CHUNKS_AFTER_END = 16
-"""Number of chunks that are read at most once the code has ended. A thread of the code may go on writing."""
+"""Largest number of chunks that are read after the code has ended. A thread of the code may go on writing."""
 
 Starter = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -39,7 +39,7 @@ class SandboxProcess:
         start: `subprocess.Popen`, or a function with the same arguments.
 
     Raises:
-        SandboxError: the process does not start, or cannot confine itself.
+        SandboxError: if the process does not start or cannot confine itself.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class SandboxProcess:
             raise SandboxError(" ".join(said.split()) or "its process ended, or did not start in time")
 
     def run(self, code: str, *, timeout_s: float, max_output_chars: int) -> tuple[str, str | None]:
-        """Run the code, and return its output and, if the process was ended by it, how, in a few words.
+        """Run the code. Return its output, and a text that says how the process ended, or None if it still runs.
 
-        A process that was ended is closed. The code has at most `MAX_CODE_BYTES` bytes.
+        A process that ended is also closed. The code has at most `MAX_CODE_BYTES` bytes.
         """
         output = BoundedOutput(max_output_chars)
         data = code.encode("utf-8", "replace")
@@ -113,7 +113,7 @@ class SandboxProcess:
         self._remove_folder()
 
     def _wait(self, timeout_s: float, output: BoundedOutput) -> bytes | None:
-        """Collect output until the launcher reports. Return its report, b"" if it has ended, None if it is late."""
+        """Collect output until the launcher reports. Return its report, b"" if it ended, or None if it is late."""
         deadline = time.monotonic() + timeout_s
         report = None
         while report is None and (left_s := deadline - time.monotonic()) > 0:
@@ -128,7 +128,7 @@ class SandboxProcess:
         return report
 
     def _read(self, output: BoundedOutput) -> bool:
-        """Read one chunk of the output, if there is one, and return whether there was."""
+        """Read a chunk of output if there is one. Return whether a chunk was read."""
         try:
             data = os.read(self._stdout, _CHUNK)
         except BlockingIOError:

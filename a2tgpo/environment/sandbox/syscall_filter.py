@@ -37,8 +37,8 @@ _REFUSED = {
         **{"fchmod": 52, "fchmodat": 53, "fchown": 55, "fchownat": 54},
     },
 }
-"""Numbers of the system calls that fail with EPERM, by architecture. They start a program or a process, reach other
-processes or the network, leave objects behind that outlive the process, or change the rights of files.
+"""Numbers of the system calls that fail with EPERM, by architecture. These calls start programs or processes, reach
+other processes or the network, create objects that outlive the process, or change the rights of files.
 """
 _REFUSED_EVERYWHERE = {
     **{"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427},
@@ -60,7 +60,7 @@ _CLONE3 = 435
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _CLONE_THREAD = 0x10000
 _X32_CALLS = 0x40000000
-"""Numbers from here on belong to the x32 ABI of x86-64, whose calls would pass the filter by other numbers."""
+"""Numbers from here on belong to the x32 ABI of x86-64. There, the refused calls have other numbers."""
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER, _ARCH, _FIRST_ARGUMENT = 0, 4, 16
@@ -73,16 +73,16 @@ class _Program(ctypes.Structure):
 
 
 def refused_calls(machine: str) -> dict[str, int]:
-    """Return the numbers of all system calls that the filter names, by their names. KeyError: unknown machine."""
+    """Return {name: number} of all system calls that the filter names. Raise KeyError for other machines."""
     numbers = _REFUSED[machine] | _REFUSED_EVERYWHERE | _ON_ITSELF[machine]
     return numbers | {"clone": _CLONE[machine], "clone3": _CLONE3}
 
 
 def install_filter() -> None:
-    """Refuse the calls of `_REFUSED`, processes but not threads, and signals to other processes, from now on.
+    """From now on, refuse the calls of `_REFUSED`, new processes, and signals to other processes. Allow new threads.
 
     Raises:
-        OSError: this machine or its kernel has no such filter.
+        OSError: if there is no filter for this machine, or if the kernel refuses it.
     """
     machine = platform.machine()
     if machine not in _REFUSED:

@@ -23,7 +23,7 @@ PARAMETERS: Mapping[str, Any] = {
 
 
 class PythonSession:
-    """Runs the calls of one trajectory. They share their variables, as long as their process is not ended.
+    """Runs the calls of one trajectory. The calls share variables until their process ends.
 
     Args:
         config: the section `python`.
@@ -77,7 +77,7 @@ class Python:
 
 
 class StatefulPython:
-    """Runs the calls of each trajectory in a process of their own."""
+    """Runs all calls of a trajectory in one process."""
 
     description = f"{DESCRIPTION} Variables are kept between calls."
     parameters = PARAMETERS
