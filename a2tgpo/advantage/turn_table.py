@@ -74,8 +74,7 @@ def build_turn_table(
 
     Args:
         max_turns: number of columns T, equal on all ranks. No trajectory may have more process turns.
-        failed_calls: value of `algorithm.failed_calls`. If the value is neutral, a turn whose tool call failed has no
-            gain.
+        failed_calls: value of `algorithm.failed_calls`. With neutral, a turn whose tool call failed has no gain.
     """
     rows = [
         [

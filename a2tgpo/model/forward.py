@@ -38,8 +38,8 @@ def forward_packed(
 
     Args:
         tokens: [1, T] int64, T >= 1, on any device.
-        positions: [1, T] int64, on any device. Used only with `tree`. Otherwise positions count from the segment's
-            start.
+        positions: [1, T] int64, on any device. Used only with `tree`. Without a tree, positions count from the
+            segment's start.
         cu_seqlens: [S + 1] integers from 0 to at most T, in ascending order. Segment i begins at cu_seqlens[i] and
             ends before cu_seqlens[i + 1]. Use host memory, because reading the values from a GPU would synchronise.
         tree: the tree that the row's only segment forms (see `probes`). None: no tree. A tree is allowed only without

@@ -86,7 +86,7 @@ class Recorder:
         world = world_group()
         metrics = engine_metrics.reduce(world) | learning_metrics.reduce(self._groups.dp_group)
         metrics["speed/tokens_per_s"] = metrics["speed/sampled_tokens"] / seconds["time/step_s"]
-        # Broadcast the result, because decisions need values that are equal to the bit on all ranks.
+        # Broadcast the result, because all ranks must decide on exactly equal values.
         metrics = broadcast_object(metrics, world, source=0)
         noise, noise_line = self._ratio_noise.watch(metrics)
         metrics |= noise
