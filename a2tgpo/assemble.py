@@ -88,8 +88,8 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
     """Build all parts of a run; every rank must call this.
 
     Args:
-        resume_from: the checkpoint that the caller loads next. Policy and engine then read no weights from
-            `model.path`.
+        resume_from: the checkpoint that the caller loads next. With a checkpoint, policy and engine read no weights
+            from `model.path`.
 
     Raises:
         ConfigError: with a one-line message, if a run with this configuration is impossible, or if `resume_from` is a
@@ -177,7 +177,7 @@ def build_reference(config: RunConfig, groups: ParallelGroups) -> Policy | None:
 def build_engine(config: RunConfig, engine_group: EngineGroup, *, with_weights: bool = True) -> VllmEngine:
     """Build an awake engine with the weights of `model.path`; every rank must call this.
 
-    If not `with_weights`, the caller must load weights before it uses the engine.
+    If `with_weights` is false, the caller must load weights before it uses the engine.
     """
     config = settle_engine_share(config)
     return VllmEngine(

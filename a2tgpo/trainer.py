@@ -89,8 +89,8 @@ class Trainer:
     def train(self) -> bool:
         """Run the remaining steps, evaluations and saves; return False if the run stopped before its last step.
 
-        If the guards stop the run, the run first makes a due evaluation and saves a checkpoint. The next start stops
-        again before its first step. A requested stop saves a checkpoint of the last finished step.
+        If the guards stop the run, the run first makes a due evaluation and saves a checkpoint. The next start will
+        stop again before its first step. A requested stop saves a checkpoint of the last finished step.
         """
         evaluation_is_due = self.checkpoints.evaluation_is_due
         try:
@@ -135,12 +135,12 @@ class Trainer:
         """Run one step, and return its metrics, equal on all ranks.
 
         The stages are refit, rollout (which includes gain and reward), exchange, advantage, score, update and record.
-        If an earlier start crashed after it had played this step, the bank has the step's rollout, and the stages
-        refit and rollout are left out.
+        If an earlier start crashed after the rollout of this step, the bank has this rollout. The stages refit and
+        rollout are then left out.
 
         Raises:
-            StopAgreed: on all ranks, if a stop was requested before the first update. After a later request, the step
-                is finished.
+            StopAgreed: on all ranks, if a stop was requested before the first update. If the request comes later, the
+                step is finished.
         """
         start = time.monotonic()
         learning_metrics = MetricSums()

@@ -1,4 +1,4 @@
-"""Supervised warm start: teach a model the format from demonstrations, through the same Megatron path as RL.
+"""Supervised warm start: teach a model the format from demonstrations, with the same Megatron code as RL.
 
     launch/local.sh -n RANKS --script launch/warmstart.py CONFIG [OPTION ...] [OVERRIDE ...]
     torchrun ... launch/warmstart.py --config CONFIG [OPTION ...] [OVERRIDE ...]

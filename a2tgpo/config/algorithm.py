@@ -29,8 +29,8 @@ class AlgorithmConfig:
     gamma: float = 1.0
     """Discount factor of each further turn, in [0, 1] (paper: 1.0)."""
     alpha: float = 1.0
-    """Weight of the accumulated gain (Eq. 9: 1.0; released scripts: 0.3), or of gigpo's step advantage (omega in
-    GiGPO: 1.0). The outcome's weight is 1."""
+    """Weight of the accumulated gain beside the outcome's weight of 1 (Eq. 9: 1.0; released scripts: 0.3). With
+    gigpo: weight of the step advantage (GiGPO's omega: 1.0)."""
     rescale: bool = True
     """Divide the accumulated gain by the square root of its number of terms (Eq. 8)."""
     normalize_by_std: bool = True

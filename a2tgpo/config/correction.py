@@ -16,8 +16,8 @@ class CorrectionConfig:
     kind: Literal["none", "truncate", "mask"] = "none"
     """none: no weights. truncate: w is at most `upper`. mask: w becomes 0 outside [`lower`, `upper`]."""
     level: Literal["token", "turn", "sequence"] = "token"
-    """Unit that has one w: the token (as in both published methods), the turn, or the sequence. The w of a turn or
-    sequence is the geometric mean over its tokens."""
+    """Unit that has one w: the token, the turn, or the sequence. The w of a turn or sequence is the geometric mean
+    over its tokens."""
     upper: float = 2.0
     """Largest weight that `truncate` and `mask` allow, >= 1 (IcePop: 5.0)."""
     lower: float = 0.5

@@ -1,4 +1,4 @@
-"""Replace `~` and `${NAME}` in paths. YAML files, overrides and programs' arguments have the same rules."""
+"""Replace `~` and `${NAME}` in paths. The same rules apply to YAML files, overrides and programs' arguments."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def expand(text: str, key: str) -> str:
         return expanded
     try:
         home = os.path.expanduser(expanded)
-    except ValueError:  # NUL or a lone surrogate
+    except ValueError:  # the path contains NUL or a lone surrogate
         home = expanded
     if home.startswith("~"):
         raise ConfigError(f"{key} is {text!r}, but {expanded.split('/')[0]} is not a user with a home folder")
@@ -69,7 +69,7 @@ def path_argument(text: str) -> Path:
 
 
 def text_argument(text: str) -> str:
-    """Return an expanded argument, which may be a path or another text, for `type=` of argparse."""
+    """Return an argument with `~` and `${NAME}` replaced, for `type=` of argparse."""
     try:
         return expand(text, "the path")
     except ConfigError as error:

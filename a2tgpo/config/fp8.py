@@ -22,7 +22,7 @@ CAPABILITIES: dict[Recipe, tuple[tuple[int, int], tuple[int, int]]] = {
     "blockwise": ((9, 0), (99, 0)),
     "mxfp8": ((10, 0), (12, 0)),
 }
-"""For each recipe, the lowest compute capability that supports the recipe, and the next capability that does not."""
+"""For each recipe, the first compute capability that supports the recipe, and the first later one that does not."""
 ENGINE_CAPABILITY = (8, 9)
 """Lowest compute capability of a GPU on which an engine can be quantised."""
 ENGINE_BLOCK = 128

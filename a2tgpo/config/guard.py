@@ -30,8 +30,8 @@ class GuardConfig:
     stop_after: int = 0
     """Number of consecutive steps with an alarm after which the run saves and stops with exit code 3. 0: never."""
     stop_after_skipped: int = 5
-    """Number of consecutive steps with a skipped non-finite update after which the run saves and stops with exit code
-    3. 0: never."""
+    """If the updates of this many consecutive steps are skipped because they are not finite, the run saves and stops
+    with exit code 3. 0: never."""
 
     def __post_init__(self) -> None:
         require(self.baseline_steps >= 1, "guard.baseline_steps", self.baseline_steps, ">= 1")

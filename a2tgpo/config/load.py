@@ -59,8 +59,7 @@ class _Entry:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the configuration in the YAML file `path`. Its values override those of its bases, and `overrides`
-    override all of them.
+    """Return the configuration in the YAML file `path` and its base files. `overrides` override the files' values.
 
     Args:
         path: YAML file of sections.
@@ -68,8 +67,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             value is read as YAML, unless the field is a text or a choice.
 
     Raises:
-        ConfigError: with a one-line message that names the source, the key, its value and the allowed values, if a
-            setting is missing or invalid.
+        ConfigError: with a one-line message, if a setting is missing or invalid.
     """
     entries = dict(_file_entries(Path(expand(str(path), "the configuration file"))))
     entries.update(_override_entries(overrides))
@@ -82,7 +80,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return _build(RunConfig, "", entries)
     except ConfigError as error:
-        # The section's message begins with the key. The key's source goes before the message.
+        # The section's message begins with the key. Put the key's source before the message.
         key = str(error).split(" ", 1)[0]
         source = entries[key].source if key in entries else str(path)
         raise ConfigError(f"{source}: {error}") from None
@@ -207,8 +205,7 @@ def _entries(settings: list[tuple[str, Any]], source: str) -> Iterator[tuple[str
     """Check the keys and the types of the settings from one source, and yield the settings.
 
     Raises:
-        ConfigError: with a one-line message, if a key is unknown, has been renamed or is a section, or if a value
-            does not have the field's type.
+        ConfigError: with a one-line message, if a key names no field, or if a value has another type than the field.
     """
     if renamed := [f"{key} was renamed: {RENAMED[key]}" for key, _ in settings if key in RENAMED]:
         raise ConfigError(f"{source}: {'; '.join(renamed)}")
@@ -273,12 +270,12 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _is_whole(text: str) -> bool:
-    """Return whether `text` has no NUL, as paths need, and no lone surrogate, as UTF-8 files need."""
+    """Return whether `text` can be part of a path (no NUL) and of a UTF-8 file (no lone surrogate)."""
     return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _nearest(key: str, candidates: Sequence[str]) -> str:
-    """Return the candidate that is most similar to `key`, both as a whole and in its last part."""
+    """Return the candidate that is most similar to the dotted key `key`. Similar last parts count twice."""
     key = key[:100]  # a comparison takes time quadratic in the length
     leaf = key.rpartition(".")[2]
 

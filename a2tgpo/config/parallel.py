@@ -7,7 +7,7 @@ from a2tgpo.io.errors import ConfigError, require
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Division of the training processes. The data-parallel size is world / (tensor x context x pipeline)."""
+    """Groups of the training processes. The data-parallel size is world / (tensor x context x pipeline)."""
 
     tensor: int = 1
     """Number of tensor-parallel ranks. It must divide the number of attention heads, the number of KV heads, and the
@@ -33,8 +33,8 @@ class ParallelConfig:
     timeout_s: float = 7200.0
     """Seconds that a rank waits in one collective before the job ends."""
     start_timeout_s: float = 300.0
-    """Seconds that ranks wait at the start for the last rank to arrive. The same limit applies again until all ranks
-    have checked their machines and have connected."""
+    """Seconds that ranks wait at the start for the last rank to arrive. After its arrival, the ranks have the same
+    time again to check their machines and to connect."""
 
     def __post_init__(self) -> None:
         for name in ("tensor", "context", "expert", "pipeline", "virtual"):

@@ -29,16 +29,16 @@ class GainConfig:
     """probability: a gain is a difference of probabilities (Eq. 3). log_probability: a gain is a difference of mean
     log-probs, as in the authors' released code."""
     answer_reduction: Literal["first", "max"] = "first"
-    """first: score only the first gold answer. max: score all aliases, and take the most probable one each turn."""
+    """first: score only the first gold answer. max: score all aliases, and use each turn's most probable alias."""
     max_aliases: int = 8
-    """Most aliases that answer_reduction=max scores. An alias is left out if it does not fit."""
+    """Most aliases that answer_reduction=max scores. An alias with too many tokens is left out."""
     scaffold: str = "</think> <answer> \\boxed{"
     """Text between a context and the gold answer. A leading </think> is left out if the context has no open thought.
     A leading <think> is left out if the context has an open thought. With rollout.protocol=chat, the default stands
     for \\boxed{, after an empty thought if the model thinks, and other texts are used as they are."""
     verify_every: int = 0
-    """Number of steps between checks. In a check, the trainer scores gold answers too, and the log gets the
-    difference from the engine (`gain/engine_trainer_gap`). 0: no checks."""
+    """Number of steps between checks. In a check, the trainer also scores gold answers, and the difference from the
+    engine's scores is logged as `gain/engine_trainer_gap`. 0: no checks."""
     verify_trajectories: int = 4
     """Number of trajectories that a check scores on each data-parallel replica."""
 
@@ -61,7 +61,7 @@ class PartialConfig:
     """
 
     tokens_per_step: int = 0
-    """A trajectory begins no further turn in a step in which it has sampled this many tokens. 0: no partial
+    """After a trajectory has sampled this many tokens in a step, it begins no further turn in the step. 0: no partial
     rollouts."""
     extra_prompts: int = 0
     """Number of prompts, over all ranks, that are played in addition to prompts_per_step; at most prompts_per_step.
@@ -84,7 +84,7 @@ class PartialConfig:
         return self.tokens_per_step > 0
 
     def check_questions(self, num_questions: int, *, prompts_per_step: int) -> None:
-        """Raise `ConfigError` if there are so few questions that one could be drawn again while it is in flight."""
+        """Raise `ConfigError` if there are so few questions that a question in flight could be drawn again."""
         # The sampler moves questions in flight to the end of an epoch only when the epoch starts.
         needed = self.extra_prompts + (self.max_staleness + 1) * prompts_per_step
         require(
@@ -136,8 +136,8 @@ class RolloutConfig:
     tensor_parallel: int = 1
     """Number of ranks that share one engine."""
     check_lockstep_every: int = 1
-    """Number of engine passes after which the ranks of one engine compare their scheduled and freed requests and
-    their sampled tokens; 0: never. With 1, a difference ends the run before it does harm."""
+    """Number of engine passes after which the ranks of one engine compare their requests and sampled tokens; 0:
+    never. With 1, a difference ends the run before the run uses the tokens."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the engine's weights; auto: model.dtype."""
     quantization: Literal["none", "fp8", "fp8_per_channel"] = "none"
@@ -233,7 +233,7 @@ class RolloutConfig:
 
     def check_training(self) -> None:
         """Raise `ConfigError` if training on the trajectories would be wrong."""
-        # Only the engine gives tokens outside the nucleus probability 0, so the gradient would be biased.
+        # Tokens outside the nucleus have probability 0 only in the engine, so the gradient would be biased.
         require(
             self.top_p == 1,
             "rollout.top_p",

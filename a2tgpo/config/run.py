@@ -42,7 +42,7 @@ class RunSettings:
     rollouts/ has all trajectories."""
     keep_rollouts_gb: float = 100.0
     """GB of disk space for recorded rollouts; 0: no limit. If the rollouts need more, the oldest steps before the
-    newest checkpoint are removed, and multiples of 100 last."""
+    newest checkpoint are removed first. Steps that are multiples of 100 are removed last."""
 
     def __post_init__(self) -> None:
         require(
@@ -56,7 +56,7 @@ class RunSettings:
             f"a folder name without /, of printable characters, at most {MAX_NAME_BYTES} bytes in UTF-8",
         )
         require(self.steps >= 1, "run.steps", self.steps, ">= 1")
-        # vLLM passes the seed to NumPy's generator, which accepts no larger one.
+        # vLLM passes the seed to NumPy's generator, which accepts no larger seed.
         require(0 <= self.seed < 2**32, "run.seed", self.seed, "0 to 4294967295 (2^32 - 1)")
         require(self.log_rollouts >= 0, "run.log_rollouts", self.log_rollouts, ">= 0")
         require(self.keep_rollouts_gb >= 0, "run.keep_rollouts_gb", self.keep_rollouts_gb, ">= 0")
@@ -71,8 +71,8 @@ class EvaluationConfig:
     """Evaluate the policy before the first step, as a baseline."""
     max_questions: int = 256
     """Number of questions of data.test in an evaluation, the same for all seeds; 0: all. Every combination of
-    `data_source` and `hops` contributes its first questions, in proportion to its size. Questions that have neither
-    field are taken at equal distances from the file."""
+    `data_source` and `hops` contributes its first questions, in proportion to its size. If questions have neither
+    field, every nth question is used."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, "evaluation.every", self.every, ">= 0")
@@ -88,11 +88,11 @@ class CheckpointConfig:
     keep_every: int = 0
     """The weights of an older checkpoint are kept if its step is a multiple of this number. 0: none are kept."""
     keep_gb: float = 0.0
-    """GB of disk space for weights of older checkpoints; 0: no limit. The oldest are removed first, but never the
-    best checkpoint's."""
+    """GB of disk space for weights of older checkpoints; 0: no limit. The oldest weights are removed first. The
+    weights of the best checkpoint are never removed."""
     keep_previous: int = 0
-    """A start with --resume none renames the run's old folder to NAME.previous_N. This many of the newest such
-    folders are kept; 0: all."""
+    """A start with --resume none renames the run's old folder to NAME.previous_N. The newest of these folders are
+    kept, up to this number; 0: all."""
     max_failures: int = 3
     """Number of consecutive failed saves after which the run ends."""
     margin_s: float = 120.0

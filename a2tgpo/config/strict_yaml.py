@@ -11,13 +11,13 @@ import yaml
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.text_file import decode
 
-# YAML 1.1 reads 012 in base 8, as 10. The prefixes of 0x1f and 0b11 show the base, so these are allowed.
+# YAML 1.1 reads 012 in base 8, as 10. 0x1f and 0b11 are allowed, because their prefixes show the base.
 _OCTAL = re.compile(r"[-+]?0[0-7_]*[0-7][0-7_]*")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Load YAML as `yaml.safe_load` does, but refuse duplicate keys, integers past 2^1024, numbers that YAML 1.1
-    reads in base 8 or 60, and aliases of lists and mappings. Nested aliases expand exponentially.
+    """Load YAML as `yaml.safe_load` does, but refuse duplicate keys, huge integers, numbers that YAML 1.1 reads in
+    base 8 or 60, and aliases of lists and mappings.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:

@@ -29,9 +29,8 @@ class ToolsConfig:
     """The policy's tools, and limits of every tool."""
 
     names: tuple[str, ...] = ("search",)
-    """Tools that the policy may call. Each is a module in environment/tools/, or a class or function of your own as
-    `path/to/file.py:name` (docs/tools.md). The policy calls a tool as <NAME> text </NAME>, where NAME is the module's
-    name or `name`."""
+    """Tools that the policy may call as <NAME> text </NAME>. A tool is the NAME of a module in environment/tools/, or
+    a class or function NAME of your own, given as `path/to/file.py:NAME` (docs/tools.md)."""
     max_concurrent_calls: int = 16
     """Most calls that each rank runs at a time."""
     call_timeout_s: float = 240.0
@@ -81,7 +80,7 @@ class ToolsConfig:
 @dataclass(frozen=True, kw_only=True)
 class CalculatorConfig:
     max_digits: int = 1000
-    """Most digits in a number. A calculation is refused if its result has more."""
+    """Most digits in a number. A calculation is refused if its result has more digits."""
     decimals: int = 10
     """Number of decimal places of a result."""
 

@@ -15,8 +15,9 @@ class WatchdogConfig:
     A stage that a rank has completed before gets a shorter limit: `slack` times its longest duration so far, but at
     least `min_s` and at most the stage's own limit.
 
-    If one rank hangs, the ranks that wait for it are in stages too, and the shortest of their limits ends the job. No
-    limit should exceed parallel.timeout_s: a collective would time out first, and its error does not name the cause.
+    If one rank hangs, the other ranks wait for it in other stages. The shortest limit of all these stages ends the
+    job. No limit should exceed parallel.timeout_s: a collective would time out first, and its error does not name the
+    cause.
     """
 
     rollout_s: float = 7200.0

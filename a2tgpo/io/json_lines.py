@@ -1,4 +1,4 @@
-"""Read JSONL files, and write them atomically. Errors of reading name the line."""
+"""Read JSONL files, and write them atomically. If a line cannot be read, the error names the line."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -52,7 +52,7 @@ def parse_line(raw: bytes, where: str) -> dict | None:
 
 
 def _is_encodable(record: dict) -> bool:
-    """Return whether the record has no lone surrogate. JSON can escape one, but UTF-8 cannot encode it."""
+    """Return whether UTF-8 can encode the record. UTF-8 has no code for a lone surrogate, which JSON can escape."""
     try:
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:

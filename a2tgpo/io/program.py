@@ -20,7 +20,7 @@ def program_parser(description: str | None) -> argparse.ArgumentParser:
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add a positional argument that takes configuration overrides.
 
-    Parse with `parse_intermixed_args`. Otherwise overrides after an option are refused.
+    The parser accepts overrides after an option only in `parse_intermixed_args`.
     """
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file; later ones win"

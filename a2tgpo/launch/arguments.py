@@ -12,8 +12,7 @@ def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
     """Return a parser of the argument CONFIG, the options of a start, and the overrides.
 
     Args:
-        resume: the help text's name for a value of --resume other than auto and none. If empty, there is no other
-            value.
+        resume: the help text's word for a third value of --resume beside auto and none; "" if there is none.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="YAML file of the run")

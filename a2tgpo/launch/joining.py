@@ -71,7 +71,7 @@ def join(
     """Join the process group and all-reduce one number within `parallel.start_timeout_s`; every rank must call this.
 
     Returns:
-        The groups, and the seconds that joining took, without the import of Megatron.
+        The groups, and the seconds that the ranks took to join. The import of Megatron does not count.
 
     Raises:
         RuntimeError: with a one-line message, if the backend cannot connect this rank to the others.

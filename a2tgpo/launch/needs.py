@@ -24,7 +24,7 @@ class DiskNeed:
     num_bytes: float
     what: str
     change: str
-    """Advice on how to reduce the need, for the case that the disk cannot have more free space."""
+    """Advice on how to reduce the need, for a user who cannot free more space on the disk."""
 
 
 def disk_faults(needs: Sequence[DiskNeed]) -> list[str]:
@@ -98,7 +98,7 @@ def warm_start_needs(config: RunConfig, *, target: Path, root: Path) -> Needs:
 
 
 def read_model(config: RunConfig) -> ModelDimensions | None:
-    """Return the dimensions of the model, or None if they cannot be read. Loading the model reports the error."""
+    """Return the dimensions of the model, or None if they cannot be read. A later check reports the fault."""
     try:
         return read_dimensions(config.model.path)
     except (ConfigError, OSError):
@@ -106,7 +106,7 @@ def read_model(config: RunConfig) -> ModelDimensions | None:
 
 
 def checkpoints_to_come(config: RunConfig) -> Kept:
-    """Return how many more checkpoints may be on disk at once. At least one is whole, because of the next save."""
+    """Return how many more checkpoints may be on disk at once: at least one whole checkpoint, for the next save."""
     most = most_kept(config)
     markers = (Path(config.run.root) / config.run.name / "checkpoints").glob("step_*/complete.json")
     # A checkpoint that was reduced to its weights has no random states.

@@ -141,7 +141,7 @@ class Meeting:
         try:
             marker.touch()
         except OSError:
-            seen = ""  # the folder cannot be written, which the run reports when it opens the folder
+            seen = ""  # the run reports the unwritable folder when it opens the folder
         else:
             seen = str(marker)
         place = {"clock_s": time.time(), "marker": seen}

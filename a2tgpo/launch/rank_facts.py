@@ -22,7 +22,8 @@ from a2tgpo.plan.host_memory import HostMemory, sum_of
 from a2tgpo.run.versions import versions
 
 MAX_CLOCK_SKEW_S = 5.0
-"""Largest allowed difference between a rank's clock and rank 0's, seconds. A loaded machine reads its clock late."""
+"""Largest allowed difference between the clocks of a rank and of rank 0, seconds. Busy machines read their clocks
+late."""
 SAMPLED_BYTES = 4096
 """Number of bytes that a fingerprint reads at the start of each file, and again at the end of the file."""
 SMALL_BYTES = 1 << 20
@@ -194,9 +195,9 @@ def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[
     A rank is faulty if it reported a fault, or if one of its values differs from the value of most ranks.
 
     Args:
-        found: the facts about each rank, in rank order. If two values are equally frequent, rank 0 is right.
+        found: the facts about each rank, in rank order. In a tie, the value of the lowest rank counts as right.
         paths: maps configuration keys to the paths that every rank must be able to read. If no rank can read a path,
-            no rank is faulty, because a later check reports the wrong setting.
+            the setting is wrong, and a later check reports it. No rank is faulty then.
     """
     causes = {facts.rank: list(facts.faults) for facts in found}
     for rank, name, value, usual in _odd([facts.equal for facts in found]):

@@ -21,7 +21,7 @@ LAUNCHERS = {
 }
 """Launcher -> its variables for the rank of a process and for the number of processes."""
 FIRST_PORT, NUM_PORTS = 20000, 10000
-"""Range of a step's port, above the ports of services and below those that Linux assigns (32768 and up)."""
+"""Range of ports for steps of Slurm jobs: above the ports of services, below the ports that Linux assigns."""
 PORTS_PER_JOB = 32
 
 

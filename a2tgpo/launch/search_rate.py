@@ -11,7 +11,7 @@ NUM_QUERIES = 500
 
 
 def search_shortfall(config: RunConfig, *, num_gpus: int) -> tuple[str, bool]:
-    """Return one line if the search server is too slow, and whether the run must be refused for that.
+    """Return a line about a search server that is too slow, and whether the run must be refused.
 
     The line is empty if the server is fast enough or the run uses no server. The line is also empty if the server
     does not answer or no plan can be made, because other checks report these faults.

@@ -19,7 +19,7 @@ HUNG_PER_WORKER = 4
 
 
 class CallsHangError(RuntimeError):
-    """Raised, with a one-line message, if too many calls hang to start more threads."""
+    """Raised, with a one-line message, if so many calls hang that no more threads may start."""
 
 
 @dataclass(eq=False)
@@ -84,7 +84,7 @@ class Workers:
             self._has_work.notify()
 
     def take(self, *, timeout_s: float) -> list[Call]:
-        """Return the wanted calls that have ended since the last `take`, then the calls that were abandoned since.
+        """Return the calls that have ended since the last `take`, followed by the newly abandoned calls.
 
         Args:
             timeout_s: most seconds to wait if calls are pending but none has ended.

@@ -62,7 +62,7 @@ class MicrobatchShape:
     def layer_bytes(self) -> int:
         """Bytes that one layer saves for the backward pass if nothing is recomputed."""
         d, tensor = self.dimensions, self.parallel.tensor
-        # Saved are the projected q, k and v, the rotated q and k, and attention's output.
+        # The attention saves the projected q, k and v, the rotated q and k, and its output.
         attention = 3 * d.query_width + 3 * d.kv_width
         if d.has_qk_norms:
             attention += d.query_width + d.kv_width  # q and k before their norms
@@ -78,7 +78,7 @@ class MicrobatchShape:
         """Bytes that the feed-forward part of a layer saves, without its input."""
         d = self.dimensions
         if not d.experts:
-            # Saved are the outputs of the gate and up projections, and their gated product.
+            # A dense layer saves the outputs of the gate and up projections, and their gated product.
             width = d.ffn // self.parallel.tensor
             return self.tokens * 2 * width * self.element_bytes + self._input_bytes(self.tokens * width)
         # An expert saves each token that it receives, the outputs of gate and up, and their product.
@@ -88,7 +88,7 @@ class MicrobatchShape:
         return experts + self.tokens // self.parallel.tensor * d.experts * (2 * FLOAT32_BYTES + 1)
 
     def _input_bytes(self, elements: int) -> int:
-        """Return the bytes that a linear layer saves of an input with this number of elements."""
+        """Return the bytes that a linear layer saves if its input has this number of elements."""
         return int(elements * (self.fp8_bytes or self.element_bytes))
 
     @property
@@ -112,7 +112,8 @@ class MicrobatchShape:
         gradients = 3 * self.tokens * d.ffn // self.parallel.tensor * self.element_bytes
         if d.experts:
             gradients = self.routed_tokens * (d.hidden + 3 * d.ffn) * self.element_bytes
-        # The projections' output gradient is copied to FP8 twice: for the input's and for the weights' gradient.
+        # The gradient of a projection's output is copied to FP8 twice: once for the gradient of the input, and once
+        # for the gradient of the weights.
         widest = (
             self.routed_tokens * 2 * d.ffn if d.experts else self.tokens * 2 * d.ffn // self.parallel.tensor
         )
@@ -127,7 +128,7 @@ class MicrobatchShape:
     def logit_bytes(self, *, with_gradient: bool) -> int:
         """Return the bytes of the last stage's logits, their float32 copies and, if `with_gradient`, their gradient.
 
-        Every position is assumed to have logits, because a policy that does not search samples almost all tokens.
+        Every position is assumed to have logits. This is almost true if the policy makes no tool calls.
         """
         width = self.dimensions.padded_vocab(self.parallel.tensor) // self.parallel.tensor
         chunk = min(self.tokens, LOGIT_CHUNK_TOKENS) * LOGIT_CHUNK_COPIES * width * FLOAT32_BYTES

@@ -37,7 +37,7 @@ def faults(plan: Plan) -> list[str]:
 
 
 def cache_shortage(plan: Plan) -> str:
-    """Return what a too small cache costs and a remedy, or an empty text if the cache holds all in flight."""
+    """Return the cost of a too small cache, and a remedy; "" if the cache holds all sequences in flight."""
     geometry = plan.geometry
     if geometry.concurrent == geometry.in_flight:
         return ""
@@ -101,7 +101,7 @@ def _changes(config: RunConfig, *, has_experts: bool) -> Iterator[tuple[str, Run
             if size > 0:
                 changed = dataclasses.replace(rollout, kv_cache_gib=size)
                 yield f"rollout.kv_cache_gib={size:g}", dataclasses.replace(config, rollout=changed)
-    # If the plan itself chose the engine's share, no other share is better.
+    # If the configuration sets no share, the plan has chosen the best share itself.
     candidates = range(2, 20) if rollout.gpu_memory_fraction else ()
     below = [share / 20 for share in reversed(candidates) if share / 20 < rollout.gpu_memory_fraction]
     above = [share / 20 for share in candidates if share / 20 > rollout.gpu_memory_fraction]

@@ -20,13 +20,13 @@ class Assumptions:
     prefill_utilisation: float = 0.4
     """Share of the GPU's peak that the engine reaches in prefill."""
     decode_step_s: float = 0.006
-    """Seconds of scheduling, launches and sampling per engine step that the GPU does not hide."""
+    """Seconds per engine step in which the GPU waits for scheduling, launches and sampling."""
     decode_sequence_s: float = 20e-6
     """Seconds that each running trajectory adds to an engine step on the host."""
     collective_latency_s: float = 12e-6
     """Seconds of one small all-reduce in the engine. An engine step has two all-reduces per layer."""
     tail_concurrency: float = 0.125
-    """Mean share of the trajectories that still run after the trajectories of mean length have ended."""
+    """Mean share of the trajectories that run in the tail, which begins when the trajectories of mean length end."""
     answer_tokens: float = 16.0
     """Tokens of scaffold and gold answer together. They are scored after every turn."""
     fixed_s: float = 5.0
@@ -34,10 +34,10 @@ class Assumptions:
     activation_ratio: float = 1.0
     """Actual memory of the layers' activations, divided by the memory computed from their shapes."""
     context_gib: float = 3.0
-    """GiB on every rank for CUDA's context, NCCL's buffers and cuBLAS' workspaces, of the trainer and of the engine.
+    """GiB on every rank for the CUDA contexts, NCCL buffers and cuBLAS workspaces of trainer and engine.
 
-    They include Transformer Engine's placeholders for weight gradients, one tensor for each shape of a layer's
-    weights (0.2 GiB for 72B on 8 tensor-parallel ranks).
+    The value includes Transformer Engine's placeholders for weight gradients: one tensor for each shape of a layer's
+    weights. For a 72B model on 8 tensor-parallel ranks, they take 0.2 GiB.
     """
     fragmentation: float = 0.03
     """Memory lost to fragmentation, as a share of all other memory on the GPU."""

@@ -40,7 +40,7 @@ def suggest(
 
     The search varies model.recompute, rollout.tensor_parallel, update.max_microbatch_tokens and all settings of
     parallel.* except parallel.context. Of plans that differ only in their virtual chunks, recomputation or
-    micro-batches, the best one is returned.
+    micro-batches, only the best plan is returned.
     """
     best: dict[tuple, Plan] = {}
     for candidate in _candidates(config, dimensions, gpu, gpus):

@@ -29,7 +29,7 @@ from a2tgpo.plan.workload import Geometry
 OF_ACTIVATIONS = ("activations", "backward workspace")
 """Names of the parts that are multiplied by `Assumptions.activation_ratio`."""
 PHASES = ("start", "refit", "rollout", "score", "update")
-"""Phases of `residency.PHASES` that need the most memory. Any other phase has only parts of one of these phases."""
+"""Phases of `residency.PHASES` that need the most memory. Every other phase needs less than one of these phases."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ def _phases_of_stage(
     phases = []
     for name in PHASES:
         held = trainer.parts(name, offload=offload)
-        if name != "start":  # in the phase start, the engine's requested share already includes these parts
+        if name != "start":  # in the start phase, the engine's requested share already includes these parts
             on_card = resident(name, offload=offload)
             held["engine graphs"] = engine.graphs
             held |= {part: size for part, size in engine_parts.items() if part in on_card}

@@ -78,7 +78,7 @@ def stage_parameters(dimensions: ModelDimensions, parallel: ParallelConfig, stag
 
 
 def optimizer_parameters(parameters: Parameters, parallel: ParallelConfig, data_parallel: int) -> float:
-    """Return for how many of a rank's `parameters` the distributed optimizer keeps the state on this rank.
+    """Return how many of a rank's `parameters` have their optimizer state on this rank (distributed optimizer).
 
     A dense parameter is on all data-parallel and context-parallel ranks. An expert is on (tensor x context x
     data-parallel / expert-parallel) ranks.

@@ -25,7 +25,7 @@ class RolloutTime:
     gain: float
     """Scoring the gold answer after every turn. The prefix is already in the cache."""
     recompute: float
-    """Computing contexts again that were lost because the cache cannot hold all trajectories in flight."""
+    """Computing contexts that the cache has lost, because it cannot hold all trajectories in flight."""
 
     @property
     def seconds(self) -> float:
@@ -62,8 +62,8 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
     # A longer trajectory has proportionally more observations and tool calls.
     stretch = geometry.longest_sampled / sampled if sampled else 1.0
     scored = (workload.turns + 1) * assumed.answer_tokens * trajectories if workload.turns else 0.0
-    # A trajectory without room in the cache loses its cached context in each turn, because it is preempted or because
-    # the engine uses the room while the trajectory's tool runs.
+    # A trajectory without room in the cache loses its cached context in each turn: in a preemption, or to other
+    # trajectories while its tool runs.
     recomputed = geometry.displaced * (workload.turns + 1) * context
     return RolloutTime(
         prefill=(prompts * workload.prompt_tokens + trajectories * observed) * forward / peak,

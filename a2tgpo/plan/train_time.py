@@ -31,7 +31,7 @@ class PassTime:
     compute: float
     """Matrix products and attention of the slowest pipeline stage."""
     bubble: float
-    """Time at the start and the end of each optimizer step in which a stage has nothing to compute."""
+    """Time in which a stage has nothing to compute, at the start and the end of each optimizer step."""
     tensor: float
     pipeline: float
     """Sending hidden states and gradients between pipeline stages."""
@@ -115,7 +115,7 @@ def _update_passes(config: RunConfig) -> int:
 
 
 def _update_collectives(config: RunConfig) -> int:
-    """Return the number of all-reduces per layer. Sequence parallelism adds two gathers, which count as one."""
+    """Return the number of all-reduces per layer. The two gathers of sequence parallelism count as one all-reduce."""
     return 4 + (2 if config.model.recompute == "full" else 0) + (1 if config.parallel.sequence else 0)
 
 

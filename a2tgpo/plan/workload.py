@@ -25,7 +25,7 @@ class Workload:
     tool_seconds: float = 0.3
     """Seconds of one tool call. Other trajectories hide this time, except at the end of the rollout."""
     longest_to_mean: float = 3.0
-    """Sampled tokens of a step's longest trajectory, divided by the mean. A configured limit may cut the longest."""
+    """Sampled tokens of a step's longest trajectory, divided by the mean. A limit may cut this trajectory."""
 
     @property
     def tokens(self) -> float:

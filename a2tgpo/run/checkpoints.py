@@ -74,7 +74,7 @@ class RunCheckpoints:
         self._writer = CheckpointWriter(self._path, timeout_s=config.parallel.timeout_s)
         self._rollouts = RolloutRetention(folder.path, keep_gb=config.run.keep_rollouts_gb)
         self._complete: tuple[int, dict | None] = (0, None)
-        """Step of the last complete checkpoint (0 if there is none), and the best policy as of that checkpoint."""
+        """Step of the last complete checkpoint, and the best policy up to this step; 0 and None if there is none."""
         self._saving: tuple[int, dict | None] = self._complete
         self.evaluation_is_due = False
         """Whether the run must still make the evaluation after its last step. `restore` sets this value."""
@@ -85,7 +85,7 @@ class RunCheckpoints:
         """Load the checkpoint at `path`, and return the number of steps that the run has done.
 
         This run's checkpoints of later steps are moved to another folder. If `path` belongs to another run, this
-        run's checkpoint of the same step is moved, too, and there is no best policy.
+        run's checkpoint of the same step is moved, too, and the run begins without a best policy.
 
         Args:
             path: the checkpoint, or None for a new run, which has done 0 steps.
@@ -117,7 +117,7 @@ class RunCheckpoints:
             # A checkpoint of an earlier version may have neither the guards' state nor a best policy.
             if "guards" in state:
                 self._guards.load_state_dict(state["guards"])
-            # The best policy of another run refers to a checkpoint that this run does not have.
+            # Another run's record of its best policy names a checkpoint that this run does not have.
             self.best.load_state_dict(self._if_comparable(state) if is_own else None)
         retention.set_aside_after(self._path, step if is_own else step - 1)
         self.best.write()

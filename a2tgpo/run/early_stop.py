@@ -46,7 +46,7 @@ class EarlyStop:
         self.request.agree(is_interrupted or self.should_stop(*stages))
 
     def begin_step(self) -> None:
-        """Store a copy of the state that a step changes before its update, for `rewind`."""
+        """Before a step, store a copy of the state that its rollout will change, for `rewind`."""
         self._before_step = self._state.snapshot(), get_rng_state()
         self._outage_before_s = self._outage.total_s
 

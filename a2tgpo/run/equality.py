@@ -90,7 +90,7 @@ def _hold_the_same(ours: list[Path], theirs: list[Path]) -> bool:
 
 
 def _tensors(marker: Path, *, of_weights: bool) -> dict[str, list[int]]:
-    """Return the size and checksum of each tensor file of a checkpoint; with `of_weights`, only those of weights."""
+    """Return the size and checksum of each tensor file of a checkpoint; `of_weights`: only of weight files."""
     from a2tgpo.checkpoint.folder import is_of_weights
 
     files = json.loads(marker.read_text(encoding="utf-8"))["files"]

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """Claims the folder of one run, and gives the paths of its parts. Every rank has one and makes the same calls."""
+    """Claims the folder of one run, and gives the paths of its parts. Every rank makes the same calls."""
 
     def __init__(self, config: RunConfig, groups: ParallelGroups):
         self._config = config
@@ -57,8 +57,7 @@ class RunFolder:
             accept_changes: whether to continue although settings, code or packages differ from the last start.
 
         Raises:
-            ConfigError: on all ranks, if `resume` is a path without a checkpoint, the run's folder cannot be created,
-                another process holds the folder, or the folder contains another experiment.
+            ConfigError: on all ranks, if the folder cannot be claimed, or if `resume` is a path without a checkpoint.
         """
         check_resume(resume)
         fault = [""]
@@ -86,7 +85,7 @@ class RunFolder:
         return checkpoint.latest(self.checkpoints) if resume == "auto" else Path(resume)
 
     def recorder(self, tokenizer: PreTrainedTokenizerBase, *, step: int) -> Recorder:
-        """Return a recorder for this run, which resumes after `step` steps, and drop the records of later steps."""
+        """Drop the records of steps after `step`, from which the run resumes, and return a recorder."""
         writer = MetricWriter(
             self.path,
             total_steps=self._config.run.steps,

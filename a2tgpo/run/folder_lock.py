@@ -1,11 +1,11 @@
 """Allow only one run at a time in a folder.
 
 The process that holds the folder writes its identity to `holder.json`, and then changes this file at regular
-intervals as a sign of life. Locks of the file system are unsuitable: Lustre is often mounted without them, NFS keeps
-the locks of a crashed node, and a forked child keeps the flock of its dead parent.
+intervals as a sign of life. Locks of the file system are unsuitable: Lustre is often mounted without locks, NFS keeps
+the locks of a crashed node, and a forked child keeps the lock of its dead parent.
 
-A start that finds another holder on the same machine checks the holder's process id and start time. If the holder
-belongs to the same Slurm job before a requeue, it has ended. In all other cases the start watches whether the file
+A start that finds another holder on the same machine checks the holder's process id and start time. A holder that
+belongs to the same Slurm job, before its requeue, has ended. In all other cases the start watches whether the file
 still changes. It opens the file anew for each read, because only then does NFS ask the server.
 """
 
@@ -47,7 +47,7 @@ class Holder:
     started: int
     """Start time of the process, in ticks after boot. A process id alone is not unique, because ids are reused."""
     boot: str
-    """Boot id and PID namespace of the process. Only a process with the same two can check the process id."""
+    """Boot id and PID namespace of the process. If either differs, another process cannot check the process id."""
     slurm_job: str = ""
     slurm_restarts: int = 0
     since: float = 0.0
@@ -114,7 +114,7 @@ class FolderLock:
                 self._path.unlink()
 
     def _take(self) -> Holder | None:
-        """Return the other holder if it lives. If it does not, write this process as the holder and return None."""
+        """Return the other holder if it lives. Otherwise write this process as the holder, and return None."""
         try:
             descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
@@ -153,7 +153,7 @@ class FolderLock:
                     )
                     os._exit(BROKEN_RUN)
                 self._write()
-            except OSError:  # if the file system does not recover, another write fails and ends the run
+            except OSError:  # if the file system does not recover, another write of the run fails and ends it
                 continue
 
 

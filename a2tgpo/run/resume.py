@@ -1,4 +1,4 @@
-"""Resume a run, perhaps with a changed configuration: refuse some changes, and follow and report the others."""
+"""Resume a run, perhaps with a changed configuration. Some changes are refused, and the others are reported."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def follow_settings(
         changed: the keys of the settings that have changed (`changed_settings`).
 
     Returns:
-        The groups that continue, and a map from each reason to the number of groups dropped for it.
+        The groups that continue, and a map from each reason to the number of groups dropped for this reason.
     """
     limits = Limits(
         max_turns=config.rollout.max_turns,

@@ -84,7 +84,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
 
 
 def written_settings(text: str, keys: Iterable[str]) -> dict[str, Any]:
-    """Return a map from each of `keys` that `text` contains to its value.
+    """Return the values of `keys` in `text`, by key. Keys that are missing in `text` are left out.
 
     Args:
         text: a configuration that `dump_config` wrote, in this version or an earlier one.
@@ -104,7 +104,7 @@ def written_settings(text: str, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Return the keys whose values differ between the maps. A key that only one map has is no change."""
+    """Return the keys whose values differ between the maps. A key that only one map has does not count."""
     return {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
 
 

@@ -48,8 +48,8 @@ class Bm25Index:
     def search(self, query: str, top_k: int) -> list[tuple[Passage, float]]:
         """Return at most `top_k` passages with their scores, best first. Ties are in the corpus's order.
 
-        A passage that shares no word with the query is never returned. Stop words in a query are ignored, unless it
-        has only stop words.
+        A passage that shares no word with the query is never returned. Stop words in a query are ignored, unless the
+        query has only stop words.
         """
         words = words_of(query)
         words = [word for word in words if word not in _STOPWORDS] or words
@@ -59,8 +59,8 @@ class Bm25Index:
         scores = self._bm25.get_scores_from_ids(word_ids)  # [num_passages] float32
         found = np.flatnonzero(scores)
         if len(found) > top_k:
-            # A plain top-k breaks ties arbitrarily. For the corpus's order, select all passages that reach the k-th
-            # score, and sort only these stably.
+            # A plain top-k breaks ties arbitrarily. To break ties by the corpus's order, select all passages with at
+            # least the k-th score, and sort them stably.
             threshold = np.partition(scores[found], -top_k)[-top_k]
             found = found[scores[found] >= threshold]
         best = found[np.argsort(-scores[found], kind="stable")][:top_k]

@@ -86,7 +86,7 @@ def measure_burst(
 
 
 def judge_burst(burst: Burst, *, needed_per_s: float, max_shortfall: float) -> tuple[str, bool]:
-    """Return a one-line warning if the server is too slow for a run, else "", and whether the run must be refused.
+    """Return a one-line warning ("" if the server is fast enough for the run), and whether the run must be refused.
 
     Args:
         needed_per_s: number of answers per second that the run needs.

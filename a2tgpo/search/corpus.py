@@ -11,8 +11,7 @@ def load_corpus(path: str, *, key: str = "search.corpus") -> list[Passage]:
     A record has `id` (a text or an integer) and `contents` (the title in double quotes, a newline, the text).
 
     Raises:
-        ConfigError: with a one-line message that names `key`, if the file cannot be read, if a record is malformed,
-            if an id occurs twice, or if the file has no passage.
+        ConfigError: with a one-line message that names `key`, if the file cannot be read or is not a valid corpus.
     """
     passages: dict[str, Passage] = {}
     for where, record in read_json_lines(path, key=key):

@@ -91,8 +91,7 @@ def scan(
         progress: called with the number of bytes read since the last call.
 
     Raises:
-        ConfigError: with a one-line message, if the file cannot be read or is compressed, if a record is malformed,
-            if an id occurs twice in the part, or if the part has no passage.
+        ConfigError: with a one-line message, if the file cannot be read or is compressed, or if a line is invalid.
     """
     offsets: list[int] = []
     # 21 million ids as texts would take more memory than the index.

@@ -49,7 +49,7 @@ class EmbeddingBlocks:
         return sum(end - start for start, end in map(self.range_of, filter(self.has, range(self.num_blocks))))
 
     def range_of(self, number: int) -> tuple[int, int]:
-        """Return the positions of a block's first passage and of the passage after its last."""
+        """Return the positions of a block's first passage and of the first passage after the block."""
         start = number * BLOCK_PASSAGES
         return start, min(start + BLOCK_PASSAGES, self.num_passages)
 
@@ -74,7 +74,7 @@ class EmbeddingBlocks:
         return np.load(self._path(number), mmap_mode="r", allow_pickle=False)
 
     def sample(self, num_passages: int) -> np.ndarray:
-        """Return vectors at equal distances in each block, about `num_passages` in total: [vectors, dim] float32."""
+        """Return evenly spaced vectors of each block, about `num_passages` in total: [vectors, dim] float32."""
         step = max(1, -(-self.num_passages // num_passages))
         return np.concatenate([self.read(number)[::step] for number in range(self.num_blocks)])
 

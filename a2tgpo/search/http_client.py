@@ -1,7 +1,7 @@
 """Client of a Search-R1 compatible retrieval server.
 
 The client sends {"queries": [text], "topk": k, "return_scores": true}. The answer is {"result": [[{"document": {"id",
-"contents"}, "score": x}, ...]]}. A server without scores may send each document alone.
+"contents"}, "score": x}, ...]]}. A server that sends no scores may send each document without this outer object.
 """
 
 import functools

@@ -70,8 +70,8 @@ class DenseBuild:
     continue. `part` is explained in `corpus_file.scan`.
 
     Raises:
-        ConfigError: with a one-line message, if the corpus is malformed, if the encoder or the factory string cannot
-            be used, or if `out` exists.
+        ConfigError: with a one-line message, if the corpus, encoder or factory string is unusable, or if `out`
+            exists.
     """
 
     def __init__(
@@ -153,15 +153,15 @@ class DenseBuild:
 def import_faiss(
     source: Path, corpus: Path, out: Path, recipe: DenseRecipe, *, progress: Progress = silent
 ) -> int:
-    """Build an index folder from a FAISS index of all passages of a corpus in order, and return their number.
+    """Build an index folder from a FAISS index of a corpus, and return the number of passages.
 
     Args:
-        source: the FAISS index, which is not changed. The folder gets a hard link to it or a copy.
+        source: the file of the FAISS index, with all passages in the corpus's order. The folder gets a hard link to
+            the file or a copy.
         recipe: names the encoder that embedded the passages. Its factory string is ignored.
 
     Raises:
-        ConfigError: with a one-line message, if the corpus is malformed, if the encoder cannot be used, if the FAISS
-            index does not fit the corpus and the encoder, or if `out` exists.
+        ConfigError: with a one-line message, if the inputs are unusable or do not fit together, or if `out` exists.
     """
     require_new(out)
     encoder = Encoder(recipe.encoder, dtype=recipe.dtype)

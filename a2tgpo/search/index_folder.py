@@ -37,7 +37,7 @@ class SearchIndex(Protocol):
 
 
 def describe(kind: str, corpus: Path, *, part: tuple[int, int], num_passages: int) -> dict[str, Any]:
-    """Return the entries of index.json that all kinds share."""
+    """Return the entries of index.json that every kind of index has."""
     return {
         "format": FORMAT,
         "kind": kind,

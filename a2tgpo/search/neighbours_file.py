@@ -23,7 +23,7 @@ vectors."""
 
 
 def empty_index(dim: int, factory: str, *, num_passages: int) -> Any:
-    """Return an empty FAISS index for cosines that the string `factory` describes.
+    """Return the empty FAISS index that the string `factory` describes, with the cosine as its score.
 
     Raises:
         ConfigError: with a one-line message, if FAISS refuses the string, or if there are fewer passages than lists.
@@ -72,8 +72,8 @@ def import_neighbours(source: Path, path: Path, *, dim: int, num_passages: int) 
     """Create a hard link at `path` to an existing FAISS index, or a copy if no link can be created.
 
     Raises:
-        ConfigError: with a one-line message, if the index does not contain `num_passages` vectors of `dim`
-            components, or does not compare them by inner product.
+        ConfigError: with a one-line message, if the index does not hold `num_passages` vectors of `dim` components,
+            or does not score by inner product.
     """
     try:
         found = faiss.read_index(str(source), faiss.IO_FLAG_MMAP_IFC)

@@ -1,4 +1,4 @@
-"""Refuse requests that lack the token, are too large or come too often. Their bodies are not read."""
+"""Refuse requests that lack the token, are too large or come too often. The body of a refused request is not read."""
 
 import hmac
 import json

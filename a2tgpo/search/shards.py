@@ -11,7 +11,7 @@ from a2tgpo.search.passage import Passage
 
 
 class ShardedIndex:
-    """Searches all shards, one per client, and merges their answers by score.
+    """Searches all shards, each with its own client, and merges the answers by score.
 
     Dense scores are comparable across shards. A BM25 score depends on how rare a word is in its shard. In interleaved
     parts of a corpus (tools/build_index.py --part), a word is about equally rare, so the merged order is nearly the
@@ -28,7 +28,7 @@ class ShardedIndex:
         """Return the best passages of all shards for each query.
 
         Raises:
-            SearchError: if a shard gave no answer. An answer from a part of the corpus would be wrong.
+            SearchError: if a shard gave no answer. An answer from only a part of the corpus would be wrong.
         """
         pending = [self._executor.submit(client.search_many, queries, top_k) for client in self._clients]
         by_shard = [future.result() for future in pending]

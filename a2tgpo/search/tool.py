@@ -64,7 +64,7 @@ class CachedSearch:
             raise
 
     def _answers_others(self, error: SearchError) -> bool:
-        """Return whether the server fails only at this query, although `error` looks like an outage."""
+        """Return whether the server answers other queries, although `error` looks like an outage."""
         return (
             self._tells_outages
             and isinstance(error, SearchUnavailableError)
@@ -74,7 +74,7 @@ class CachedSearch:
         )
 
     def take_counts(self) -> dict[str, int]:
-        """Return the numbers of cache hits and, with a client, of retries and refused queries since the last call."""
+        """Return counts since the last call: cache hits and, with a client, retries and refused queries."""
         counts = {"cache_hits": self._cache.num_hits}
         if isinstance(self._backend, HttpSearch):
             counts |= {"retries": self._backend.num_retries, "refused": self._backend.num_refused}

@@ -43,7 +43,7 @@ class Waiting:
 
 
 class Inbox:
-    """Passes orders from the threads that accept requests to the thread that plays. At most `max_waiting` wait."""
+    """Passes at most `max_waiting` waiting orders from the threads that accept requests to the thread that plays."""
 
     def __init__(self, *, max_waiting: int):
         self._max_waiting = max_waiting

@@ -44,7 +44,7 @@ def source_dimensions(config: RunConfig) -> ModelDimensions:
 
 
 def cold_model(config: RunConfig) -> ModelConfig:
-    """Return the configuration of the model at `warmstart.source`, in FP8 only with `warmstart.fp8`."""
+    """Return the configuration of the model at `warmstart.source`, without FP8 unless `warmstart.fp8` is set."""
     fp8 = config.model.fp8 if config.warmstart.fp8 else Fp8Config()
     return dataclasses.replace(config.model, path=config.warmstart.source, fp8=fp8)
 
