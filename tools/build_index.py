@@ -188,7 +188,7 @@ def embed_in_processes(dense: DenseBuild, num_workers: int, bars: Bars) -> None:
             done = dense.blocks.num_done
             bars("embedding", done - shown, total)
             shown = done
-        bars("embedding", -shown, total)  # the caller embeds what is missing, and counts from 0
+        bars("embedding", -shown, total)  # the caller embeds the missing passages, and counts from 0
     finally:
         for process in processes:
             process.terminate()

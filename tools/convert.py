@@ -121,7 +121,7 @@ def import_hf(args: argparse.Namespace) -> None:
     if fault:
         if groups.rank == 0:
             with contextlib.suppress(OSError):
-                out.rmdir()  # the writer has already removed the partial folder in it
+                out.rmdir()  # the writer has already removed the partial folder in `out`
         raise RuntimeError(f"--out: {out} could not be written: {fault}")
     path = out / "step_0"
     if groups.rank == 0:

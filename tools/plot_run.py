@@ -238,7 +238,8 @@ def evaluation_lines(history: History) -> list[str]:
 
 
 def gain_lines(history: History) -> list[str]:
-    """Return a line per turn index: the mean gain early and late in the run, and the late share of positive gains."""
+    """Return a line per turn index: mean gains early and late in the run, and the share of late gains that are
+    positive."""
     lines = []
     gains = history.numbered(r"gain/turn_(\d+)_mean")
     if gains:

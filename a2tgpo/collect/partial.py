@@ -127,7 +127,8 @@ class PartialRollout:
         version: int,
         unbounded: Collection[tuple[int, int]],
     ) -> list[CarriedGroup] | None:
-        """Continue `groups` within the token budget, and return them, or None if the rollout was interrupted.
+        """Continue `groups` within the token budget, and return the groups. Return None if the rollout was
+        interrupted.
 
         Groups whose key is in `unbounded` are played to their end.
         """

@@ -249,7 +249,8 @@ def select_groups(informative: Sequence[bool], *, num_groups: int) -> Selection:
 
 
 def take_groups(trajectories: Sequence[Trajectory], groups: Sequence[int]) -> list[Trajectory]:
-    """Return the trajectories whose prompt_index is in `groups`. The new prompt_index is its position in `groups`."""
+    """Return the trajectories whose prompt_index is in `groups`, with its position in `groups` as the new
+    prompt_index."""
     places = {group: place for place, group in enumerate(groups)}
     return [
         dataclasses.replace(trajectory, prompt_index=places[trajectory.prompt_index])

@@ -83,7 +83,8 @@ AnyTool = Tool | SessionTool
 
 
 def function_schema(name: str, tool: AnyTool) -> dict[str, Any]:
-    """Return the description of a tool that chat templates expect. A tool without `parameters` takes one text."""
+    """Return the description of a tool, in the form that chat templates expect. A tool without `parameters` takes one
+    text."""
     one_text = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
     function = {
         "name": name,

@@ -4,8 +4,8 @@
                              [--jobs J] [--tuned DIR] [section.field=value ...]
     python tools/ablation/compare.py --report DIR
 
-A run of the method NAME reads CONFIG, then configs/algorithm/NAME.yaml, then NAME.yaml of the --tuned folder if that
-file exists. Later files override earlier ones. Runs with the same seed draw the same questions, and sample with the
+A run of the method NAME reads CONFIG, configs/algorithm/NAME.yaml and, if it exists, NAME.yaml in the folder --tuned,
+in this order. Later files override earlier ones. Runs with the same seed draw the same questions, and sample with the
 same random seeds. If you start the same command again, it skips finished runs and resumes the other runs. A failed
 run does not stop the other runs. DIR holds runs/ and logs/. Whenever a run ends, the program rewrites results.csv,
 curves.csv, report.md, the figures and tensorboard/ in DIR. --report DIR only rewrites these files.
@@ -87,7 +87,7 @@ def refuse_other_config(folder: Path, config: RunConfig) -> None:
 
 
 def leaves(mapping: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield (dotted key, value) for every entry of `mapping` that is not a dict, also in nested dicts."""
+    """Yield (dotted key, value) for every entry of `mapping` and of its nested dicts that is not a dict."""
     for name, value in mapping.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{name}.")
@@ -157,7 +157,7 @@ def compare(experiment: Experiment, plan: Plan, out: Path, *, jobs: int) -> list
     """Train all unfinished runs of `plan`, `jobs` at a time, and return the results of the runs that failed.
 
     Raises:
-        ConfigError: before any run starts, if a configuration is wrong, or if a run was started with another one.
+        ConfigError: before any run starts, if a configuration is wrong or has changed since an earlier start.
     """
     from style import MAX_METHODS
 
@@ -222,7 +222,7 @@ def report_so_far(out: Path) -> None:
 
 
 def start(experiment: Experiment, run: Run, *, slot: int, jobs: int) -> Job:
-    """Start `run`, and append its output to its log. If there are enough cores, the run gets its own."""
+    """Start `run`, and append its output to its log. If there are enough cores, each run gets its own cores."""
     command = experiment.command(run)
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("a", encoding="utf-8") as log:

@@ -1,4 +1,4 @@
-"""Plot each method's advantage by how many more searches a trajectory has than its question needs."""
+"""Plot each method's advantage against the number of needless searches in a trajectory."""
 
 from __future__ import annotations
 

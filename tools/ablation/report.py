@@ -221,7 +221,7 @@ def fault_line(result: RunResult) -> str:
 
 
 def figure_text(figures: Mapping[str, str]) -> str:
-    """Return Markdown that shows each picture above its caption, from {file name of the picture: caption}."""
+    """Return Markdown that shows each picture above its caption. `figures` is {file name of the picture: caption}."""
     return "".join(f"\n![{Path(name).stem}]({name})\n\n{caption}\n" for name, caption in figures.items())
 
 

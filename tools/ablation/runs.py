@@ -21,7 +21,7 @@ from a2tgpo.metrics.writer import METRICS_FILE, read_metrics
 PLAN_FILE = "ablation.json"
 CONFIG_FILE = "config.yaml"
 ATTEMPT_MARK = "$ "
-"""Prefix of the log line with the command. Each attempt begins with such a line."""
+"""Prefix of the log line that contains the command. Each attempt begins with such a line."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ class Estimate:
         if self.count == 0:
             return "–"
         width = "?" if self.half_width is None else format(self.half_width, spec.lstrip("+"))
-        mean = round(self.mean, 9) + 0.0  # + 0.0 turns -0.0 into 0.0, which prints no sign
+        mean = round(self.mean, 9) + 0.0  # + 0.0 turns -0.0 into 0.0, which prints without a sign
         return f"{mean:{spec}} ± {width}"
 
 

@@ -27,7 +27,7 @@ MAX_NEEDLESS = 3
 OUTCOMES = {"right": 1.0, "wrong": 0.0, "ill-formed": -1.0}
 
 MIN_SAMPLES = 30
-"""Smallest number of values that a turn index needs to be used in `drifts`."""
+"""`drifts` uses only turn indices that have at least this many values."""
 PERCENTILES = (5, 25, 50, 75, 95)
 
 Columns = dict[str, np.ndarray]

@@ -1,4 +1,4 @@
-"""Compare the time to compute 1,024 trajectories' advantages with loops over tokens, and measure how the time grows.
+"""Compare the trainer's computation of 1,024 trajectories' advantages with loops over tokens, and measure its growth.
 
 Each trajectory has 2,000 tokens. The loops implement Eq. 6-9. One loop reads tensors, as in trainers with rewards per
 token, and the other reads Python lists. All variants give the same number for every sampled token. The bench then

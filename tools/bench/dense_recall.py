@@ -27,7 +27,7 @@ TOP_K = 3
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
-    """Return the share of the passages in `exact` that `found` has in the same row. Both are [questions, TOP_K]."""
+    """Return the share of passages in `exact` [questions, TOP_K] that `found` has in the same row."""
     return float(
         np.mean([len(set(row) & set(right)) / TOP_K for row, right in zip(found, exact, strict=True)])
     )

@@ -8,7 +8,7 @@ shape of e5-base-v2, 12 layers of 768 channels. Its tokenizer is that of all-Min
 of e5-base-v2. The server runs with OMP_NUM_THREADS=1 in its environment, as in a Slurm job. The table has queries per
 second of wall time, queries per CPU second, and the number of cores that other programs kept busy. Trust the ratios
 only if this number is almost 0. Every round measures each number of threads once. The last lines have medians over
-the rounds, and ratios to the first number of threads.
+the rounds, and their ratios to the medians of the first number of threads.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from a2tgpo.rollout.vllm_engine import VllmEngine
 
 
 class EngineWithoutEnd(VllmEngine):
-    """An engine that generates the requested number of tokens, also after the end of sequence."""
+    """An engine that generates the requested number of tokens, even after an end-of-sequence token."""
 
     def _add(self, request_id: str, tokens: list[int], params: Any) -> None:
         params.ignore_eos = True

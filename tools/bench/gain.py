@@ -8,9 +8,9 @@ the gold answer after the prompt and after every process turn:
     tree     one pass of the trainer per trajectory with all answers as branches, as in training runs' check of gains
     in full  one row of the trainer per pair of trajectory and turn, as in the paper's code
 
-A variant's share of step time is the CPU seconds of its scoring, divided by the CPU seconds of a whole step:
-generation, scoring of the old policy, update, and the variant's scoring. The bench also counts the tokens that the
-model runs. Here the engine scores all contexts after the rollout. In training, it scores them during the rollout.
+A variant's share of step time is the CPU seconds of its scoring, divided by the CPU seconds of a step. A step has
+generation, the old policy's log-probs, the update, and the variant's scoring. The bench also counts the tokens that
+the model runs. Here the engine scores all contexts after the rollout. In training, it scores them during the rollout.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compare the turn-level loss and its gradient with loops, on 128 trajectories of 2,000 tokens.
+"""Compare the time of the turn-level loss and its gradient with that of loops, on 128 trajectories of 2,000 tokens.
 
 The loops implement Eq. 10-12. One loop runs over trajectories and turns with a mask for each turn, as in trainers
 with one padded row per trajectory. The other loop runs over single tokens. It gets only an eighth of the

@@ -129,7 +129,7 @@ def run_program(name: str, command: Sequence[str | Path], environment: Mapping[s
 
 
 def peak_megabytes(variant: Variant) -> float:
-    """Run `variant` in a forked child on Linux. Return how many MB of resident memory it adds at its peak.
+    """Run `variant` in a forked child on Linux. Return how many MB of resident memory `variant` adds at its peak.
 
     The allocator may keep memory that an earlier variant freed, so glibc first returns its free memory to the system.
     """

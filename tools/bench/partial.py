@@ -70,7 +70,7 @@ class CountedRollout:
     def _time_of(
         self, trajectory: Trajectory, group: PromptGroup, budget: int | None, sampling: Sampling
     ) -> int:
-        """Continue the trajectory until it ends or uses up its budget. Return the engine steps that this takes."""
+        """Continue the trajectory until it ends or uses up its budget. Return the number of engine steps."""
         sampled = 0
         while not trajectory.stop_reason and (budget is None or sampled < budget):
             turn_seed = sampling.turn_seed(group, trajectory.sample_index, len(trajectory.turns))

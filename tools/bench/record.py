@@ -48,7 +48,7 @@ def turn_values() -> dict[str, torch.Tensor]:
 
 
 def show(trajectories: Sequence[Trajectory], tokenizer: Any, groups: ParallelGroups) -> None:
-    """Compute the values of the trajectories that a step writes to TensorBoard."""
+    """Compute the values that a step writes to TensorBoard about the trajectories."""
     values = turn_values()
     summaries = gather_summaries(trajectories, groups)
     gains_by_turn(summaries)

@@ -1,4 +1,4 @@
-"""Compare one update of SmolLM2-135M with a plain loop of transformers and torch.optim with padding.
+"""Compare one update of SmolLM2-135M with a plain loop of transformers and torch.optim that pads.
 
 Both programs run in float32 with one thread, on the same trajectories. Both run forward and backward passes of the
 turn-level loss in two micro-batches, clip the gradients, and take a step of AdamW. The old policy's log-probs come
@@ -7,11 +7,11 @@ sampled. The plain loop pads rows on the right, either in their given order or s
 layer at every position. The plain loop computes no entropies and no metrics.
 
 After `make setup-trl`, the bench also measures TRL's GRPOTrainer, with its own training loop and AdamW, in its own
-environment. TRL trains on the same tokens with observations masked, in the same two micro-batches by gradient
-accumulation. TRL pads prompts on the left and completions on the right, each to the longest of the batch. It computes
-entropies. TRL computes ratios per token or per sequence, not per turn. In the first update on a batch all ratios are
-1, so loss and gradient are equal, and the bench checks this. TRL's fused output layer, which is made for GPUs, runs
-at every position, and once more in the backward pass.
+environment. TRL trains on the same tokens with observations masked, and accumulates gradients over the same two
+micro-batches. TRL pads prompts on the left and completions on the right, each to the longest row of the batch. It
+computes entropies. TRL computes ratios per token or per sequence, not per turn. In the first update on a batch all
+ratios are 1, so loss and gradient are equal, and the bench checks this. TRL's fused output layer, which is made for
+GPUs, runs at every position, and once more in the backward pass.
 
 Each variant runs in its own process, so its peak memory is that of its own training. Before the measured update, each
 process runs an update on a single trajectory. All variants give the same loss and gradient norm. All variants except

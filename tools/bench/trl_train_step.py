@@ -42,7 +42,7 @@ class GivenAdvantages(GRPOTrainer):
 
 
 class Clock(TrainerCallback):
-    """The CPU seconds of each optimizer step, from the step's first micro-batch on."""
+    """The CPU seconds of each optimizer step, counted from the step's first micro-batch."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

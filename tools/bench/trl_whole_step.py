@@ -5,7 +5,7 @@
 whole_step.py starts this program with torchrun in .venv-trl. Questions, prompts, search, observations, budgets and
 rewards come from this project. `rollout_func` plays the trajectories with transformers' generate. All trajectories of
 a rank generate until the slowest has ended its turn. Then all search. The next turn computes the whole context again.
-Each step has two updates, as in the configuration. TRL scores the old policy before the first update.
+Each step has two updates, as in the configuration. TRL computes the old policy's log-probs before the first update.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from a2tgpo.trajectory import LogProbs, Prompt, TokenIds, Trajectory, Turn
 
 
 class TimedTrainer(GRPOTrainer):
-    """A GRPOTrainer that records each stage's wall time. The stage `score` is scoring without gradients."""
+    """A GRPOTrainer that records each stage's wall time. The stage `score` computes log-probs without gradients."""
 
     seconds: dict[str, float]
 

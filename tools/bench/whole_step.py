@@ -7,8 +7,8 @@ run's own `time/*` metrics, without the first step. The rollout stage includes s
 After `make setup-trl`, TRL also trains on two processes with one thread each. TRL uses the same questions, group
 size, lengths, search, observations and rewards, two updates per step, and two trajectories per forward pass. TRL
 differs as follows. transformers generates its rollouts, because TRL's vLLM modes need a GPU or a server. TRL's loss
-has ratios of tokens. TRL pads rows. TRL's output layer, which is made for GPUs, runs at every position. TRL scores no
-information gain, and has no refit. The two programs sample different text, so compare tokens per second.
+has one ratio per token. TRL pads rows. TRL's output layer, which is made for GPUs, runs at every position. TRL scores
+no information gain, and has no refit. The two programs sample different text, so compare tokens per second.
 
 The bench takes about 6 minutes, and 4 more if it makes the warm start.
 """
@@ -47,7 +47,7 @@ def command(*arguments: str) -> None:
 
 
 def ours() -> list[dict[str, float]]:
-    """Run the training. Return, for each step, the wall seconds of each stage and of the `step`, and token counts."""
+    """Run the training. For each step, return the wall seconds of each stage and of the `step`, and token counts."""
     with tempfile.TemporaryDirectory() as root:
         command(CONFIG, f"run.root={root}", *OVERRIDES)
         rollout = load_config(CONFIG, OVERRIDES).rollout

@@ -61,7 +61,7 @@ class Played:
 
 
 def check_engine_memory(bench: Bench) -> None:
-    """Check that sleep frees GPU memory, and that waking weights and then KV cache allocates it again."""
+    """Check that sleep frees GPU memory, and that waking the weights and then the KV cache allocates it again."""
     import torch
 
     from a2tgpo.config.rollout import RolloutConfig

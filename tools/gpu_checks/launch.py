@@ -60,7 +60,8 @@ def rank_environments(
 
 
 class RankSync:
-    """Synchronise, after each check, the copies that a launcher started. Do nothing if there is one process.
+    """After each check, synchronise the copies of this program that a launcher started. Do nothing if there is one
+    process.
 
     All copies exit with rank 0's exit code at the same time, because a launcher ends all ranks as soon as one fails.
     """

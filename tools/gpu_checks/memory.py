@@ -1,4 +1,4 @@
-"""Check that training state is equal to the bit after a copy to the host and back, and measure the copies' speed."""
+"""Check that a copy of the training state to the host and back changes no bit, and measure the copies' speed."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def _start(bench: Bench, *settings: dict[str, Any]) -> tuple[Any, Any]:
     from a2tgpo.trainer import Trainer
 
     config = load_config(str(write_run(bench, *settings)))
-    write_checkpoint(Path(config.model.path))  # before the ranks join, because then only rank 0 writes
+    write_checkpoint(Path(config.model.path))  # before the ranks join, because after that only rank 0 writes
     groups = initialize(config.parallel, seed=0)
     folder = RunFolder(config, groups)
     folder.open("none")

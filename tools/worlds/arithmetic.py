@@ -16,7 +16,7 @@ WORDS = {"+": "plus", "-": "minus", "*": "times"}
 FINAL_THOUGHT = "<think> I can answer now. </think> <answer> \\boxed{"
 """The text before the answer in every demonstration. It equals rollout.gain.scaffold."""
 MAX_QUESTIONS = 1_000_000
-"""Largest number of questions to draw. There are 43.7 million, and drawing the last of them would take very long."""
+"""Largest number of questions to draw. 43.7 million exist, but drawing the last of them would take very long."""
 GOOD_SHARE = 0.5
 """Share of demonstrations that use the calculator. The other demonstrations guess."""
 

@@ -21,7 +21,8 @@ MAX_CITIES_PER_COUNTRY = 14
 MIN_CITY_POPULATION = 60_000
 MIN_TOWN_POPULATION = 15_000
 RANK_MARGIN = 1.15
-"""Smallest ratio of two populations whose order does not depend on the year of the count."""
+"""Smallest accepted ratio of the two largest populations. If it is lower, the year of the count may decide the
+order."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def nearest_town(record: dict, records: list[dict], places: np.ndarray, *, north
 
 
 def _capital(country: Country, record: dict) -> Name | None:
-    """Return the capital if both packages name the same. One name may contain the other ("Washington D.C.")."""
+    """Return the capital if both packages name it. One of the names may have more words ("Washington D.C.")."""
     first, second = record["capital"], CountryInfo(country.code).info().get("capital") or ""
     words, other = key_of(first).split(), key_of(second).split()
     if not words or not other or not (set(words) <= set(other) or set(other) <= set(words)):

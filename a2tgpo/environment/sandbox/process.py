@@ -143,7 +143,7 @@ class SandboxProcess:
         code = self._process.returncode
         if code is None:
             return "the code closed the pipes of its process"
-        number = -code if code < 0 else code - 128  # bubblewrap reports a signal like a shell
+        number = -code if code < 0 else code - 128  # like a shell, bubblewrap adds 128 to a signal
         if number in signal.valid_signals():
             return f"the process was ended by {signal.Signals(number).name}"
         return f"the code ended its process with exit code {code}"

@@ -101,7 +101,7 @@ def _instructions(machine: str, pid: int) -> list[bytes]:
     program += [_op(_LOAD, _NUMBER), _op(_AT_LEAST, _X32_CALLS, 0, 1), _fail(errno.EPERM)]
     for number in (*_REFUSED[machine].values(), *_REFUSED_EVERYWHERE.values()):
         program += [_op(_EQUAL, number, 0, 1), _fail(errno.EPERM)]
-    # The flags of clone3 lie in memory, which a filter cannot read. The C library uses clone if it has no clone3.
+    # The flags of clone3 lie in memory, which a filter cannot read. If clone3 fails, the C library uses clone.
     program += [_op(_EQUAL, _CLONE3, 0, 1), _fail(errno.ENOSYS)]
     program += [_op(_EQUAL, _CLONE[machine], 0, 4), _op(_LOAD, _FIRST_ARGUMENT)]
     program += [_op(_ANY_BIT, _CLONE_THREAD, 1, 0), _fail(errno.EPERM), _op(_RETURN, _ALLOW)]
