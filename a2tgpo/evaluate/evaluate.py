@@ -63,7 +63,7 @@ def evaluate(
 
     Returns:
         A map from each metric's name to its value, equal on all ranks. The scores are em (a wrong format does not
-        change it), em_format_gated and f1. SCORE has its standard error in standard_error_SCORE. Other metrics are
+        change it), em_format_gated and f1. standard_error_SCORE is the standard error of SCORE. Other metrics are
         format_ok_rate, tool_calls, num_questions, and em_N_hops, the em over the questions with N hops.
 
     Raises:
