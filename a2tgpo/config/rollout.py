@@ -119,8 +119,8 @@ class RolloutConfig:
     """How the policy calls tools (docs/protocols.md). tags: as in the paper, <search> query </search>, answered by
     text in <result> tags. chat: in the form of the model's own chat template, answered by messages of role tool."""
     call_format: str = "auto"
-    """With protocol=chat, the form of a call: hermes, llama_json, or another module in protocol/formats/. auto: the
-    form in which the chat template writes calls."""
+    """With protocol=chat, the form of a call: hermes, llama_json, qwen_xml, or another module in protocol/formats/.
+    auto: the form in which the chat template writes calls."""
     max_calls_per_turn: int = 4
     """With protocol=chat, most calls that one turn makes. They run at the same time. Further calls of the turn get an
     error as their result."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from a2tgpo.protocol.call_format import dump_json
+from a2tgpo.protocol.call_format import decode_object, dump_json
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
@@ -53,11 +53,32 @@ def argument_text(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -
     return text
 
 
+def typed(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `arguments`, which are texts, with those decoded that the tool does not take as texts."""
+    properties: Mapping[str, Any] = parameters.get("properties", {})
+    return {
+        name: text if properties.get(name, {}).get("type") == "string" else _decoded(text)
+        for name, text in arguments.items()
+    }
+
+
 def one_text(parameters: Mapping[str, Any], text: str) -> dict[str, str] | None:
     """Return the arguments with `text` as the only one, or None if the tool needs other arguments."""
     properties: Mapping[str, Any] = parameters.get("properties", {})
     names = [name for name, schema in properties.items() if schema.get("type") == "string"]
     return {names[0]: text} if len(properties) == len(names) == 1 else None
+
+
+def _decoded(text: str) -> Any:
+    """Return the value that `text` shows, in JSON or as Python prints it, or `text` if it shows none."""
+    constants = {"True": True, "False": False, "None": None}
+    if text.strip() in constants:
+        return constants[text.strip()]
+    try:
+        value, end = decode_object(text.strip(), 0)
+    except ValueError:
+        return text
+    return value if end == len(text.strip()) else text
 
 
 def _has_type(value: Any, kind: Any) -> bool:

@@ -10,6 +10,8 @@ from typing import Any, NoReturn, Protocol
 
 from a2tgpo.config.rollout import FORMATS_PACKAGE
 
+MAX_CALLS = 64
+"""Number of calls that are read in one turn. Further calls are ignored, so that no turn takes long to read."""
 MAX_CALL_CHARS = 32_768
 """Largest number of characters of one call."""
 
@@ -24,6 +26,8 @@ class WrittenCall:
     """Name of the tool, or empty if it cannot be read."""
     arguments: Mapping[str, Any] | None = None
     """The arguments, or None if they cannot be read."""
+    has_texts: bool = False
+    """Whether all arguments are texts, because the format does not show their types."""
     problem: str | None = None
     """What is wrong with the form of the call, or None if nothing is wrong."""
 

@@ -12,8 +12,9 @@ from a2tgpo.data.literal_text import LiteralEncoder
 from a2tgpo.data.template import PromptTemplate
 from a2tgpo.data.thought import THINK_CLOSE, THINK_OPEN, thought_is_open
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.protocol.answer_box import last_box
 from a2tgpo.protocol.append_only import template_difference
-from a2tgpo.protocol.call_arguments import ArgumentError, argument_text
+from a2tgpo.protocol.call_arguments import ArgumentError, argument_text, typed
 from a2tgpo.protocol.call_format import CallFormat, WrittenCall, load_format
 from a2tgpo.protocol.chat_demonstration import to_trajectory
 from a2tgpo.protocol.chat_format import ChatFormat
@@ -76,7 +77,8 @@ class ChatProtocol(AgentProtocol):
             is_strict=is_strict,
         )
         self.end_tokens = _end_tokens(template, self.frames)
-        self.answer_end = self.frames.end_token if template.end_of_turn is None else template.end_of_turn
+        usual_ends = (template.end_of_turn, self.tokenizer.eos_token_id, self.frames.end_token)
+        self.answer_end = next(end for end in usual_ends if end is not None)
         """Id of the token that ends an answer."""
         self.stop_tokens = tuple(end for end in self.end_tokens if end != self.tokenizer.eos_token_id)
         self._literal = LiteralEncoder(self.tokenizer)
@@ -89,10 +91,10 @@ class ChatProtocol(AgentProtocol):
     def parse(self, text: str, *, finish_reason: str, stop_string: str | None) -> ParsedTurn:
         if finish_reason == "length":
             return ParsedTurn(stop_reason="length")
-        visible = self.format.visible(self._without_end(text))
+        visible = self.format.visible(self.without_end(text))
         written = self.call_format.find_calls(visible)
         if not written:
-            return ParsedTurn(stop_reason="answer" if BOX in visible else "eos")
+            return ParsedTurn(stop_reason="eos" if last_box(visible) is None else "answer")
         return ParsedTurn(calls=tuple(self._call(place, one) for place, one in enumerate(written)))
 
     def min_observation_tokens(self, num_calls: int) -> int:
@@ -116,7 +118,7 @@ class ChatProtocol(AgentProtocol):
         if kept and kept[-1] in self.end_tokens:
             kept.pop()
         text = self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return self._without_end(str(text))
+        return self.without_end(str(text))
 
     def scaffold(self, trajectory: Trajectory, num_turns: int) -> list[int]:
         """Return the same tokens for all contexts, because every context ends with the generation header."""
@@ -176,8 +178,10 @@ class ChatProtocol(AgentProtocol):
             )
         if place >= self._max_calls:
             return _wrong(written.name, raw, f"at most {self._max_calls} calls in one turn", "excess")
+        parameters = self._parameters[written.name]
+        arguments = typed(written.arguments, parameters) if written.has_texts else written.arguments
         try:
-            text = argument_text(written.arguments, self._parameters[written.name])
+            text = argument_text(arguments, parameters)
         except ArgumentError as error:
             return _wrong(written.name, raw, str(error), "malformed")
         return Call(tool=written.name, arguments=text)
@@ -200,7 +204,8 @@ class ChatProtocol(AgentProtocol):
             return f"\n{THINK_CLOSE}\n\n{BOX}"
         return f"{THINK_OPEN}\n\n{THINK_CLOSE}\n\n{BOX}" if self.format.thinks else BOX
 
-    def _without_end(self, text: str) -> str:
+    def without_end(self, text: str) -> str:
+        """Return a turn's text without the control token that ended it."""
         for end in self.end_tokens:
             text = text.removesuffix(str(self.tokenizer.convert_ids_to_tokens(end)))
         return text

@@ -21,7 +21,8 @@ _ANSWER_TAG = re.compile(r"\s*</?answer>\s*")
 def to_trajectory(demonstration: Demonstration, protocol: ChatProtocol, *, prompt_index: int) -> Trajectory:
     """Return the trajectory of a demonstration, with log-probs of 0.
 
-    A demonstration in tags is converted: its calls become calls of the protocol, and its answer loses the tags.
+    A demonstration may have `calls`, or be a recorded rollout of this protocol, or be in tags. Calls in tags become
+    calls of the protocol, and the answer loses its tags.
 
     Raises:
         ConfigError: with a one-line message, if a call does not fit its tool.
@@ -52,8 +53,12 @@ def _visible_turns(
         return list(zip(texts, demonstration.calls, strict=True))
     turns: list[tuple[str, tuple[DemonstratedCall, ...]]] = []
     for text, observation in demonstration.turns:
+        text = protocol.without_end(text)
         if observation is None:
             turns.append((_ANSWER_TAG.sub(" ", text).strip(), ()))
+            continue
+        if (recorded := _recorded(text, observation, protocol)) is not None:
+            turns.append(recorded)
             continue
         found = call_at_end(text)
         assert found is not None, "checked when the file was read"
@@ -68,6 +73,23 @@ def _visible_turns(
         result = split_result(observation)[1]
         turns.append((before, (DemonstratedCall(tool=tool, arguments=arguments, result=result),)))
     return turns
+
+
+def _recorded(
+    text: str, observation: str, protocol: ChatProtocol
+) -> tuple[str, tuple[DemonstratedCall, ...]] | None:
+    """Return the text and the calls of a turn that a rollout of this protocol wrote, or None if none did."""
+    visible = protocol.format.visible(text)
+    written = protocol.call_format.find_calls(visible)
+    results = protocol.frames.split(observation, len(written))
+    if not written or results is None or any(call.arguments is None for call in written):
+        return None
+    thought = text[: len(text) - len(visible)]
+    calls = tuple(
+        DemonstratedCall(tool=call.name, arguments=call.arguments or {}, result=result)
+        for call, result in zip(written, results, strict=True)
+    )
+    return thought + visible.partition(protocol.call_format.tags[0])[0].rstrip(), calls
 
 
 def _to_turn(text: str, calls: tuple[DemonstratedCall, ...], protocol: ChatProtocol, *, where: str) -> Turn:

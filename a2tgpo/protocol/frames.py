@@ -45,6 +45,18 @@ class ResultFrames:
         inner = [json.dumps(text, ensure_ascii=False)[1:-1] if self.is_json else text for text in results]
         return f"{self.open}{self.between.join(inner)}{self.close}"
 
+    def split(self, text: str, count: int) -> list[str] | None:
+        """Return the `count` results of which `join` made `text`, or None if they cannot be told apart."""
+        if not (text.startswith(self.open) and text.endswith(self.close)):
+            return None
+        body = text[len(self.open) : len(text) - len(self.close)]
+        inner = body.split(self.between) if self.between else [body]
+        try:
+            found = [str(json.loads(f'"{part}"')) if self.is_json else part for part in inner]
+        except ValueError:
+            return None
+        return found if len(found) == count else None
+
 
 def find_frames(template: PromptTemplate, *, tool: str, argument: str) -> ResultFrames:
     """Return the frames of `template`.

@@ -1,13 +1,13 @@
 """The event loop of a rollout. All trajectories play at once, and each pauses only for its own tool calls.
 
 A trajectory ends with one of these stop reasons:
-    answer       it wrote </answer>
+    answer       it gave an answer, in the form of the protocol
     eos          it ended the sequence or the chat template's turn without an answer
     length       it used up the token budget of the turn or of the response
     context      it reached the longest sequence that the engine allows
     max_turns    it called a tool once more than allowed
     empty_query  it called a tool with an empty query
-The turn in which a trajectory ends is its final turn. A final turn has neither a query nor an observation.
+The turn in which a trajectory ends is its final turn. A final turn has neither calls nor an observation.
 
 A trajectory with a budget may also pause after an observation. A paused trajectory has no stop reason, and a later
 call continues it.

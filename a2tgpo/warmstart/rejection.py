@@ -17,6 +17,9 @@ from a2tgpo.data.question_set import Question
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.record.rollout_files import read_part, recorded_steps, step_ranges
 
+CALL_CLOSE = "</tool_call>"
+"""The tag that ends a call in the chat protocol's format hermes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Filters:
@@ -137,14 +140,16 @@ def to_demonstration(candidate: Candidate, question: Question) -> dict[str, Any]
     record = candidate.record
     turns = []
     for turn in record["turns"][:-1]:
-        closing = f"</{turn['tool']}>"
-        end = turn["text"].rfind(closing)  # the last token may have text after the tag
-        if end < 0:
+        text = turn["text"]
+        closing = next((tag for tag in (f"</{turn['tool']}>", CALL_CLOSE) if tag in text), None)
+        if closing is None:
             raise ConfigError(
-                f"question {question.id!r} has a rollout without the tag {closing}; rollouts with "
-                "rollout.protocol=chat cannot become demonstrations"
+                f"question {question.id!r} has a rollout whose calls have no closing tag; only rollouts in tags and "
+                "in the call format hermes can become demonstrations"
             )
-        turns.append({"text": turn["text"][: end + len(closing)], "observation": turn["observation_text"]})
+        # The last token may have text after the tag, and in the chat protocol the end of the turn follows.
+        end = text.rfind(closing) + len(closing)
+        turns.append({"text": text[:end], "observation": turn["observation_text"]})
     turns.append({"text": record["turns"][-1]["text"]})
     found: dict[str, Any] = {
         "id": question.id,

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from a2tgpo.protocol.call_format import CallFormat, WrittenCall, decode_object, dump_json, read_call
+from a2tgpo.protocol.call_format import (
+    MAX_CALLS,
+    CallFormat,
+    WrittenCall,
+    decode_object,
+    dump_json,
+    read_call,
+)
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-MAX_CALLS = 64
-"""Number of calls that are read in one turn. Further calls are ignored, so that no turn takes long to read."""
 
 
 class Hermes:

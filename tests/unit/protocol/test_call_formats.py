@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from a2tgpo.config.rollout import call_formats
-from a2tgpo.protocol.call_arguments import ArgumentError, argument_text
-from a2tgpo.protocol.call_format import MAX_CALL_CHARS, load_format
+from a2tgpo.protocol.call_arguments import ArgumentError, argument_text, typed
+from a2tgpo.protocol.call_format import MAX_CALL_CHARS, MAX_CALLS, load_format
 from a2tgpo.protocol.formats.hermes import FORMAT as HERMES
-from a2tgpo.protocol.formats.hermes import MAX_CALLS
 from a2tgpo.protocol.formats.llama_json import FORMAT as LLAMA
+from a2tgpo.protocol.formats.qwen_xml import FORMAT as XML
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -180,3 +180,46 @@ def test_a_tool_with_one_text_gets_the_text_and_any_other_tool_gets_json():
 def test_arguments_that_do_not_fit_the_tool_are_named(given, parameters, problem):
     with pytest.raises(ArgumentError, match=problem):
         argument_text(given, parameters)
+
+
+xml_texts = st.text(alphabet=st.characters(exclude_characters="<\n"))
+xml_names = st.text(alphabet="abc_", min_size=1)
+
+
+@given(
+    xml_texts, st.lists(st.tuples(xml_names, st.dictionaries(xml_names, xml_texts, max_size=3)), max_size=3)
+)
+@settings(max_examples=200, deadline=None)
+def test_calls_in_xml_are_read_as_they_were_written(text, calls):
+    assert read(XML.write(text, calls), XML) == [(name, given, None) for name, given in calls]
+
+
+@pytest.mark.parametrize("value", ["a", "3", "{", "two\nlines", " ", "True"])
+def test_a_text_in_xml_stays_the_text_it_is(value):
+    (found,) = XML.find_calls(XML.write("", [("search", {"query": value})]))
+    assert typed(found.arguments, QUERY) == {"query": value}
+
+
+@pytest.mark.parametrize("given", [{"name": "3", "limit": 3, "deep": True}, {"name": "a", "deep": None}])
+def test_numbers_and_flags_in_xml_get_the_types_of_the_tool(given):
+    (found,) = XML.find_calls(XML.write("I look.", [("place", given)]))
+    assert typed(found.arguments, PLACE) == given and json.loads(argument_text(given, PLACE)) == given
+
+
+@pytest.mark.parametrize(
+    ("inside", "problem"),
+    [
+        ("", "not inside <function=NAME>"),
+        ("<function=>\n</function>", "not inside <function=NAME>"),
+        ("<function=a>", "not inside <function=NAME>"),
+        ("<function=a>\nx</function>", "text before the first argument"),
+        ("<function=a>\n<parameter=b>\nc\n</function>", "not inside <parameter=NAME>"),
+        ("<function=a>\n<parameter=b>\nc\n</parameter> d</function>", "not inside <parameter=NAME>"),
+        (f"<function=a>{'x' * MAX_CALL_CHARS}</function>", "longer than"),
+    ],
+)
+def test_a_wrong_call_in_xml_has_a_problem_and_its_neighbours_are_read(inside, problem):
+    good = XML.write("", [("search", {"query": "a"})])
+    found = XML.find_calls(f"{good}<tool_call>{inside}</tool_call>{good}")
+    assert [call.problem is None for call in found] == [True, False, True]
+    assert problem in found[1].problem

@@ -11,14 +11,17 @@ from scripted_engine import ScriptedEngine
 from a2tgpo.config.load import load_config
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.data.demonstrations import load_demonstrations
+from a2tgpo.data.question_set import Question
 from a2tgpo.data.template import PromptTemplate
 from a2tgpo.environment.tool import ToolError, Toolset
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.protocol.build import build_protocol
 from a2tgpo.protocol.chat import ChatProtocol
 from a2tgpo.protocol.protocol import CallResult
+from a2tgpo.record.rollout_record import to_record
 from a2tgpo.rollout.group_rollout import GroupRollout
-from a2tgpo.trajectory import Call, Prompt, Trajectory, Turn
+from a2tgpo.trajectory import Call, Prompt, TokenIds, Trajectory, Turn
+from a2tgpo.warmstart.rejection import Candidate, to_demonstration
 
 CONFIG = "configs/quickstart.yaml"
 SCHEMAS = [SEARCH, PLACE]
@@ -111,9 +114,7 @@ RESULTS = [
 
 @pytest.mark.parametrize(("family", "count"), [("qwen", 1), ("qwen", 3), ("llama", 1)])
 @pytest.mark.parametrize("text", RESULTS)
-def test_an_observation_closes_its_frame_in_any_room_and_has_no_control_token_of_a_tool(
-    family, count, text, request
-):
+def test_an_observation_closes_its_frame_in_any_room_whatever_the_tool_wrote(family, count, text, request):
     protocol = request.getfixturevalue(family)
     results = answered(*[text] * count)
     least = protocol.min_observation_tokens(count)
@@ -253,7 +254,9 @@ def test_a_template_without_tools_is_refused_in_one_line():
 def test_a_template_whose_calls_nobody_knows_names_the_known_formats():
     tokenizer = llama_tokenizer()
     tokenizer.chat_template = LLAMA.replace('{"name": "{{ call.name }}", "parameters":', "{{ call.name }}")
-    with pytest.raises(ConfigError, match=r"none of the known formats \(hermes \| llama_json\)") as caught:
+    with pytest.raises(
+        ConfigError, match=r"none of the known formats \(hermes \| llama_json \| qwen_xml\)"
+    ) as caught:
         chat(tokenizer)
     assert "\n" not in str(caught.value)
     assert chat(tokenizer, call_format="hermes").call_format.tags == ("<tool_call>", "</tool_call>")
@@ -290,7 +293,9 @@ def test_a_wrong_setting_of_the_protocol_is_refused_in_one_line(override, says):
     with pytest.raises(ConfigError) as caught:
         load_config(CONFIG, [override])
     assert says in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"allowed: auto \| hermes \| llama_json \(nearest: hermes\)"):
+    with pytest.raises(
+        ConfigError, match=r"allowed: auto \| hermes \| llama_json \| qwen_xml \(nearest: hermes\)"
+    ):
         load_config(CONFIG, ["rollout.protocol=chat", "rollout.call_format=hermess"])
 
 
@@ -384,6 +389,22 @@ def test_a_demonstration_in_tags_becomes_calls_of_the_protocol(qwen, tmp_path):
     )
     texts = [qwen.text_of(turn.tokens) for turn in trajectory.turns]
     assert qwen.format.is_well_formed(trajectory, texts) and parse(qwen, texts[0]).calls == tuple(first.calls)
+
+
+def test_a_recorded_rollout_becomes_the_demonstration_of_itself(rollout, tmp_path):
+    (played,), _ = run(rollout, [prompt_of(rollout)])
+    protocol = rollout.protocol
+    calls = [("search", {"query": query}) for query in "abc"]
+    played.turns[0].tokens = TokenIds(
+        [*protocol.encode_turn(protocol.call_format.write("I look.", calls)), 2]
+    )
+    played.turns[0].observation_tokens = TokenIds(protocol.encode_results(["found a", "a\n</b>", "c"]))
+    record = to_record(played, {}, 0, tokenizer=protocol.tokenizer)
+    question = Question(id="q7", question="Where?", answers=("Paris",))
+    written = to_demonstration(Candidate(step=1, record=record), question)
+    again = protocol.demonstrate(demonstration(tmp_path, written["turns"]), prompt_index=0)
+    for old, new in zip(played.turns, again.turns, strict=True):
+        assert (old.tokens, old.observation_tokens) == (new.tokens, new.observation_tokens)
 
 
 def demonstration(tmp_path, turns):

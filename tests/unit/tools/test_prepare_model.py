@@ -8,12 +8,18 @@ import torch
 from prepare_model import main, prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from a2tgpo.config.load import load_config
 from a2tgpo.data.demonstrations import load_demonstrations
 from a2tgpo.data.template import PromptTemplate
+from a2tgpo.environment.tool import function_schema
+from a2tgpo.environment.tools.search import Search
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.protocol.build import build_protocol
 from a2tgpo.protocol.tag_demonstration import to_trajectory
 
-from worlds.tiny_model import TAGS, VOCAB_SIZE, build_model
+from worlds.tiny_model import TAGS, VOCAB_SIZE, build_model, build_tokenizer, texts_of
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +87,25 @@ def test_trajectories_are_short(worldqa: Path, tokenizer):
     ]
     assert sum(lengths) / len(lengths) < 160
     assert max(lengths) < 384
+
+
+def test_the_chat_models_demonstrations_are_short_and_right_unless_made_wrong(worldqa: Path):
+    config = load_config(ROOT / "configs/quickstart_chat.yaml")
+    schemas = [function_schema("search", Search)]
+    tokenizer = build_tokenizer(texts_of(worldqa), protocol="chat")
+    protocol = build_protocol(config, tokenizer, schemas=schemas, date=None)
+    assert len(tokenizer) <= VOCAB_SIZE and protocol.warning is None
+    played = []
+    for shown in load_demonstrations(str(worldqa / "demonstrations.jsonl")):
+        trajectory = protocol.demonstrate(shown, prompt_index=0)
+        texts = [protocol.text_of(turn.tokens) for turn in trajectory.turns]
+        assert protocol.format.is_well_formed(trajectory, texts) == (shown.quality != "malformed"), texts
+        calls = [protocol.parse(text, finish_reason="stop", stop_string=None).calls for text in texts[:-1]]
+        assert calls == [tuple(turn.calls) for turn in trajectory.process_turns]
+        played.append(trajectory)
+    assert max(trajectory.num_tokens for trajectory in played) < 384
+    assert max(len(turn.tokens) for trajectory in played for turn in trajectory.turns) <= 64
+    assert tokenizer.decode(protocol.scaffold(played[0], 1)) == config.rollout.gain.scaffold
 
 
 def test_cold_model_already_copies_the_token_after_an_earlier_occurrence(tokenizer):

@@ -134,13 +134,11 @@ def test_the_tool_prints_counts_and_writes_what_a_warm_start_reads(tmp_path, mon
     assert "2 taken, of 2 questions" in capsys.readouterr().out
 
 
-def test_rollouts_in_the_chat_protocol_are_refused_in_one_line(tmp_path) -> None:
+def test_rollouts_whose_calls_have_no_closing_tag_are_refused_in_one_line(tmp_path) -> None:
     played = rollout()
-    played["turns"][0]["text"] = '<tool_call>{"name": "search"}</tool_call>'
+    played["turns"][0]["text"] = '{"name": "search"}<|eot_id|>'
     run = write_run(tmp_path, [played])
-    with pytest.raises(
-        ConfigError, match=r"'q0' has a rollout without the tag </search>; rollouts with rollout\."
-    ):
+    with pytest.raises(ConfigError, match=r"'q0' has a rollout whose calls have no closing tag; only"):
         demonstrations_of(run, QUESTIONS, Filters(), per_question=1)
 
 
