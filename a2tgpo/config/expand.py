@@ -31,8 +31,7 @@ def expand(text: str, key: str) -> str:
         key: the setting or option with this text, for error messages.
 
     Raises:
-        ConfigError: with a one-line message, if a variable is unset or empty, ${...} contains no name, or USER has no
-            home folder.
+        ConfigError: with a one-line message, if a variable or a home folder in `text` cannot be replaced.
     """
 
     def value_of(match: re.Match[str]) -> str:

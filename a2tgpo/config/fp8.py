@@ -1,4 +1,4 @@
-"""Settings of 8-bit floating point (FP8) in the trainer, and checks whether a layout allows FP8."""
+"""Settings of 8-bit floating point (FP8) in the trainer, and functions that check whether a layout allows FP8."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ ENGINE_BLOCK = 128
 class Fp8Config:
     """Transformer Engine computes the decoder's linear layers in FP8 (docs/fp8.md).
 
-    Attention, norms, embedding and LM head stay in bfloat16; log-probs, loss and optimizer stay in float32. The
-    optimizer updates bfloat16 weights, and each matrix product quantises the weights that it reads.
+    Attention, norms, embedding and LM head stay in bfloat16. Log-probs, loss and optimizer state stay in float32. The
+    weights are stored in bfloat16, and each matrix product quantises the weights that it reads.
     """
 
     format: Format = "none"

@@ -7,8 +7,8 @@ from a2tgpo.io.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """Limits of a step's metrics. An alarm starts after two consecutive steps in which a metric is past its limit,
-    and ends after two consecutive steps in which the metric is within its limit. A limit of 0 turns its alarm off.
+    """Limits of a step's metrics. An alarm starts after two consecutive steps in which a metric is past its limit. It
+    ends after two consecutive steps within the limit. A limit of 0 turns its alarm off.
     """
 
     baseline_steps: int = 5
@@ -17,10 +17,10 @@ class GuardConfig:
     min_entropy_share: float = 0.1
     """Alarm if the entropy falls below this share of its baseline. The policy has then collapsed."""
     max_likelihood_drop: float = 0.5
-    """Alarm if the mean log-prob of sampled tokens in correct trajectories is more than this many nats per token
-    below its baseline."""
+    """Alarm if the mean log-prob of sampled tokens in correct trajectories falls this many nats per token below its
+    baseline."""
     max_format_error_rise: float = 0.2
-    """Alarm if the share of malformed responses is more than this above its baseline."""
+    """Alarm if the share of malformed responses rises above its baseline by more than this."""
     max_noise_share: float = 0.5
     """Alarm if the ratio's rounding noise exceeds this multiple of the smaller of clip_low and clip_high."""
     max_train_engine_gap: float = 0.05
@@ -28,10 +28,10 @@ class GuardConfig:
     max_failed_calls: float = 0.2
     """Alarm if more than this share of a step's tool calls fails."""
     stop_after: int = 0
-    """Number of consecutive steps with an alarm after which the run saves and stops with exit code 3. 0: never."""
+    """After this many consecutive steps with an alarm, the run saves and stops with exit code 3. 0: never."""
     stop_after_skipped: int = 5
-    """If the updates of this many consecutive steps are skipped because they are not finite, the run saves and stops
-    with exit code 3. 0: never."""
+    """After this many consecutive steps whose update was skipped as not finite, the run saves and stops with exit
+    code 3. 0: never."""
 
     def __post_init__(self) -> None:
         require(self.baseline_steps >= 1, "guard.baseline_steps", self.baseline_steps, ">= 1")

@@ -24,7 +24,7 @@ class ModelConfig:
     """Implementation of the layers. cpu computes the same layers without Transformer Engine. auto: transformer_engine
     if the machine has a GPU, otherwise cpu."""
     recompute: Recompute = "none"
-    """Activations that the backward pass computes again instead of storing them. selective: those of core attention.
+    """Activations that are not stored, but computed again in the backward pass. selective: those of core attention.
     full: those of every layer."""
     fp8: Fp8Config = field(default_factory=Fp8Config)
 

@@ -34,8 +34,8 @@ class GainConfig:
     """Most aliases that answer_reduction=max scores. An alias with too many tokens is left out."""
     scaffold: str = "</think> <answer> \\boxed{"
     """Text between a context and the gold answer. A leading </think> is left out if the context has no open thought.
-    A leading <think> is left out if the context has an open thought. With rollout.protocol=chat, the default stands
-    for \\boxed{, after an empty thought if the model thinks, and other texts are used as they are."""
+    A leading <think> is left out if the context has an open thought. With rollout.protocol=chat, the default means
+    \\boxed{ and, if the model thinks, an empty thought before it. Any other text is used unchanged."""
     verify_every: int = 0
     """Number of steps between checks. In a check, the trainer also scores gold answers, and the difference from the
     engine's scores is logged as `gain/engine_trainer_gap`. 0: no checks."""
@@ -116,8 +116,9 @@ class RolloutConfig:
     top_p: float = 1.0
     """Threshold of nucleus sampling. It must be 1.0 in training, and may be lower in an evaluation."""
     protocol: Literal["tags", "chat"] = "tags"
-    """How the policy calls tools (docs/protocols.md). tags: as in the paper, <search> query </search>, answered by
-    text in <result> tags. chat: in the form of the model's own chat template, answered by messages of role tool."""
+    """How the policy calls tools (docs/protocols.md). tags: a call is <search> query </search>, and its result is
+    text in <result> tags (paper). chat: a call has the form of the model's own chat template, and its result is a
+    message of role tool."""
     call_format: str = "auto"
     """With protocol=chat, the form of a call: hermes, llama_json, qwen_xml, or another module in protocol/formats/.
     auto: the form in which the chat template writes calls."""
@@ -125,8 +126,8 @@ class RolloutConfig:
     """With protocol=chat, most calls that one turn makes. They run at the same time. Further calls of the turn get an
     error as their result."""
     strict_format: bool = True
-    """With protocol=chat: true: a response has the right format only if no call is wrong, and if each turn has one
-    thought where the model thinks. false: only the last turn, with the answer, decides."""
+    """With protocol=chat, the rule for a well-formed response. true: no call is wrong, and each turn of a thinking
+    model has one thought. false: only the last turn, with the answer, counts."""
     max_turns: int = 6
     """Most turns with tool calls in a trajectory (paper: 6). One more such turn ends the trajectory."""
     max_turn_tokens: int = 1024

@@ -35,8 +35,8 @@ class RunSettings:
     steps: int = 240
     """Number of training steps (paper: about 240)."""
     seed: int = 0
-    """Seed, below 2^32, of the choice of prompts, the sampling of rollouts, and the initial state. Results do not
-    depend on the layout of the processes."""
+    """Seed (below 2^32) for choosing prompts, for sampling rollouts, and for the initial state. Results do not depend
+    on the layout of the processes."""
     log_rollouts: int = 8
     """Number of trajectories per step that TensorBoard shows: half of them the best, half the worst. The run's folder
     rollouts/ has all trajectories."""

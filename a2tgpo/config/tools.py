@@ -29,8 +29,8 @@ class ToolsConfig:
     """The policy's tools, and limits of every tool."""
 
     names: tuple[str, ...] = ("search",)
-    """Tools that the policy may call as <NAME> text </NAME>. A tool is the NAME of a module in environment/tools/, or
-    a class or function NAME of your own, given as `path/to/file.py:NAME` (docs/tools.md)."""
+    """Tools that the policy may call. NAME: a module in environment/tools/. `path/to/file.py:NAME`: a class or
+    function of your own (docs/tools.md). With protocol=tags, a call is <NAME> text </NAME>."""
     max_concurrent_calls: int = 16
     """Most calls that each rank runs at a time."""
     call_timeout_s: float = 240.0

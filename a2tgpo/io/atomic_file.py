@@ -24,7 +24,7 @@ def atomic_file(path: Path, *, writer: str = "") -> Iterator[BinaryIO]:
     A reader finds either the old or the new content, even after a power cut. If the block raises, the old file stays.
 
     Args:
-        writer: a name of this process, needed if several processes may write `path` at the same time.
+        writer: a name of this process. It is needed if several processes may write `path` at once.
 
     Raises:
         OSError: with `path` as its file name, if the file cannot be written. Some faults, such as a full disk of an
@@ -49,7 +49,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         The new folder, which the block fills. It has the same parent folder as `path`.
 
     Raises:
-        OSError: with the name of `path` or of the file in it, if the folder cannot be written.
+        OSError: with the name of the folder or of a file in it, if the folder cannot be written.
     """
     fresh, replaced = folders_beside(path)
     with naming(path), _removed_on_failure(fresh):
@@ -67,7 +67,7 @@ def folders_beside(path: Path) -> tuple[Path, Path]:
 
 
 def put_folder_in_place(path: Path) -> None:
-    """Replace the folder `path` by the first folder of `folders_beside(path)`, which the caller has prepared."""
+    """Replace the folder `path` by the first folder of `folders_beside(path)`. The caller has filled this folder."""
     fresh, replaced = folders_beside(path)
     if path.exists():
         os.replace(path, replaced)

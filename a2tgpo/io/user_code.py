@@ -1,4 +1,4 @@
-"""Load a function or class from a Python file of the user, which a setting names as `path/to/file.py:name`.
+"""Load a user's function or class, which a setting names as `path/to/file.py:name`.
 
 The file runs with the rights of the trainer. Its path must therefore come from the configuration or the command line,
 and never from a question set or a checkpoint.
@@ -51,8 +51,8 @@ def load_user_code(spec: str, key: str) -> Any:
     All specs with the same file share one module, so the file runs once in each process.
 
     Raises:
-        ConfigError: with a one-line message, if `spec` has another form, if the file does not exist or raises an
-            exception, or if the file does not define the name.
+        ConfigError: with a one-line message, if `spec` has another form, or if the name cannot be loaded from the
+            file.
     """
     path, name = user_file(spec, key)
     module = _module(path, key)

@@ -68,7 +68,7 @@ def open_store(timeout_s: float) -> Store:
 def join(
     config: RunConfig, store: Store | None, *, rank: int, world_size: int
 ) -> tuple[ParallelGroups, float]:
-    """Join the process group and all-reduce one number within `parallel.start_timeout_s`; every rank must call this.
+    """Join the process group within `parallel.start_timeout_s`, and test it; every rank must call this.
 
     Returns:
         The groups, and the seconds that the ranks took to join. The import of Megatron does not count.

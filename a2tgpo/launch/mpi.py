@@ -21,8 +21,8 @@ def meet() -> dict[str, str]:
     The function starts MPI and finalises it.
 
     Raises:
-        RuntimeError: with a one-line message, if there is no MPI library, if the launcher uses another MPI library,
-            or if another machine cannot resolve the name of rank 0.
+        RuntimeError: with a one-line message, if MPI cannot be used, or if a machine cannot resolve the name of rank
+            0.
     """
     mpi = load_mpi()
     # mpi4py warns if it suspects that mpirun belongs to another MPI library. `agree` reports this case in one line.

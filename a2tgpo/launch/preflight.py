@@ -1,7 +1,7 @@
 """Check all ranks before any rank builds a model, so that either all ranks continue or none does.
 
 Each rank inspects its machine, and rank 0 compares the results. If a check fails or a rank does not arrive, all ranks
-exit with a code other than 0, and rank 0 prints one line for each rank at fault.
+exit with a code other than 0. Rank 0 prints one line for each rank at fault.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None
 
 
 def meet_ranks(config: RunConfig) -> ParallelGroups:
-    """Join the ranks without a check of their machines, for programs that only read a run; every rank must call this.
+    """Join the ranks of a program that only reads a run, without checking machines; every rank must call this.
 
     Raises:
         RuntimeError: with a one-line message, if this rank cannot reach rank 0.

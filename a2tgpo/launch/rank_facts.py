@@ -47,7 +47,7 @@ class RankFacts:
     clock_ahead_s: float = 0.0
     """Seconds by which this machine's clock is ahead of rank 0's clock."""
     memory_left: tuple[int, str] = (0, "")
-    """Host memory in bytes that processes on this machine can still take, and the name of the limit that decides."""
+    """Bytes of host memory that processes on this machine can still take, and the name of the limit that decides."""
     faults: list[str] = field(default_factory=list)
     """Faults that this rank found on its own machine, without comparing it with other ranks."""
     warnings: list[str] = field(default_factory=list)
@@ -104,7 +104,7 @@ class Gpus:
 
 
 def see_gpus(local_rank: int) -> tuple[Gpus, list[str], list[str]]:
-    """Return the GPUs that torch sees on this machine, a list of their faults, and a list of warnings about them."""
+    """Return the GPUs that torch sees on this machine, then faults and warnings about the machine's GPUs."""
     import torch
 
     if not torch.cuda.is_available():
@@ -140,7 +140,7 @@ def search_server_faults(config: RunConfig) -> list[str]:
 
 
 def path_fingerprint(path: str) -> str:
-    """Return one fingerprint of all files at `path`, from their names, sizes and some of their bytes."""
+    """Return one fingerprint of the names, the sizes and some of the bytes of all files at `path`."""
     root = Path(path)
     digest = hashlib.sha256()
     try:
@@ -160,7 +160,7 @@ def path_fingerprint(path: str) -> str:
 def host_memory_faults(
     found: list[RankFacts], planned: list[HostMemory], config: RunConfig
 ) -> dict[int, list[str]]:
-    """Return a fault for each machine that has too little host memory left, keyed by the machine's first rank.
+    """Return a fault for each machine that has too little host memory left, by the machine's first rank.
 
     If the planned need exceeds the memory by no more than the share `cluster.plan_margin`, the machine gets a warning
     instead of a fault.

@@ -29,8 +29,8 @@ def join_launcher() -> None:
     """If srun started this process as one of several, set torchrun's variables. Call this before the import of torch.
 
     Raises:
-        ConfigError: with a one-line message, if a variable is missing or has an unusable value, or if mpirun started
-            a script that does not use MPI.
+        ConfigError: with a one-line message, if a variable is unusable, or if mpirun started a script that does not
+            use MPI.
     """
     found = launched(os.environ)
     if found is None:

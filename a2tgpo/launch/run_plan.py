@@ -31,7 +31,7 @@ def check_memory(plan: Plan, *, has_engine: bool) -> str:
 
     Raises:
         ConfigError: with a one-line message, if the plan exceeds the memory by more than the share
-            `cluster.plan_margin`, or if the cache that `rollout.kv_cache_gib` sets is too small for one sequence.
+            `cluster.plan_margin`, or if `rollout.kv_cache_gib` is too small for one sequence.
     """
     cache_fault = ""
     if has_engine and not plan.holds_a_sequence:
@@ -56,7 +56,7 @@ def check_memory(plan: Plan, *, has_engine: bool) -> str:
 
 
 def card_to_plan_for(config: RunConfig) -> tuple[Gpu, str]:
-    """Return the GPU to plan for, and its description: this machine's GPU or, without a GPU, the configured GPU."""
+    """Return this machine's GPU, or the configured GPU if this machine has none, and a description of the GPU."""
     import torch
 
     meant = GPUS[config.cluster.gpu]

@@ -12,7 +12,7 @@ GRACE_S = 3.0
 """Seconds that ranks other than 0 wait before they print an error. If all ranks fail for the same reason, rank 0
 prints the error, and the launcher ends the other ranks during this wait."""
 RANK_NAMES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-"""Environment variables in which torchrun, srun, Open MPI and MPICH pass a process its rank."""
+"""Environment variables with which torchrun, srun, Open MPI and MPICH tell a process its rank."""
 ANOTHER_RANK_IS_GONE = (
     "Connection closed by peer",
     "Connection reset by peer",

@@ -19,7 +19,7 @@ class Outage:
         self._clock = clock
         self._since: float | None = None
         self.cause = ("", "")
-        """Name of the last wait's tool, and the reason of this wait in one line."""
+        """Name of the tool for which this rank waited last, and the reason of this wait in one line."""
         self._past_s = 0.0
 
     def begin(self, name: str, cause: str) -> None:

@@ -51,7 +51,7 @@ class StopRequest:
         self._looked = -LOOK_S
 
     def should_stop(self, *, needed_s: float = 0.0) -> bool:
-        """Return whether this rank knows of a request to stop, or makes one now.
+        """Return True if this rank knows of a request to stop, or makes a request now.
 
         The rank makes a request after a signal, in an outage that must end the run, or if the job ends in fewer than
         `needed_s` + `margin_s` seconds. This method runs no collective and is cheap enough for every pass of a loop.
@@ -69,7 +69,7 @@ class StopRequest:
         return bool(self.reason)
 
     def agree(self, is_stopping: bool) -> None:
-        """Raise `StopAgreed` on all ranks if `is_stopping` is True on at least one; every rank must call this."""
+        """Raise `StopAgreed` on all ranks if `is_stopping` is True on any rank; every rank must call this."""
         if all_reduce_max(torch.tensor(float(is_stopping)), world_group()).item():
             self.reason = self.reason or self._published_reason() or "another rank received a stop request"
             self.is_agreed = True

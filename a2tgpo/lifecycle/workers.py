@@ -165,7 +165,7 @@ class Workers:
                     self._has_outcome.notify()
 
     def _next_call(self) -> Call | None:
-        """Wait for a queued call, and return the oldest one, or None once the workers are closed."""
+        """Wait until a call is queued, and return the oldest queued call; None once the workers are closed."""
         with self._lock:
             while not self._queued and not self._closed:
                 self._has_work.wait()

@@ -18,9 +18,9 @@ class Gpu:
     memory_tb_per_s: float
     """Bandwidth of the GPU's own memory, 1e12 bytes per second."""
     node_gb_per_s: float
-    """Bandwidth in one direction of a GPU's link to the other GPUs of its node, 1e9 bytes per second."""
+    """One-way bandwidth of a GPU's link to the other GPUs of its node, 1e9 bytes per second."""
     network_gb_per_s: float
-    """Bandwidth in one direction of the network between nodes that one GPU gets, 1e9 bytes per second."""
+    """One GPU's share of the one-way bandwidth between nodes, 1e9 bytes per second."""
     capability: tuple[int, int]
     """CUDA's compute capability, which determines the FP8 recipes that the GPU supports."""
     gpus_per_node: int = 8

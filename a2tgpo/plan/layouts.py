@@ -79,7 +79,7 @@ def overrides(plan: Plan) -> list[str]:
 
 
 def _order(plan: Plan) -> tuple[float, float]:
-    """Return a sort key: step time to a tenth of a second, then the fullest phase's headroom, largest first."""
+    """Return a sort key: the step time rounded to 0.1 s, then the fullest phase's headroom (largest first)."""
     return round(plan.step_seconds, 1), -min(phase.headroom for phase in plan.phases)
 
 

@@ -85,7 +85,7 @@ class RunCheckpoints:
         """Load the checkpoint at `path`, and return the number of steps that the run has done.
 
         This run's checkpoints of later steps are moved to another folder. If `path` belongs to another run, this
-        run's checkpoint of the same step is moved, too, and the run begins without a best policy.
+        run's checkpoint of the same step is moved, too. The run then has no best policy yet.
 
         Args:
             path: the checkpoint, or None for a new run, which has done 0 steps.
@@ -207,7 +207,7 @@ class RunCheckpoints:
             )
 
     def _tidy(self, step: int, best: dict | None) -> None:
-        """Write best.json, and then remove old checkpoints, stored rollouts and recordings; only rank 0 calls this.
+        """Write best.json, and then remove old checkpoints and rollouts; only rank 0 calls this.
 
         In this order, best.json always names a checkpoint that exists.
         """

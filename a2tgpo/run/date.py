@@ -15,7 +15,7 @@ FILE = "date.txt"
 
 
 def run_date(config: RunConfig, groups: ParallelGroups) -> datetime.date:
-    """Return the date of the run, or today's date (UTC, rank 0's clock) if it has none; every rank must call this.
+    """Return the run's date, or today's date (UTC, rank 0's clock) for a new run; every rank must call this.
 
     Raises:
         ConfigError: on all ranks, if the run's file does not contain a date.

@@ -34,7 +34,7 @@ class EarlyStop:
         self._outage_before_s = 0.0
 
     def should_stop(self, *stages: str) -> bool:
-        """Return whether this rank sees a stop request, or the job may end before `stages` and a save are done."""
+        """Return whether a stop is requested, or the job may end before `stages` and a save are done."""
         needed_s = sum(self._longest.get(f"time/{stage}_s", 0.0) for stage in stages)
         return self.request.should_stop(needed_s=needed_s + self._checkpoints.longest_save_s)
 

@@ -36,7 +36,7 @@ def parse_environment(text: str) -> dict[str, str]:
 
 
 def environment_changes(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[Changes, Changes]:
-    """Return two maps of changed packages and code: changes that the program refuses, and changes that it reports.
+    """Return two maps of changes in packages and code: the refused changes, and the changes that are only reported.
 
     Code is compared by content, so a commit that changes no executed file is not a change. A change of code is only
     reported if the last start had uncommitted changes or no checkout.

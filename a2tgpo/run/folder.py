@@ -85,7 +85,7 @@ class RunFolder:
         return checkpoint.latest(self.checkpoints) if resume == "auto" else Path(resume)
 
     def recorder(self, tokenizer: PreTrainedTokenizerBase, *, step: int) -> Recorder:
-        """Drop the records of steps after `step`, from which the run resumes, and return a recorder."""
+        """Return a recorder for a run that resumes after `step` steps. The records of later steps are dropped."""
         writer = MetricWriter(
             self.path,
             total_steps=self._config.run.steps,

@@ -4,9 +4,9 @@ The process that holds the folder writes its identity to `holder.json`, and then
 intervals as a sign of life. Locks of the file system are unsuitable: Lustre is often mounted without locks, NFS keeps
 the locks of a crashed node, and a forked child keeps the lock of its dead parent.
 
-A start that finds another holder on the same machine checks the holder's process id and start time. A holder that
-belongs to the same Slurm job, before its requeue, has ended. In all other cases the start watches whether the file
-still changes. It opens the file anew for each read, because only then does NFS ask the server.
+A start that finds another holder on the same machine checks the holder's process id and start time. A holder from
+before a requeue of the same Slurm job has ended. In all other cases the start watches whether the file still changes.
+The start opens the file anew for each read, because only then does NFS ask the server.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def this_process() -> Holder:
 
 
 class FolderLock:
-    """Holds a folder for this process until the process ends or calls `release`; only one rank of a run creates it.
+    """Holds a folder for this process until the process ends or calls `release`. Only one rank creates a lock.
 
     Args:
         folder: the folder of the run, which must exist.
@@ -206,7 +206,7 @@ def _is(one: Holder, other: Holder | None) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """Return the start time of the process `pid` in ticks after boot, or None if it does not exist or is a zombie."""
+    """Return the start time of process `pid` in ticks after boot; None if the process has ended or is a zombie."""
     try:
         # The second field is the process's name, which may contain any character and ends at the last ")".
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

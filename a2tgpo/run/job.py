@@ -25,7 +25,7 @@ def load_as_started(
     start. An example is the address of the job's retrieval server.
 
     Args:
-        kept: the file that `keep` writes. If it is None or does not exist, this start is the first.
+        kept: the file that `keep` writes. If `kept` is None or the file does not exist, this start is the first.
         is_reporter: whether this process logs how the files have changed since the first start.
 
     Raises:

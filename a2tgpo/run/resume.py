@@ -43,7 +43,7 @@ def check_resume(resume: str) -> None:
 
 
 def find_record(config: RunConfig, resume: str) -> tuple[Path, dict[str, Any]] | None:
-    """Return the checkpoint from which a start would resume and its record, or None; one process may call this.
+    """Return the checkpoint from which a start would resume, and its record; None if there is none.
 
     With `auto`, this is the newest checkpoint whose `state.json` can be read. No other file is read.
 

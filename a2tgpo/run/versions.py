@@ -35,7 +35,7 @@ def commit() -> str:
 
 
 def commit_line() -> str:
-    """Return one line that gives the commit of this code and tells whether the code differs from the commit."""
+    """Return a line with the commit of this code. The line says whether the code differs from the commit."""
     if line := _copied_line():
         return line
     changed = commit() != UNKNOWN and _git("status", "--porcelain", "--", *CODE)

@@ -22,7 +22,7 @@ class Bm25Index:
     """Lucene-style BM25 (k1 1.5, b 0.75) over the words of titles and texts. Any number of threads may search it.
 
     Args:
-        scores: the matrix of the same passages, from `score_matrix`; None: build the matrix now.
+        scores: the result of `score_matrix` for these passages; None: compute it now.
         key: the name of the corpus in error messages.
 
     Raises:

@@ -42,7 +42,8 @@ def measure_burst(
     """Query the server of `config` for `seconds`, wait for the pending queries, and return the result.
 
     Args:
-        queries: queries that resemble the run's. A random suffix is added to each, so that no cache has its answer.
+        queries: queries that resemble the run's. A random suffix is added to each query, so that no cache has the
+            answer.
         clients: number of concurrent queries, at most `MAX_CLIENTS`.
     """
     clients = min(clients, MAX_CLIENTS)

@@ -72,7 +72,7 @@ class DenseIndex:
 
 
 def open_neighbours(path: Path, serving: DenseServing, *, built_nprobe: int = 0) -> Any:
-    """Return the FAISS index in a file. Its vectors are memory-mapped, or copied to the GPUs if `serving` says so.
+    """Return the FAISS index in a file. Its vectors are memory-mapped, or on the GPUs if `serving.on_gpus`.
 
     Args:
         built_nprobe: the number of lists that the index was built with; 0: none.

@@ -13,7 +13,7 @@ _TOKEN = re.compile(r"[!-~]{8,4096}")
 def read_token(path: str, *, key: str) -> str | None:
     """Return the token in the file `path`, without surrounding spaces.
 
-    If `path` is empty, return the token in the environment variable TOKEN_VARIABLE, or None if it is not set.
+    If `path` is empty, return the token in the environment variable TOKEN_VARIABLE; None if there is none.
 
     Raises:
         ConfigError: with a one-line message that names `key`, if the file cannot be read or the token is not valid in

@@ -38,8 +38,7 @@ class SearchTool(Protocol):
 class CachedSearch:
     """Searches with a backend, and caches its answers. Failures are not cached.
 
-    If `tells_outages`, the tool sends another query after a failure, to find out whether the server answers any
-    query.
+    If `tells_outages`, the tool sends another query after a failure, to find out whether the server answers at all.
     """
 
     def __init__(self, backend: Bm25Index | HttpSearch, *, top_k: int, tells_outages: bool = False):

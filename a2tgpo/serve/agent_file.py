@@ -43,7 +43,7 @@ def write_agent_file(folder: Path, config: RunConfig) -> None:
     """Write `folder`/agent.json, a configuration that every program accepts.
 
     The file contains the instructions, the template variables, the tools with their settings, and the limits of a
-    rollout, but no question files and no training settings. Its `model.path` is `folder`.
+    rollout. It contains no question files and no training settings. Its `model.path` is `folder`.
 
     Raises:
         OSError: with the name of the file, if the file cannot be written.

@@ -64,7 +64,7 @@ class Player:
 def load_saved(
     file: str | Path, overrides: Sequence[str], path: str | Path, *, key: str = "--checkpoint"
 ) -> tuple[RunConfig, SavedModel]:
-    """Return a run's configuration, with a layout for this launch's processes, and the place of its saved weights.
+    """Return a run's configuration and its saved weights. The layout is that of this launch's processes.
 
     Args:
         file: the YAML file of the run. Its layout is ignored (`inference_config`).
@@ -119,7 +119,7 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
 
 
 def load_policy(config: RunConfig, groups: ParallelGroups, model: SavedModel) -> Policy:
-    """Build the trainer's model with the weights of `model`, frozen; every rank must call this."""
+    """Build the trainer's model with the weights of `model`, and freeze the weights; every rank must call this."""
     if model.is_hf:
         hf = dataclasses.replace(config.model, path=str(model.path))
         return build_policy(hf, config.parallel, groups, update=None, trainable=False)

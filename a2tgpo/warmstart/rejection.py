@@ -113,7 +113,7 @@ def reject(record: Mapping[str, Any], filters: Filters) -> str:
 
 
 def choose(candidates: Iterable[Candidate], *, per_question: int, counts: Counter[str]) -> list[Candidate]:
-    """Return the best `per_question` candidates of each question, and count the others in `counts` by reason.
+    """Return the best `per_question` candidates of each question. Count the other candidates in `counts` by reason.
 
     The questions are in the order of `candidates`. Of candidates with the same text, only the best is chosen.
     """

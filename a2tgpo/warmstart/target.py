@@ -1,4 +1,4 @@
-"""Choose the folder of a warm start's model, so that no input and no folder of another program is overwritten."""
+"""Choose the folder of a warm start's model, so that neither an input nor another program's folder is overwritten."""
 
 from __future__ import annotations
 
