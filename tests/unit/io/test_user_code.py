@@ -23,7 +23,7 @@ def test_two_names_of_one_file_share_its_module(tmp_path):
 
 
 def test_a_dataclass_in_a_file_with_postponed_annotations_loads(tmp_path):
-    text = "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass A:\n    x: int = 3\n"
+    text = "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass A: x: int = 3\n"
     assert load_user_code(f"{write(tmp_path, text)}:A", KEY)().x == 3
 
 
