@@ -8,80 +8,103 @@ from a2tgpo.io.errors import ConfigError, require
 
 
 class PromptSampler:
-    """Return question indices, `per_step` at a time, in an order that depends only on the seed and the epoch.
+    """Returns question indices, `per_step` at a time. The seed and the numbers of the epochs determine their order.
 
-    A step may span several epochs. Questions that are already in the step then move to the end of the new epoch's
-    order, so that no step contains a question twice.
+    The questions of several sets may be mixed. Each set has epochs of its own. A question of the step comes from the
+    set that is furthest behind its share, so after any number of questions each set is within one question of its
+    share. If the step already has all questions of a set, the set waits for the next step.
+
+    A step may span two epochs of a set. No step contains a question twice, because the questions that are already in
+    the step move to the end of the new epoch's order. Every rank has the same sampler and takes its share of the
+    step's list, so the order does not depend on the number of ranks.
 
     Args:
+        sizes: number of questions of each set, or of the only set. Indices count through the sets in their order.
         per_step: number of questions that a step uses.
         seed: determines the orders of all epochs.
-        fingerprint: value of `PromptSet.fingerprint`, or empty if it is unknown.
+        weights: share of each set in the questions of a step, in any unit; None: there is only one set.
+        fingerprint: fingerprint of the questions, see `PromptSet.fingerprint`; empty if it is unknown.
 
     Raises:
-        ConfigError: if the set has fewer questions than one step uses.
+        ConfigError: if the sets have fewer questions than one step uses.
     """
 
-    def __init__(self, num_questions: int, per_step: int, seed: int, *, fingerprint: str = ""):
+    def __init__(
+        self,
+        sizes: int | Sequence[int],
+        per_step: int,
+        seed: int,
+        *,
+        weights: Sequence[float] | None = None,
+        fingerprint: str = "",
+    ):
+        sizes = [sizes] if isinstance(sizes, int) else list(sizes)
+        self.num_questions = sum(sizes)
         require(
-            per_step <= num_questions,
+            per_step <= self.num_questions,
             "rollout.prompts_per_step",
             per_step,
-            f"at most the number of questions in data.train ({num_questions})",
+            f"at most the number of questions in data.train ({self.num_questions})",
         )
-        self.num_questions = num_questions
         self.per_step = per_step
         self.seed = seed
         self.fingerprint = fingerprint
-        self.epoch = 0
-        self._position = 0
-        self._deferred: list[int] = []
-        self._order = self._epoch_order()
+        weights = weights or [1.0] * len(sizes)
+        starts = np.cumsum([0, *sizes[:-1]]).tolist()
+        self._sets = [
+            _EpochOrder(
+                size, start=start, seed=[seed] if number == 0 else [seed, number], share=weight / sum(weights)
+            )
+            for number, (size, start, weight) in enumerate(zip(sizes, starts, weights, strict=True))
+        ]
+
+    @property
+    def epoch(self) -> int:
+        """The number of times that the first set has been used up."""
+        return self._sets[0].epoch
 
     def next_indices(self, count: int | None = None, *, excluded: Sequence[int] = ()) -> list[int]:
         """Return the indices of the next questions, all different: [count] in [0, num_questions).
 
         Args:
-            count: number of questions. None means `per_step`.
-            excluded: indices that must not be returned, because their questions are in play already. Their number
-                plus `count` is at most the size of the set.
+            count: number of questions; None: `per_step`.
+            excluded: indices that must not be returned, because their questions are already in the step or, with
+                partial rollouts, were carried over (see `PartialConfig.check_questions`). Their number plus `count`
+                is at most the number of questions.
         """
         count = self.per_step if count is None else count
         assert len(excluded) + count <= self.num_questions, (
             "a step cannot use more questions than data.train has"
         )
-        chosen = self._order[self._position : self._position + count]
-        self._position += len(chosen)
-        if len(chosen) < count:
-            self.epoch += 1
-            self._deferred = [*excluded, *chosen]
-            self._order = self._epoch_order()
-            self._position = count - len(chosen)
-            chosen = chosen + self._order[: self._position]
+        taken = [[index for index in excluded if index in order] for order in self._sets]
+        chosen = []
+        for _ in range(count):
+            number = self._next_set([len(indices) for indices in taken])
+            index = self._sets[number].take(taken[number])
+            taken[number].append(index)
+            chosen.append(index)
         return chosen
 
     def state_dict(self) -> dict:
         """Return the state for `load_state_dict`, as plain JSON values."""
-        return {
+        first, *others = (order.state_dict() for order in self._sets)
+        state = {
             "num_questions": self.num_questions,
             "fingerprint": self.fingerprint,
             "seed": self.seed,
-            "epoch": self.epoch,
-            "position": self._position,
-            "deferred": list(self._deferred),
+            **first,
         }
+        return state | ({"other_sets": others} if others else {})
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state`, which a sampler with another `per_step` may have saved.
+        """Continue from `state`, which a sampler with another `per_step` or other weights may have saved.
 
         Raises:
             ConfigError: if the questions or the seed of `state` differ from this sampler's.
         """
         self.require_same_questions(state)
-        self.epoch = state["epoch"]
-        self._position = state["position"]
-        self._deferred = list(state["deferred"])
-        self._order = self._epoch_order()
+        for order, saved in zip(self._sets, [state, *state.get("other_sets", ())], strict=True):
+            order.load_state_dict(saved)
 
     def require_same_questions(self, state: dict) -> None:
         """Raise a one-line `ConfigError` if the questions or the seed of `state` differ from this sampler's."""
@@ -96,13 +119,80 @@ class PromptSampler:
                 )
         # Checkpoints of earlier versions have no fingerprint.
         saved = state.get("fingerprint") or self.fingerprint
-        if saved != self.fingerprint:
+        if saved != self.fingerprint or len(state.get("other_sets", ())) != len(self._sets) - 1:
             raise ConfigError(
                 "data.train differs from the questions of the checkpoint (ids, texts or their order); resume "
                 "with the same data, or start a new run (tools/convert.py exports the weights)"
             )
 
+    def _next_set(self, in_step: Sequence[int]) -> int:
+        """Return the number of the set that is furthest behind its share and has questions that the step lacks.
+
+        Args:
+            in_step: number of questions of each set that the step already has.
+        """
+        dealt = sum(order.num_dealt for order in self._sets) + 1
+        free = [number for number, order in enumerate(self._sets) if in_step[number] < order.size]
+        return max(free, key=lambda number: (self._sets[number].behind(dealt), -number))
+
+
+class _EpochOrder:
+    """Deals the questions of one set, epoch by epoch.
+
+    Args:
+        size: number of questions in the set.
+        start: index of the set's first question.
+        seed: numbers that, followed by the number of the epoch, seed the order of an epoch.
+        share: share of this set in all questions dealt.
+    """
+
+    def __init__(self, size: int, *, start: int, seed: Sequence[int], share: float):
+        self.size = size
+        self.epoch = 0
+        self.num_dealt = 0
+        self._start = start
+        self._seed = list(seed)
+        self._share = share
+        self._position = 0
+        self._deferred: list[int] = []
+        self._order = self._epoch_order()
+
+    def __contains__(self, index: int) -> bool:
+        return self._start <= index < self._start + self.size
+
+    def behind(self, num_dealt: int) -> float:
+        """Return how many questions this set is behind its share of `num_dealt` questions."""
+        return self._share * num_dealt - self.num_dealt
+
+    def take(self, in_step: Sequence[int]) -> int:
+        """Return the index of the next question. `in_step` has the indices of this set that are in the step."""
+        if self._position == self.size:
+            self.epoch += 1
+            self._deferred = list(in_step)
+            self._order = self._epoch_order()
+            self._position = 0
+        self._position += 1
+        self.num_dealt += 1
+        return self._order[self._position - 1]
+
+    def state_dict(self) -> dict:
+        return {
+            "epoch": self.epoch,
+            "position": self._position,
+            "deferred": list(self._deferred),
+            "num_dealt": self.num_dealt,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epoch = state["epoch"]
+        self._position = state["position"]
+        self._deferred = list(state["deferred"])
+        # Checkpoints of 0.1 have no `num_dealt`; they were written with one set, which needs none.
+        self.num_dealt = state.get("num_dealt", 0)
+        self._order = self._epoch_order()
+
     def _epoch_order(self) -> list[int]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_questions).tolist()
+        order = np.random.default_rng([*self._seed, self.epoch]).permutation(self.size) + self._start
         deferred = set(self._deferred)
-        return [i for i in order if i not in deferred] + [i for i in order if i in deferred]
+        indices = order.tolist()
+        return [i for i in indices if i not in deferred] + [i for i in indices if i in deferred]

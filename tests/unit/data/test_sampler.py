@@ -122,3 +122,54 @@ def test_step_larger_than_the_set_is_refused_in_one_line():
 def test_state_of_other_data_or_seed_is_refused(other, says):
     with pytest.raises(ConfigError, match=says):
         PromptSampler(*other).load_state_dict(PromptSampler(8, 2, 0).state_dict())
+
+
+MIXES = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), min_size=2, max_size=5)
+
+
+def set_of(index: int, sizes: list[int]) -> int:
+    return int(np.searchsorted(np.cumsum(sizes), index, side="right"))
+
+
+@given(MIXES, st.integers(0, 3))
+def test_each_set_has_its_share_of_every_prefix_to_within_one_question(mix, seed):
+    sizes = [200 + size for size, _ in mix]  # no set is used up within a step
+    weights = [weight for _, weight in mix]
+    sampler = PromptSampler(sizes, 1, seed, weights=weights)
+    counts = [0] * len(mix)
+    for dealt in range(1, 60):
+        counts[set_of(sampler.next_indices()[0], sizes)] += 1
+        for count, weight in zip(counts, weights, strict=True):
+            assert abs(count - dealt * weight / sum(weights)) <= 1
+
+
+@given(MIXES, st.integers(0, 3), st.data())
+def test_a_mixed_step_has_no_question_twice_and_resumes_as_if_never_stopped(mix, seed, data):
+    sizes, weights = [size for size, _ in mix], [weight for _, weight in mix]
+    per_step = data.draw(st.integers(1, sum(sizes)))
+    whole = PromptSampler(sizes, per_step, seed, weights=weights)
+    resumed = PromptSampler(sizes, per_step, seed, weights=weights)
+    for _ in range(4):
+        step = whole.next_indices()
+        assert len(set(step)) == per_step
+        resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+        assert resumed.next_indices() == whole.next_indices()
+    assert len({*step}) == per_step and max(step) < sum(sizes)
+
+
+def test_each_set_of_a_mix_goes_through_epochs_of_its_own():
+    sampler = PromptSampler([2, 4], 3, seed=1, weights=[1, 2])
+    stream = list(chain.from_iterable(sampler.next_indices() for _ in range(4)))
+    first, second = [i for i in stream if i < 2], [i for i in stream if i >= 2]
+    assert sorted(first[:2]) == sorted(first[2:]) == [0, 1]
+    assert sorted(second[:4]) == sorted(second[4:]) == [2, 3, 4, 5]
+
+
+def test_one_set_with_a_weight_keeps_the_order_of_a_recorded_run():
+    sampler = PromptSampler([7], 3, 5, weights=[0.3])
+    assert [sampler.next_indices() for _ in range(4)] == [[1, 4, 2], [3, 6, 5], [0, 4, 2], [6, 5, 3]]
+
+
+def test_the_state_of_a_run_with_one_set_does_not_fit_a_mix():
+    with pytest.raises(ConfigError, match=r"data\.train differs"):
+        PromptSampler([3, 4], 2, 0, weights=[1, 1]).load_state_dict(PromptSampler(7, 2, 0).state_dict())
