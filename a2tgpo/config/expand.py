@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from a2tgpo.io.errors import ConfigError
 
@@ -60,6 +61,13 @@ def expand(text: str, key: str) -> str:
 def escape(text: str) -> str:
     """Double every $ in `text`, so that `expand` restores `text`."""
     return text.replace("$", "$$")
+
+
+def in_all_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Return `value` with each text changed. If it is a mapping, its names and all nested texts are changed."""
+    if isinstance(value, dict):
+        return {in_all_texts(name, change): in_all_texts(item, change) for name, item in value.items()}
+    return change(value) if isinstance(value, str) else value
 
 
 def path_argument(text: str) -> Path:

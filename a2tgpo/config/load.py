@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from a2tgpo.config.expand import escape, expand, is_expanded
+from a2tgpo.config.expand import escape, expand, in_all_texts, is_expanded
 from a2tgpo.config.renamed import RENAMED
 from a2tgpo.config.run import RunConfig
 from a2tgpo.config.strict_yaml import read_mapping, read_value
@@ -40,6 +40,7 @@ _RULES = {
     float: "a finite number",
     str: "a text",
     dict: "a mapping of names to values, like {name: value}",
+    str | dict: "a text, or a mapping like {name: value}",
     _LIST: "a list of texts",
 }
 
@@ -76,7 +77,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: required and not set: {names}; set it there or as {missing[0]}=value")
     for key, entry in entries.items():
         if _FIELDS[key].is_expanded:
-            entries[key] = _Entry(expand(entry.value, f"{entry.source}: {key}"), entry.source)
+            place = f"{entry.source}: {key}"
+            expanded = in_all_texts(entry.value, functools.partial(expand, key=place))
+            entries[key] = _Entry(expanded, entry.source)
     try:
         return _build(RunConfig, "", entries)
     except ConfigError as error:
@@ -119,7 +122,7 @@ def dump_config(config: RunConfig) -> str:
     for key in (key for key, field in _FIELDS.items() if field.is_expanded):
         *path, name = key.split(".")
         section = functools.reduce(operator.getitem, path, sections)
-        section[name] = escape(section[name])
+        section[name] = in_all_texts(section[name], escape)
     return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=10**6)
 
 
@@ -132,7 +135,7 @@ def _fields_of(section: type, prefix: str = "") -> Iterator[tuple[str, _Field]]:
             assert isinstance(kind, type), f"{key} must have a class as its type, not an instance"
             yield from _fields_of(kind, f"{key}.")
         else:
-            plain = str if is_expanded(kind) else kind
+            plain = kind.__origin__ if is_expanded(kind) else kind
             assert get_origin(plain) is Literal or plain in _RULES, f"{key} cannot be of type {plain}"
             has_default = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
             yield key, _Field(plain, is_expanded=is_expanded(kind), is_required=not has_default)
@@ -163,7 +166,10 @@ def _override_entries(overrides: Iterable[str]) -> Iterator[tuple[str, _Entry]]:
         is_literal = (
             key not in _FIELDS or _FIELDS[key].kind is str or get_origin(_FIELDS[key].kind) is Literal
         )
-        yield from _entries([(key, text if is_literal else read_value(text))], COMMAND_LINE)
+        value = text if is_literal else read_value(text)
+        if key in _FIELDS and _FIELDS[key].kind == str | dict and not isinstance(value, dict):
+            value = text
+        yield from _entries([(key, value)], COMMAND_LINE)
 
 
 def _base_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -231,6 +237,8 @@ def _typed(value: Any, key: str, source: str) -> Any:
     elif kind == _LIST:
         is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
         typed = tuple(value) if is_list else None
+    elif kind == str | dict:
+        typed = value if isinstance(value, kind) else None
     else:
         typed = value if type(value) is kind or value in choices else None
     if typed is None:
@@ -263,10 +271,11 @@ def _hint(value: Any, kind: Any) -> str:
 
 def _texts(value: Any) -> Iterator[str]:
     """Yield every text in a field's value: in a text, a list or a mapping."""
-    parts = [part for pair in value.items() for part in pair] if isinstance(value, dict) else value
-    yield from (
-        part for part in (parts if isinstance(parts, list | tuple) else [parts]) if isinstance(part, str)
-    )
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.items() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _is_whole(text: str) -> bool:

@@ -14,13 +14,18 @@ NOT_COMPARED = (
     "time/",
     "speed/",
     "rollout/tool_wait",
+    "rollout/cached_prefix",
     "tools/outage",
     "search/",
     "checkpoint/failed",
     "memory/",
     "refit/",
 )
-"""Prefixes of metrics that depend on the clock, on failures, or on the weights that an engine had before a refit."""
+"""Prefixes of metrics that two equal runs need not share.
+
+They depend on the clock, on failures, on the order in which tools answer, or on the weights that an engine had before
+a refit. The order of the answers changes how much of a context the engine finds in its KV cache, but no sampled token.
+"""
 
 
 def comparable_metrics(run: Path) -> dict[int, dict[str, Any]]:
