@@ -220,16 +220,20 @@ class Trainer:
         )
 
     def evaluate(self) -> bool:
-        """Answer the held-out questions greedily, and return whether the score is the best so far.
+        """Answer the held-out questions, and return whether the score is the best so far.
 
         If so, the caller must save a checkpoint.
         """
         with self.timers.stage("evaluation"):
             self._refit()
-            questions, engine_group = self.parts.test_prompts, self.parts.engine_group
-            everything = range(len(questions))
-            share = questions.prompts(everything, engine_group.share(everything))
-            scores = evaluate(self.parts.rollout, share, engine_group, stop=self.early_stop.request)
+            scores = evaluate(
+                self.parts.rollout,
+                self.parts.test_sets,
+                self.parts.engine_group,
+                num_samples=self.config.evaluation.samples,
+                seed=self.config.run.seed,
+                stop=self.early_stop.request,
+            )
         self.recorder.record_evaluation(self.step, scores, self.timers.take())
         return self.checkpoints.best.offer(self.step, scores)
 

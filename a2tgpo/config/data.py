@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from a2tgpo.config.expand import Expanded
+from a2tgpo.config.expand import Expanded, ExpandedOrMapping
 from a2tgpo.io.errors import require
 
 SEARCH_INSTRUCTIONS = (
@@ -23,10 +23,12 @@ CHAT_INSTRUCTIONS = (
 class DataConfig:
     """The question files, and the parts of the prompt."""
 
-    train: Expanded
-    """JSONL or Parquet file of training questions; it may be compressed (docs/data.md)."""
-    test: Expanded
-    """File of questions for evaluation, in the format of `train`."""
+    train: ExpandedOrMapping
+    """JSONL or Parquet file of training questions; it may be compressed (docs/data.md). To mix several files, give a
+    mapping of each file to its weight, for example {nq.jsonl: 1, hotpotqa.parquet: 3}; three of four questions are
+    then from the second file."""
+    test: Expanded = ""
+    """File of questions for evaluation, in the format of `train`. It is not read if `evaluation.sets` names files."""
     instructions: str = SEARCH_INSTRUCTIONS
     """System message; empty: none. With rollout.protocol=chat, the default stands for a text without tags."""
     chat_template_kwargs: dict = field(default_factory=dict)
@@ -35,6 +37,12 @@ class DataConfig:
     """Most tokens of a prompt (paper: 2000). The run does not start if a prompt is longer."""
 
     def __post_init__(self) -> None:
+        require(
+            len(self.train_files) > 0 and all(map(_is_weight, self.train_files.values())),
+            "data.train",
+            self.train,
+            "a file, or a mapping of each file to a number > 0",
+        )
         require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", self.max_prompt_tokens, ">= 1")
         require(
             all(_is_variable(name, value) for name, value in self.chat_template_kwargs.items()),
@@ -42,6 +50,17 @@ class DataConfig:
             self.chat_template_kwargs,
             "names of template variables, each with a text, a number, true or false",
         )
+
+
+    @property
+    def train_files(self) -> dict[str, float]:
+        """Map each training file to its weight. If there is only one file, its weight is 1."""
+        return dict(self.train) if isinstance(self.train, dict) else {self.train: 1.0}
+
+
+def _is_weight(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf  # type: ignore[operator]  # mypy does not follow `is_number`
 
 
 def _is_variable(name: object, value: object) -> bool:

@@ -1,11 +1,11 @@
-"""All sections of the configuration, and the sections run, evaluation and checkpoint."""
+"""All sections of the configuration, and the sections run and checkpoint."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.cluster import ClusterConfig
 from a2tgpo.config.data import CHAT_INSTRUCTIONS, SEARCH_INSTRUCTIONS, DataConfig
+from a2tgpo.config.evaluation import EvaluationConfig
 from a2tgpo.config.expand import Expanded
 from a2tgpo.config.guard import GuardConfig
 from a2tgpo.config.model import ModelConfig
@@ -19,7 +19,7 @@ from a2tgpo.config.tools import CalculatorConfig, ToolsConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.config.warmstart import WarmstartConfig
 from a2tgpo.config.watchdog import WatchdogConfig
-from a2tgpo.io.errors import require
+from a2tgpo.io.errors import one_of, require
 
 MAX_NAME_BYTES = 200
 SCORED_ANSWER_TOKENS = 64
@@ -63,23 +63,6 @@ class RunSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    every: int = 10
-    """Number of steps between evaluations; 0: no evaluations between the first and the last step. An evaluation
-    always follows the last step."""
-    at_start: bool = True
-    """Evaluate the policy before the first step, as a baseline."""
-    max_questions: int = 256
-    """Number of questions of data.test in an evaluation, the same for all seeds; 0: all. Every combination of
-    `data_source` and `hops` contributes its first questions, in proportion to its size. If questions have neither
-    field, every nth question is used."""
-
-    def __post_init__(self) -> None:
-        require(self.every >= 0, "evaluation.every", self.every, ">= 0")
-        require(self.max_questions >= 0, "evaluation.max_questions", self.max_questions, ">= 0")
-
-
-@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: int = 20
     """Number of steps between checkpoints; 0: only after the last step."""
@@ -98,9 +81,10 @@ class CheckpointConfig:
     margin_s: float = 120.0
     """A run in a Slurm job stops in time to save before the job's end (SLURM_JOB_END_TIME). It reserves the time of
     the longest update and save so far, plus this many seconds."""
-    best_by: Literal["em", "em_format_gated", "f1", "none"] = "em"
-    """Held-out score that decides which checkpoint is the best. The weights of the best checkpoint are kept. none: no
-    checkpoint is the best."""
+    best_by: str = "em"
+    """Held-out score that decides which checkpoint is the best: em, em_format_gated, f1, or, with evaluation.samples,
+    mean_at_K or pass_at_K. SET/em is the score of one of evaluation.sets. The weights of the best checkpoint are
+    kept. none: no checkpoint is the best."""
 
     def __post_init__(self) -> None:
         for name in ("every", "keep_every", "keep_gb", "keep_previous", "margin_s"):
@@ -146,6 +130,19 @@ class RunConfig:
                 f"<= tools.call_timeout_s - {LONGEST_START_S:g} ({self.tools.call_timeout_s - LONGEST_START_S:g}), "
                 "because starting a process may take this long",
             )
+        require(
+            bool(self.data.test or self.evaluation.sets),
+            "data.test",
+            self.data.test,
+            "a question file; it may be left out if evaluation.sets names files",
+        )
+        scores = self.evaluation.score_names()
+        require(
+            self.checkpoint.best_by in (*scores, "none"),
+            "checkpoint.best_by",
+            self.checkpoint.best_by,
+            one_of((*scores, "none"), self.checkpoint.best_by),
+        )
         require(
             self.rollout.prompts_per_step % self.update.prompts_per_minibatch == 0,
             "update.prompts_per_minibatch",

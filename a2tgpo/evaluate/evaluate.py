@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from a2tgpo.config.evaluation import powers_of_two, sampled_scores
+from a2tgpo.evaluate.sets import EvaluationSets
 from a2tgpo.lifecycle.stop_request import StopRequest
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.engine_group import ALONE, EngineGroup
@@ -17,7 +19,7 @@ from a2tgpo.rollout.group_rollout import Finished, GroupRollout, RolloutInterrup
 from a2tgpo.trajectory import Prompt
 
 _SQUARE = "square of "
-"""Prefix of the names of metrics that sum the squares of a score."""
+"""Marks the name of each metric that sums the squares of a score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,42 +50,57 @@ class Answer:
 
 def evaluate(
     rollout: GroupRollout,
-    prompts: Sequence[Prompt],
+    sets: EvaluationSets,
     engine_group: EngineGroup = ALONE,
     *,
+    num_samples: int = 0,
+    seed: int = 0,
     stop: StopRequest | None = None,
 ) -> dict[str, float]:
-    """Answer every question once, greedily, and return metrics over all questions.
+    """Answer every question greedily and, if requested, `num_samples` more times, and return metrics.
 
-    Every rank of the world must call this.
+    Every rank of the world must call this. Each engine answers its share of the questions.
 
     Args:
-        prompts: the questions that this rank's engine answers, possibly none.
+        num_samples: number of answers to draw per question at `rollout.temperature`, in addition to the greedy answer.
+        seed: seed of the draws.
         stop: reports a requested stop, which interrupts the evaluation. If None, nothing interrupts the evaluation.
 
     Returns:
-        A map from each metric's name to its value, equal on all ranks. The scores are em (a wrong format does not
-        change it), em_format_gated and f1. standard_error_SCORE is the standard error of SCORE. Other metrics are
-        format_ok_rate, tool_calls, num_questions, and em_N_hops, the em over the questions with N hops.
+        A map from each metric's name to its value over all questions, equal on all ranks. The scores are em (a wrong
+        format does not change it), em_format_gated and f1 and, with samples, mean_at_K and pass_at_k.
+        standard_error_SCORE is the standard error of SCORE. Other metrics are format_ok_rate, tool_calls,
+        num_questions, and em_N_hops, the em over the questions with N hops. If there are several sets, the map also
+        has SET/METRIC for each set and metric.
 
     Raises:
         StopAgreed: on all ranks, if the evaluation was interrupted.
     """
-    answers: dict[str, Answer] = {}
+    prompts = sets.prompts(engine_group.share(range(len(sets))))
+    greedy: dict[str, Answer] = {}
+    samples: dict[str, list[Answer]] = {prompt.id: [] for prompt in prompts}
+    should_stop = stop.should_stop if stop else None
     is_interrupted = False
     try:
-        for answer in answer_questions(rollout, prompts, should_stop=stop.should_stop if stop else None):
-            answers[answer.question_id] = answer
+        for answer in answer_questions(rollout, prompts, should_stop=should_stop):
+            greedy[answer.question_id] = answer
+        if num_samples:
+            drawn = answer_questions(
+                rollout, prompts, num_samples=num_samples, seed=seed, should_stop=should_stop
+            )
+            for answer in drawn:
+                samples[answer.question_id].append(answer)
     except RolloutInterruptedError:
         is_interrupted = True
     if stop is not None:
         stop.agree(is_interrupted)
     sums = MetricSums()
     sums.add("num_questions", 0, 0)
-    for prompt in (
-        prompts if engine_group.is_leader else ()
-    ):  # always in the order of the prompts, because a sum of floats depends on its order
-        _add(sums, answers[prompt.id])
+    # The order is always that of the prompts, because a sum of floats depends on its order.
+    for prompt in prompts if engine_group.is_leader else ():
+        scores = _scores(greedy[prompt.id]) | _sampled_scores(samples[prompt.id])
+        for prefix in ("", f"{sets.name_of(prompt.index)}/") if len(sets.sets) > 1 else ("",):
+            _add(sums, prefix, greedy[prompt.id], scores)
     return _with_standard_errors(sums.reduce(dist.group.WORLD))
 
 
@@ -143,20 +160,41 @@ def _with_standard_errors(metrics: dict[str, float]) -> dict[str, float]:
 
     The standard error is sqrt((mean of squares - square of mean) / n).
     """
-    found = {name: value for name, value in metrics.items() if not name.startswith(_SQUARE)}
-    for name in (name.removeprefix(_SQUARE) for name in metrics if name.startswith(_SQUARE)):
-        variance = max(0.0, metrics[f"{_SQUARE}{name}"] - metrics[name] ** 2)  # rounding may give less than 0
-        found[f"standard_error_{name}"] = math.sqrt(variance / metrics["num_questions"])
+    found = {name: value for name, value in metrics.items() if _SQUARE not in name}
+    for square in (name for name in metrics if _SQUARE in name):
+        prefix, _, score = square.partition(_SQUARE)
+        variance = max(0.0, metrics[square] - metrics[prefix + score] ** 2)  # rounding may give less than 0
+        found[f"{prefix}standard_error_{score}"] = math.sqrt(variance / metrics[f"{prefix}num_questions"])
     return found
 
 
-def _add(sums: MetricSums, answer: Answer) -> None:
-    sums.add("num_questions", 1, 0)
-    scores = {"em": answer.exact_match, "em_format_gated": answer.exact_match_gated, "f1": answer.f1}
+def _scores(answer: Answer) -> dict[str, float]:
+    return {"em": answer.exact_match, "em_format_gated": answer.exact_match_gated, "f1": answer.f1}
+
+
+def _sampled_scores(answers: Sequence[Answer]) -> dict[str, float]:
+    """Return the scores of the sampled answers to one question, named as in `sampled_scores`."""
+    count, right = len(answers), sum(answer.exact_match == 1 for answer in answers)
+    names = sampled_scores(count)
+    ks = [1, *powers_of_two(count)] if count else []
+    return {name: pass_at_k(count, right, k) for name, k in zip(names, ks, strict=True)}
+
+
+def _add(sums: MetricSums, prefix: str, answer: Answer, scores: Mapping[str, float]) -> None:
+    sums.add(f"{prefix}num_questions", 1, 0)
     for name, score in scores.items():
-        sums.add(name, score, 1)
-        sums.add(f"{_SQUARE}{name}", score**2, 1)
-    sums.add("format_ok_rate", answer.format_ok, 1)
-    sums.add("tool_calls", answer.tool_calls, 1)
+        sums.add(f"{prefix}{name}", score, 1)
+        sums.add(f"{prefix}{_SQUARE}{name}", score**2, 1)
+    sums.add(f"{prefix}format_ok_rate", answer.format_ok, 1)
+    sums.add(f"{prefix}tool_calls", answer.tool_calls, 1)
     if answer.hops:
-        sums.add(f"em_{answer.hops}_hops", answer.exact_match, 1)
+        sums.add(f"{prefix}em_{answer.hops}_hops", answer.exact_match, 1)
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """Return the probability that at least one of k answers is right (arXiv:2107.03374, Eq. 1).
+
+    The k answers are drawn without replacement from `num_samples` answers, of which `num_right` are right. For k = 1
+    it is the share of right answers.
+    """
+    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
-from a2tgpo.evaluate.evaluate import Answer
+from a2tgpo.config.evaluation import powers_of_two
+from a2tgpo.evaluate.evaluate import Answer, pass_at_k
 from a2tgpo.io.tables import markdown_table
 
 SCORES = ("em", "em_format_gated", "f1", "f1_format_gated", "format_ok_rate", "tool_calls")
@@ -34,14 +34,6 @@ def summarize(greedy: Mapping[str, Sequence[Answer]], sampled: Mapping[str, Sequ
     groups = [group for answers in sampled.values() for group in _by_question(answers)]
     average = _scores(pooled) | _breakdowns(pooled) | _pass_at(groups)
     return {"sets": per_set, AVERAGE: average}
-
-
-def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Return the probability that at least one of k answers is right (arXiv:2107.03374, Eq. 1).
-
-    The k answers are drawn without replacement from `num_samples` answers, of which `num_right` are right.
-    """
-    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
 def to_scalars(summary: dict) -> dict[str, float]:
@@ -134,7 +126,7 @@ def _pass_at(groups: Sequence[Sequence[Answer]]) -> dict:
     if not groups:
         return {}
     num_samples = len(groups[0])
-    ks = [2**power for power in range(num_samples.bit_length())]
+    ks = [1, *powers_of_two(num_samples)]
     return {
         "pass_at": {
             "num_samples": num_samples,

@@ -1,0 +1,99 @@
+"""Settings of the evaluations during training, and the question sets of every evaluation."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from a2tgpo.config.expand import ExpandedMapping
+from a2tgpo.io.errors import require
+
+_NAME = re.compile(r"[\w.-]+")
+SCORES = ("em", "em_format_gated", "f1")
+"""Scores that have a standard error, so that `checkpoint.best_by` may name them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """One set of held-out questions."""
+
+    file: str
+    max_questions: int
+    """Number of questions in an evaluation during training; 0: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    every: int = 10
+    """Number of steps between evaluations; 0: no evaluations between the first and the last step. An evaluation
+    always follows the last step."""
+    at_start: bool = True
+    """Evaluate the policy before the first step, as a baseline."""
+    max_questions: int = 256
+    """Number of questions of each set in an evaluation during training, the same for all seeds; 0: all. Every
+    combination of `data_source` and `hops` contributes its first questions, in proportion to its size. Questions that
+    have neither field are taken at equal distances from the file."""
+    sets: ExpandedMapping = field(default_factory=dict)
+    """Sets of held-out questions by name, instead of data.test. The value is a file, or {file: FILE, max_questions: N},
+    for example {nq: nq.jsonl, bamboogle: {file: bamboogle.jsonl, max_questions: 0}}. Scores are logged over all
+    questions (evaluation/em) and, if there are several sets, for each set (evaluation/SET/em)."""
+    samples: int = 0
+    """Number of answers to draw per question at rollout.temperature, in addition to the greedy answer, for mean@k and
+    pass@k. 0: only the greedy answer."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "max_questions", "samples"):
+            require(getattr(self, name) >= 0, f"evaluation.{name}", getattr(self, name), ">= 0")
+        for name, value in self.sets.items():
+            require(
+                isinstance(name, str) and _NAME.fullmatch(name) is not None,
+                "evaluation.sets",
+                self.sets,
+                "names of letters, digits, _, - and .",
+            )
+            require(
+                _is_set(value),
+                f"evaluation.sets.{name}",
+                value,
+                "a file, or {file: FILE, max_questions: N} with an integer N >= 0",
+            )
+
+    def files(self, test: str) -> dict[str, EvaluationSet]:
+        """Return the sets by name. Without `sets`, the only set is named test, and its file is `test`, data.test."""
+        return {
+            name: EvaluationSet(**{"max_questions": self.max_questions} | _as_mapping(value))
+            for name, value in (self.sets or {"test": test}).items()
+        }
+
+    def score_names(self) -> list[str]:
+        """Return the names of the scores that `checkpoint.best_by` may name."""
+        names = [*SCORES, *sampled_scores(self.samples)]
+        return [*names, *(f"{of_set}/{name}" for of_set in self.sets if len(self.sets) > 1 for name in names)]
+
+
+def sampled_scores(num_samples: int) -> Iterator[str]:
+    """Yield the names of the scores over `num_samples` sampled answers: mean_at_K, and pass_at_k for powers of two."""
+    if num_samples:
+        yield f"mean_at_{num_samples}"
+        yield from (f"pass_at_{k}" for k in powers_of_two(num_samples))
+
+
+def powers_of_two(most: int) -> list[int]:
+    """Return the powers of two from 2 to `most`."""
+    return [2**power for power in range(1, most.bit_length())]
+
+
+def _as_mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {"file": value}
+
+
+def _is_set(value: Any) -> bool:
+    of_set = _as_mapping(value)
+    limit = of_set.get("max_questions", 0)
+    return (
+        {"file"} <= of_set.keys() <= {"file", "max_questions"}
+        and isinstance(of_set["file"], str)
+        and bool(of_set["file"])
+        and type(limit) is int
+        and limit >= 0
+    )
