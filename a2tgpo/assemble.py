@@ -13,12 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from a2tgpo.checkpoint.folder import read_record
 from a2tgpo.collect.state import RolloutState
 from a2tgpo.config.run import RunConfig
-from a2tgpo.data.question_set import Question, load_questions
+from a2tgpo.data.question_mix import load_question_mix
+from a2tgpo.data.question_set import Question
 from a2tgpo.data.sampler import PromptSampler
-from a2tgpo.data.stratified_subset import stratified_subset
 from a2tgpo.data.template import PromptSet, PromptTemplate
 from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.environment.tool import Toolset, build_tools
+from a2tgpo.evaluate.sets import EvaluationSets, load_evaluation_sets
 from a2tgpo.io.errors import ConfigError, first_line
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
@@ -55,7 +56,7 @@ class RunParts:
     engine_group: EngineGroup
     tokenizer: PreTrainedTokenizerBase
     train_prompts: PromptSet
-    test_prompts: PromptSet
+    test_sets: EvaluationSets
     state: RolloutState
     policy: Policy
     reference: Policy | None
@@ -101,21 +102,24 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
     with timers.stage("startup_data"):
         hf_config = load_hf_config(config.model.path)
         check_positions(config.model.path, hf_config, config.max_model_len)
-        train_questions = load_questions(config.data.train, key="data.train")
-        test_questions = load_questions(config.data.test, key="data.test")
+        mix = load_question_mix(config.data.train_files)
+        test_questions = load_evaluation_sets(config)
     with timers.stage("startup_tools"):
         toolset = build_tools(config)
     with timers.stage("startup_data"):
         protocol = build_run_protocol(config, groups, toolset)
-        train_prompts = _prompt_set(train_questions, protocol.template, config, groups)
-        limit = config.evaluation.max_questions or len(test_questions)
-        test_prompts = _prompt_set(
-            stratified_subset(test_questions, limit), protocol.template, config, groups
+        train_prompts = _prompt_set(mix.questions, protocol.template, config, groups)
+        test_sets = EvaluationSets(
+            {
+                name: _prompt_set(questions, protocol.template, config, groups)
+                for name, questions in test_questions.items()
+            }
         )
         sampler = PromptSampler(
-            len(train_prompts),
+            mix.sizes,
             config.rollout.prompts_per_step,
             config.run.seed,
+            weights=mix.weights,
             fingerprint=train_prompts.fingerprint,
         )
         if resume_from is not None:
@@ -143,7 +147,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         engine_group=engine_group,
         tokenizer=protocol.tokenizer,
         train_prompts=train_prompts,
-        test_prompts=test_prompts,
+        test_sets=test_sets,
         state=RolloutState(sampler=sampler),
         policy=policy,
         reference=reference,
@@ -258,5 +262,5 @@ def build_checkpoints(parts: RunParts, folder: RunFolder, guards: Guards) -> Run
         guards=guards,
         phases=parts.phases,
         train_prompts=parts.train_prompts,
-        test_prompts=parts.test_prompts,
+        test_sets=parts.test_sets,
     )

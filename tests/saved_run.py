@@ -73,7 +73,7 @@ def new_parts(groups: ParallelGroups, model: Path, *, vocab_size: int = 250) -> 
         phases=MemoryPhases(policy, optimizer=optimizer),
         state=RolloutState(sampler=PromptSampler(10, 2, seed=0, fingerprint="q")),
         train_prompts=Questions("q"),
-        test_prompts=Questions("t"),
+        test_sets=Questions("t"),
         groups=groups,
         engine_group=ALONE,
     )

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from a2tgpo.config.expand import expand, path_argument
 from a2tgpo.config.run import RunConfig
+from a2tgpo.data.question_mix import set_name
 from a2tgpo.data.question_set import Question, load_questions
+from a2tgpo.evaluate.sets import load_evaluation_sets
 from a2tgpo.io.atomic_file import atomic_folder, write_json, write_text
 from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.io.exit_codes import START_AGAIN
@@ -50,7 +52,7 @@ def main() -> int:
     stop_signal = StopSignal()
     try:
         join_launcher()
-        require(args.samples >= 0, "--samples", args.samples, ">= 0")
+        require((args.samples or 0) >= 0, "--samples", args.samples, ">= 0")
         require(args.limit >= 0, "--limit", args.limit, ">= 0")
         return evaluate(args, stop_signal)
     except (ConfigError, RuntimeError, OSError) as error:
@@ -63,14 +65,13 @@ def parse_arguments() -> argparse.Namespace:
         "--sets",
         default="",
         metavar="NAME=FILE,FILE",
-        help="question files; a set without a name is named after its folder or file; default: data.test",
+        help="question files; a set without a name is named after its folder or file; default: the run's sets",
     )
     parser.add_argument("--limit", type=int, default=0, help="only the first N questions of each set; 0: all")
     parser.add_argument(
         "--samples",
         type=int,
-        default=0,
-        help="answers sampled per question for pass@k, in addition to the greedy one",
+        help="answers sampled per question, in addition to the greedy one; default: evaluation.samples",
     )
     parser.add_argument(
         "--out", type=path_argument, help="folder of the report; default: ROOT/NAME/evaluation/CHECKPOINT"
@@ -85,8 +86,13 @@ def load_sets(text: str, config: RunConfig, *, limit: int) -> dict[str, list[Que
     Raises:
         ConfigError: if a question file is bad, or if two sets share a name.
     """
-    sets: dict[str, list[Question]] = {}
-    for part in text.split(",") if text else [config.data.test]:
+    if not text:
+        sets = load_evaluation_sets(config, is_whole=True)
+        if not config.evaluation.sets:
+            sets = {set_name(Path(config.data.test)): sets["test"]}
+        return {name: questions[: limit or None] for name, questions in sets.items()}
+    sets = {}
+    for part in text.split(","):
         name, equals, file = part.strip().partition("=")
         if not equals:
             name, file = set_name(Path(name)), name
@@ -94,14 +100,8 @@ def load_sets(text: str, config: RunConfig, *, limit: int) -> dict[str, list[Que
         require(
             name not in sets, "--sets", part, f"a name other than {name!r}, which is taken; write NAME=FILE"
         )
-        questions = load_questions(expand(file, "--sets"), key="--sets" if text else "data.test")
-        sets[name] = questions[:limit] if limit else questions
+        sets[name] = load_questions(expand(file, "--sets"), key="--sets")[: limit or None]
     return sets
-
-
-def set_name(file: Path) -> str:
-    """Return a set's name: "hotpotqa" for data/hotpotqa/test.jsonl, "bamboogle" for data/bamboogle.jsonl."""
-    return file.parent.name if file.stem in ("test", "dev", "train") and file.parent.name else file.stem
 
 
 def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
@@ -116,6 +116,7 @@ def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
 
     config, model = load_saved(args.config, args.overrides, args.checkpoint)
     sets = load_sets(args.sets, config, limit=args.limit)
+    num_samples = config.evaluation.samples if args.samples is None else args.samples
     out = args.out or Path(config.run.root) / config.run.name / "evaluation" / model.label
     partial = out.with_name(f"{out.name}.partial")
     settings = evaluation_settings(config, model.identity, sets)
@@ -128,10 +129,10 @@ def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
     stop = StopRequest(stop_signal, margin_s=config.checkpoint.margin_s, outage=player.rollout.outage)
     stop_signal.begin_training()
     try:
-        greedy, sampled = play(player, prompts, args.samples, known=known, partial=partial, stop=stop)
+        greedy, sampled = play(player, prompts, num_samples, known=known, partial=partial, stop=stop)
     except StopAgreed:
         if groups.rank == 0:
-            total = sum(map(len, prompts.values())) * (1 + args.samples)
+            total = sum(map(len, prompts.values())) * (1 + num_samples)
             done = len(open_log(partial, settings))
             print(f"stopped at answer {done} of {total}: {stop.reason}; kept in {partial}", flush=True)
     else:

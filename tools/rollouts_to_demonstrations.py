@@ -12,6 +12,7 @@ The highest reward is best, then the fewest calls, then the fewest tokens. FILE 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -19,8 +20,8 @@ from pathlib import Path
 
 import yaml
 
-from a2tgpo.config.expand import expand, path_argument
-from a2tgpo.data.question_set import load_questions
+from a2tgpo.config.expand import expand, in_all_texts, path_argument
+from a2tgpo.data.question_mix import load_question_mix
 from a2tgpo.io.atomic_file import write_text
 from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.io.program import exit_code
@@ -39,7 +40,9 @@ def write_demonstrations(args: argparse.Namespace) -> None:
     first, last = steps_of(args.steps)
     records, counts, num_read = demonstrations_of(
         args.run,
-        load_questions(args.questions or questions_of(args.run), key="--questions"),
+        load_question_mix(
+            {str(args.questions): 1.0} if args.questions else training_files(args.run), key="--questions"
+        ).questions,
         Filters(
             min_reward=args.min_reward,
             needs_exact_match=not args.any_answer,
@@ -107,13 +110,13 @@ def steps_of(text: str) -> tuple[int, int | None]:
     return first, int(match[3]) if match[3] else None
 
 
-def questions_of(run: Path) -> str:
-    """Return the question files in data.train of the run's configuration."""
+def training_files(run: Path) -> dict[str, float]:
+    """Return the training files of the run's configuration, with their weights."""
     path = run / "config.yaml"
     try:
-        return expand(
-            yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["train"], f"{path}: data.train"
-        )
+        train = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["train"]
+        expanded = in_all_texts(train, functools.partial(expand, key=f"{path}: data.train"))
+        return dict(expanded) if isinstance(expanded, dict) else {str(expanded): 1.0}
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a run's folder") from None
     except (yaml.YAMLError, ValueError, KeyError, TypeError):

@@ -63,7 +63,8 @@ class BestCheckpoint:
         """
         if self._metric == "none":
             return False
-        score, error = scores[self._metric], scores[f"standard_error_{self._metric}"]
+        of_set, slash, name = self._metric.rpartition("/")
+        score, error = scores[self._metric], scores[f"{of_set}{slash}standard_error_{name}"]
         if not math.isfinite(score):
             return False
         if self._best and score - self._best.score <= math.hypot(error, self._best.standard_error):

@@ -51,7 +51,6 @@ class DataConfig:
             "names of template variables, each with a text, a number, true or false",
         )
 
-
     @property
     def train_files(self) -> dict[str, float]:
         """Map each training file to its weight. If there is only one file, its weight is 1."""

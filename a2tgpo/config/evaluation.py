@@ -34,8 +34,8 @@ class EvaluationConfig:
     combination of `data_source` and `hops` contributes its first questions, in proportion to its size. Questions that
     have neither field are taken at equal distances from the file."""
     sets: ExpandedMapping = field(default_factory=dict)
-    """Sets of held-out questions by name, instead of data.test. The value is a file, or {file: FILE, max_questions: N},
-    for example {nq: nq.jsonl, bamboogle: {file: bamboogle.jsonl, max_questions: 0}}. Scores are logged over all
+    """Sets of held-out questions by name, instead of data.test. Each value is a file, or {file: FILE, max_questions:
+    N}, for example {nq: nq.jsonl, bamboogle: {file: bamboogle.jsonl, max_questions: 0}}. Scores are logged over all
     questions (evaluation/em) and, if there are several sets, for each set (evaluation/SET/em)."""
     samples: int = 0
     """Number of answers to draw per question at rollout.temperature, in addition to the greedy answer, for mean@k and
@@ -72,7 +72,7 @@ class EvaluationConfig:
 
 
 def sampled_scores(num_samples: int) -> Iterator[str]:
-    """Yield the names of the scores over `num_samples` sampled answers: mean_at_K, and pass_at_k for powers of two."""
+    """Yield the names of the scores over `num_samples` answers per question: mean_at_K, pass_at_2, pass_at_4, ..."""
     if num_samples:
         yield f"mean_at_{num_samples}"
         yield from (f"pass_at_{k}" for k in powers_of_two(num_samples))

@@ -14,6 +14,10 @@ from a2tgpo.io.errors import ConfigError
 _MARK = "expanded"
 Expanded = Annotated[str, _MARK]
 """Type of a configuration field in which ~ and environment variables are replaced."""
+ExpandedMapping = Annotated[dict, _MARK]
+"""Type of a field with a mapping, in which the names and all texts are expanded."""
+ExpandedOrMapping = Annotated[str | dict, _MARK]
+"""Type of a field with a text or such a mapping."""
 
 _VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\}?|([A-Za-z_]\w*))")
 _NAME = re.compile(r"[A-Za-z_]\w*")

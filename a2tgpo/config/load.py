@@ -167,7 +167,7 @@ def _override_entries(overrides: Iterable[str]) -> Iterator[tuple[str, _Entry]]:
             key not in _FIELDS or _FIELDS[key].kind is str or get_origin(_FIELDS[key].kind) is Literal
         )
         value = text if is_literal else read_value(text)
-        if key in _FIELDS and _FIELDS[key].kind == str | dict and not isinstance(value, dict):
+        if key in _FIELDS and _FIELDS[key].kind == str | dict and not isinstance(value, dict | list):
             value = text
         yield from _entries([(key, value)], COMMAND_LINE)
 

@@ -27,8 +27,7 @@ def load_question_mix(files: Mapping[str, float], *, key: str = "data.train") ->
     """Return the questions of all `files`, which map each path to its weight.
 
     Raises:
-        ConfigError: with a one-line message, if a file cannot be read (see `load_questions`), or if two files have the
-            same set name.
+        ConfigError: with a one-line message, if a file cannot be read, or if two files have the same set name.
     """
     sets = {file: load_questions(file, key=key) for file in files}
     if len(sets) > 1:

@@ -62,7 +62,7 @@ def evaluate(
     Every rank of the world must call this. Each engine answers its share of the questions.
 
     Args:
-        num_samples: number of answers to draw per question at `rollout.temperature`, in addition to the greedy answer.
+        num_samples: number of further answers to draw per question, at `rollout.temperature`.
         seed: seed of the draws.
         stop: reports a requested stop, which interrupts the evaluation. If None, nothing interrupts the evaluation.
 

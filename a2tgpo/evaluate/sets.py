@@ -8,6 +8,9 @@ import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 
+from a2tgpo.config.run import RunConfig
+from a2tgpo.data.question_set import Question, load_questions
+from a2tgpo.data.stratified_subset import stratified_subset
 from a2tgpo.data.template import PromptSet
 from a2tgpo.trajectory import Prompt
 
@@ -47,6 +50,25 @@ class EvaluationSets:
             places = range(len(of_set))
             mine = [position - start for position in positions if position - start in places]
             found += [
-                dataclasses.replace(prompt, index=start + prompt.index) for prompt in of_set.prompts(places, mine)
+                dataclasses.replace(prompt, index=start + prompt.index)
+                for prompt in of_set.prompts(places, mine)
             ]
         return found
+
+
+def load_evaluation_sets(config: RunConfig, *, is_whole: bool = False) -> dict[str, list[Question]]:
+    """Return the questions of each held-out set of `config`, by the name of the set.
+
+    Args:
+        is_whole: whether to return all questions of each set, whatever its limit for evaluations during training is.
+
+    Raises:
+        ConfigError: with a one-line message, if a file cannot be read.
+    """
+    found = {}
+    for name, of_set in config.evaluation.files(config.data.test).items():
+        key = f"evaluation.sets.{name}" if config.evaluation.sets else "data.test"
+        questions = load_questions(of_set.file, key=key)
+        limit = 0 if is_whole else of_set.max_questions
+        found[name] = stratified_subset(questions, limit or len(questions))
+    return found

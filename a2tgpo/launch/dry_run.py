@@ -8,11 +8,12 @@ from pathlib import Path
 
 from a2tgpo.config.load import dump_config
 from a2tgpo.config.run import RunConfig
-from a2tgpo.data.question_set import load_questions
+from a2tgpo.data.question_mix import load_question_mix
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet
 from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.environment.tool import build_tools
+from a2tgpo.evaluate.sets import load_evaluation_sets
 from a2tgpo.io.exit_codes import DOES_NOT_FIT
 from a2tgpo.launch.needs import training_inputs
 from a2tgpo.launch.run_plan import plan_of_run
@@ -49,26 +50,27 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
     hf_config = load_hf_config(config.model.path)
     check_layout(hf_config, config.parallel, config.model.fp8)
     check_positions(config.model.path, hf_config, config.max_model_len)
-    questions = {
-        key: load_questions(getattr(config.data, key), key=f"data.{key}") for key in ("train", "test")
-    }
+    mix = load_question_mix(config.data.train_files)
+    test_sets = load_evaluation_sets(config, is_whole=True)
     toolset = build_tools(config)
     toolset.close()
     template = build_protocol(
         config, load_tokenizer(config.model.path), schemas=toolset.schemas, date=read_date(folder)
     ).template
     limit = config.data.max_prompt_tokens
-    prompts = {key: PromptSet(of_set, template, max_prompt_tokens=limit) for key, of_set in questions.items()}
-    for of_set in prompts.values():
+    train_prompts, *others = (
+        PromptSet(questions, template, max_prompt_tokens=limit)
+        for questions in (mix.questions, *test_sets.values())
+    )
+    for of_set in (train_prompts, *others):
         of_set.check_lengths()
-    sizes = {key: len(of_set) for key, of_set in prompts.items()}
     per_step = config.rollout.prompts_per_step
     sampler = PromptSampler(
-        sizes["train"], per_step, config.run.seed, fingerprint=prompts["train"].fingerprint
+        mix.sizes, per_step, config.run.seed, weights=mix.weights, fingerprint=train_prompts.fingerprint
     )
     if (found := find_record(config, resume)) is not None:
         require_same_run(*found, hf_config, sampler)
-    config.rollout.partial.check_questions(sizes["train"], prompts_per_step=per_step)
+    config.rollout.partial.check_questions(len(train_prompts), prompts_per_step=per_step)
     # If no launcher started this process, plan for the configured cluster, so that a login node can check a run.
     gpus = int(os.environ.get("WORLD_SIZE", config.cluster.gpus))
     plan, source, card = plan_of_run(config, num_gpus=gpus)
@@ -78,7 +80,8 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
         for line in f"planned for {gpus} x {card}\n\n{plan_text(plan, source=source)}\n".splitlines():
             print(f"# {line}".rstrip())  # a comment, so that a program can read the output as a configuration
         print(
-            f"# dry run: files and layout are fine; {sizes['train']} training and {sizes['test']} test questions"
+            f"# dry run: files and layout are fine; {len(train_prompts)} training and "
+            f"{sum(map(len, test_sets.values()))} test questions"
         )
         if shortfall := search_shortfall(config, num_gpus=gpus)[0]:
             print(f"# warning: {shortfall}")

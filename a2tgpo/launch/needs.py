@@ -125,7 +125,11 @@ def existing_folder(path: Path) -> Path:
 
 def training_inputs(config: RunConfig, *, resume: str) -> dict[str, str]:
     """Return a map from configuration keys to the paths that every rank of a training run must be able to read."""
-    paths = {"model.path": config.model.path, "data.train": config.data.train, "data.test": config.data.test}
+    paths = {"model.path": config.model.path}
+    files = list(config.data.train_files)
+    paths |= {"data.train" if len(files) == 1 else f"data.train {file}": file for file in files}
+    for name, of_set in config.evaluation.files(config.data.test).items():
+        paths[f"evaluation.sets.{name}" if config.evaluation.sets else "data.test"] = of_set.file
     if "search" in config.tools.names:
         if config.search.backend == "bm25":
             paths["search.corpus"] = config.search.corpus

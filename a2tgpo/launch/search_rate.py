@@ -16,14 +16,14 @@ def search_shortfall(config: RunConfig, *, num_gpus: int) -> tuple[str, bool]:
     The line is empty if the server is fast enough or the run uses no server. The line is also empty if the server
     does not answer or no plan can be made, because other checks report these faults.
     """
-    from a2tgpo.data.question_set import load_questions
+    from a2tgpo.data.question_mix import load_question_mix
     from a2tgpo.search.burst import judge_burst, measure_burst
 
     if config.search.backend != "http" or "search" not in config.tools.names:
         return "", False
     try:
         plan, _, _ = plan_of_run(config, num_gpus=num_gpus)
-        questions = load_questions(config.data.train, key="data.train")[:NUM_QUERIES]
+        questions = load_question_mix(config.data.train_files).questions[:NUM_QUERIES]
         demand = plan.searches
         burst = measure_burst(config.search, [q.question for q in questions], clients=demand.at_once)
     except ConfigError:

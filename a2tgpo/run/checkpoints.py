@@ -16,6 +16,7 @@ from a2tgpo.collect.carried_pool import Carried, bounded, carried, carried_file,
 from a2tgpo.collect.state import RolloutState
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.template import PromptSet
+from a2tgpo.evaluate.sets import EvaluationSets
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
@@ -41,7 +42,7 @@ class RunCheckpoints:
         policy, optimizer, schedule, state, guards: the objects whose state a checkpoint contains.
         phases: moves policy and optimizer to the GPU before a save or a load.
         train_prompts: the training questions, to which `state` refers.
-        test_prompts: the held-out questions, to which the best score refers.
+        test_sets: the held-out questions, to which the best score refers.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class RunCheckpoints:
         guards: Guards,
         phases: MemoryPhases,
         train_prompts: PromptSet,
-        test_prompts: PromptSet,
+        test_sets: EvaluationSets,
     ):
         self._config = config
         self._groups = groups
@@ -67,7 +68,7 @@ class RunCheckpoints:
         self._state = state
         self._guards = guards
         self._phases = phases
-        self._train_prompts, self._test_prompts = train_prompts, test_prompts
+        self._train_prompts, self._test_sets = train_prompts, test_sets
         self._path = folder.checkpoints
         self._bank = folder.bank
         self.best = BestCheckpoint(self._path, config.checkpoint.best_by, is_writer=groups.rank == 0)
@@ -148,7 +149,7 @@ class RunCheckpoints:
                 "step": step,
                 "settings": settings_of(self._config),
                 "sampler": self._state.sampler.state_dict(),
-                "test_questions": self._test_prompts.fingerprint,
+                "test_questions": self._test_sets.fingerprint,
                 "guards": self._guards.state_dict(),
                 "evaluation_is_due": evaluation_is_due,
                 "best": best,
@@ -266,12 +267,12 @@ class RunCheckpoints:
         Ranks may see different files on a network file system, so all ranks follow rank 0.
         """
         world = world_group()
-        best, questions = state.get("best"), self._test_prompts.fingerprint
+        best, questions = state.get("best"), self._test_sets.fingerprint
         if best is not None and state.get("test_questions", questions) != questions:
             if self._groups.rank == 0:
                 logger.warning(
-                    "data.test has changed since step %d: the best checkpoint so far, step %d, is no longer "
-                    "compared",
+                    "the evaluation questions have changed since step %d: the best checkpoint so far, step %d, "
+                    "is no longer compared",
                     state["step"],
                     best["step"],
                 )

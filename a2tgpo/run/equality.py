@@ -24,7 +24,7 @@ NOT_COMPARED = (
 """Prefixes of metrics that two equal runs need not share.
 
 They depend on the clock, on failures, on the order in which tools answer, or on the weights that an engine had before
-a refit. The order of the answers changes how much of a context the engine finds in its KV cache, but no sampled token.
+a refit. The order of the answers changes what an engine finds in its KV cache, but no sampled token.
 """
 
 

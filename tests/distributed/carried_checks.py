@@ -31,6 +31,7 @@ from a2tgpo.config.update import UpdateConfig
 from a2tgpo.data.question_set import Question
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet, PromptTemplate
+from a2tgpo.evaluate.sets import EvaluationSets
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.parallel.collectives import all_gather_object
@@ -87,7 +88,7 @@ class Run:
             engine_group=engine_group,
             state=RolloutState(sampler=PromptSampler(len(questions), rollout.prompts_per_step, seed=0)),
             train_prompts=PromptSet(questions, template, max_prompt_tokens=64),
-            test_prompts=PromptSet(questions, template, max_prompt_tokens=64),
+            test_sets=EvaluationSets({"test": PromptSet(questions, template, max_prompt_tokens=64)}),
             **trainer,
             engine=engine,
             rollout=build_rollout(

@@ -29,6 +29,7 @@ from carried_checks import (
 from claims import Claims
 from played import run as play
 from played import tags
+from rendered_sets import rendered_sets
 from safetensors.torch import load_file
 from scripted_search import ScriptedSearch, toolset_of
 from storage_tally import StorageTally
@@ -401,7 +402,7 @@ def check_both_ranks_play_alike(path, config, engine, tokenizer, groups):
     assert counts.tool_calls >= 6 and counts.failed_calls >= 1
     assert bool(search.queries) == (groups.rank == 0), "only the first rank searches"
     check_logprobs_against_transformers(path, trajectories)
-    metrics = evaluate(rollout, prompts, engine_group)
+    metrics = evaluate(rollout, rendered_sets(test=prompts), engine_group)
     assert metrics["num_questions"] == 3
     assert all_gather_object(metrics, groups.tp_group) == [metrics, metrics]
     rollout.close()

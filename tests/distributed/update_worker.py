@@ -149,7 +149,7 @@ def check_one_best(bench: Bench) -> None:
         state=RolloutState(sampler=PromptSampler(10, 2, seed=0)),
         guards=Guards(GuardConfig(), clip_low=0.1, clip_high=0.1),
         train_prompts=SimpleNamespace(fingerprint="q"),
-        test_prompts=SimpleNamespace(fingerprint="t"),
+        test_sets=SimpleNamespace(fingerprint="t"),
     )
     engine_group = EngineGroup(index=bench.groups.rank, count=bench.groups.world_size)
 

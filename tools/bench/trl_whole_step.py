@@ -24,7 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
-from a2tgpo.data.question_set import load_questions
+from a2tgpo.data.question_mix import load_question_mix
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet, PromptTemplate, today
 from a2tgpo.environment.tool import ToolError, build_tools
@@ -209,7 +209,7 @@ def train(request: dict[str, Any]) -> list[dict[str, float]]:
     rollout, update = config.rollout, config.update
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, padding_side="left")
     template = PromptTemplate(tokenizer, config.data.instructions)
-    questions = load_questions(config.data.train, key="data.train")
+    questions = load_question_mix(config.data.train_files).questions
     sampler = PromptSampler(len(questions), rollout.prompts_per_step, config.run.seed)
     drawn = [index for _ in range(config.run.steps) for index in sampler.next_indices()]
     prompt_set = PromptSet(

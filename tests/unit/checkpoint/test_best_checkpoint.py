@@ -15,8 +15,8 @@ from a2tgpo.assemble import build_checkpoints
 from a2tgpo.checkpoint import folder as checkpoint
 from a2tgpo.checkpoint.best import BEST_FILE, BestCheckpoint
 from a2tgpo.checkpoint.writer import CheckpointWriter
+from a2tgpo.config.evaluation import EvaluationConfig
 from a2tgpo.config.guard import GuardConfig
-from a2tgpo.config.run import EvaluationConfig
 from a2tgpo.lifecycle.outage import Outage
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.trainer import Trainer

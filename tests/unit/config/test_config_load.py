@@ -230,10 +230,10 @@ def test_broken_files_are_one_line(tmp_path):
 
 def test_missing_required_keys_are_all_named(tmp_path):
     message = refusal(write(tmp_path, ""))
-    assert "required and not set: data.test, data.train, model.path, run.name; set it there or as" in message
-    path = write(tmp_path, "run: {name: a}\nmodel: {path: b}\ndata: {train: c}\nsearch: {corpus: d}")
-    assert f"{path}: required and not set: data.test;" in refusal(path)
-    assert load_config(path, ["data.test=t"]).data.test == "t"
+    assert "required and not set: data.train, model.path, run.name; set it there or as" in message
+    path = write(tmp_path, "run: {name: a}\nmodel: {path: b}\ndata: {test: c}\nsearch: {corpus: d}")
+    assert f"{path}: required and not set: data.train;" in refusal(path)
+    assert load_config(path, ["data.train=t"]).data.train == "t"
 
 
 def test_rule_names_who_set_the_value_last(tmp_path):

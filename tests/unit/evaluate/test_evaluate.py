@@ -2,9 +2,11 @@
 
 import math
 import statistics
+from collections import Counter
 
 import pytest
 from played import tags
+from rendered_sets import rendered_sets
 from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import prompt_ids, taught_folder
 from transformers import AutoTokenizer
@@ -55,7 +57,7 @@ def prompts():
 
 
 def test_metrics_over_all_questions(rollout, prompts):
-    metrics = evaluate(rollout, prompts)
+    metrics = evaluate(rollout, rendered_sets(test=prompts))
     assert metrics["num_questions"] == 5
     assert metrics["em"] == metrics["em_format_gated"] == pytest.approx(3 / 5)
     assert metrics["em_1_hops"] == pytest.approx(2 / 3)
@@ -70,12 +72,37 @@ def test_metrics_over_all_questions(rollout, prompts):
 
 
 def test_an_engine_plays_its_share_and_none_where_that_is_empty(rollout, prompts):
-    assert evaluate(rollout, prompts[1:3])["num_questions"] == 2
-    assert evaluate(rollout, []) == {"num_questions": 0.0}
+    share = EngineGroup(index=1, count=2)
+    assert evaluate(rollout, rendered_sets(test=prompts), share)["num_questions"] == 2
+    assert evaluate(rollout, rendered_sets(test=prompts[:1]), share) == {"num_questions": 0.0}
+
+
+def test_several_sets_are_scored_together_and_each_by_itself(rollout, prompts):
+    alone = evaluate(rollout, rendered_sets(test=prompts))
+    parts = {"easy": prompts[:2], "hard": prompts[2:]}
+    metrics = evaluate(rollout, rendered_sets(**parts))
+    assert {name: metrics[name] for name in alone} == alone
+    for name, of_set in parts.items():
+        expected = evaluate(rollout, rendered_sets(test=of_set))
+        assert {key: metrics[f"{name}/{key}"] for key in expected} == expected
+    assert metrics["easy/em"] == 1 and metrics["hard/num_questions"] == 3
+
+
+def test_samples_give_mean_at_k_and_pass_at_k_beside_the_greedy_scores(rollout, prompts):
+    metrics = evaluate(rollout, rendered_sets(test=prompts), num_samples=4, seed=5)
+    greedy = evaluate(rollout, rendered_sets(test=prompts))
+    assert {name: metrics[name] for name in greedy} == greedy
+    answers = list(answer_questions(rollout, prompts, num_samples=4, seed=5))
+    right = Counter(answer.question_id for answer in answers if answer.exact_match)
+    assert metrics["mean_at_4"] == pytest.approx(sum(right.values()) / 20)
+    assert metrics["pass_at_4"] == pytest.approx(len(right) / 5)
+    pairs = [1 - math.comb(4 - right[prompt.id], 2) / 6 for prompt in prompts]
+    assert metrics["pass_at_2"] == pytest.approx(statistics.mean(pairs))
+    assert metrics["standard_error_pass_at_2"] == pytest.approx(statistics.pstdev(pairs) / math.sqrt(5))
 
 
 def test_an_engines_further_ranks_count_nothing(rollout, prompts):
-    assert evaluate(rollout, prompts[:2], EngineGroup(rank=1)) == {"num_questions": 0.0}
+    assert evaluate(rollout, rendered_sets(test=prompts[:2]), EngineGroup(rank=1)) == {"num_questions": 0.0}
 
 
 def test_an_answer_that_exists_is_not_played_again(rollout, prompts):

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from a2tgpo.evaluate.evaluate import Answer
-from a2tgpo.evaluate.report import pass_at_k, summarize, to_markdown, to_scalars
+from a2tgpo.evaluate.evaluate import Answer, pass_at_k
+from a2tgpo.evaluate.report import summarize, to_markdown, to_scalars
 
 
 def answer(question, *, em=1.0, f1=None, ok=True, calls=1, sample=0, hops=0):

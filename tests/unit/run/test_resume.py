@@ -100,11 +100,11 @@ def test_a_best_score_on_other_held_out_questions_is_forgotten(world, tmp_path, 
     run.save(3, em=0.9)
     assert Run(world, tmp_path).best_step == 3
     try:
-        world.parts.test_prompts = Questions("other")
+        world.parts.test_sets = Questions("other")
         assert Run(world, tmp_path).best_step is None
-        assert "data.test has changed since step 3" in caplog.text
+        assert "the evaluation questions have changed since step 3" in caplog.text
     finally:
-        world.parts.test_prompts = Questions("t")
+        world.parts.test_sets = Questions("t")
 
 
 def carried_group(*reasons: str, tokens: tuple[int, ...] = (1, 2), tool: str = "search") -> CarriedGroup:
