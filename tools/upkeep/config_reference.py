@@ -110,7 +110,8 @@ def _kind(kind: Any) -> str:
     """Return the text for a setting's type. For a choice, the text lists the allowed values."""
     if get_origin(kind) is Literal:
         return " \\| ".join(f"`{choice}`" for choice in get_args(kind))
-    return {dict: "mapping", tuple[str, ...]: "list"}.get(kind) or kind.__name__
+    names = {dict: "mapping", str | dict: "str or mapping", tuple[str, ...]: "list"}
+    return names.get(kind) or kind.__name__
 
 
 def _default(field: dataclasses.Field) -> str:
