@@ -43,8 +43,9 @@ TRAINING = Rules(
     used=tuple(
         f"{section}."
         for section in (
-            *("run", "model", "data", "tools", "search", "calculator", "cluster", "parallel", "rollout"),
-            *("reward", "algorithm", "update", "refit", "guard", "watchdog", "evaluation", "checkpoint"),
+            *("run", "model", "data", "tools", "search", "calculator", "python", "cluster", "parallel"),
+            *("rollout", "reward", "algorithm", "update", "refit", "guard", "watchdog", "evaluation"),
+            "checkpoint",
         )
     ),
     free=(
