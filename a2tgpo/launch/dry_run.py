@@ -86,7 +86,7 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
         if shortfall := search_shortfall(config, num_gpus=gpus)[0]:
             print(f"# warning: {shortfall}")
     if not plan.fits and is_first:
-        first, *others = faults(plan)
-        more = f" (and {len(others)} more, above)" if others else ""
+        first, *further = faults(plan)
+        more = f" (and {len(further)} more, above)" if further else ""
         print(f"error: does not fit {gpus} x {plan.gpu.name}: {first}{more}", file=sys.stderr, flush=True)
     return 0 if plan.fits else DOES_NOT_FIT
