@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RunParts:
-    """The objects of one rank that exist as long as the run."""
+    """The objects that one rank keeps for the whole run."""
 
     config: RunConfig
     groups: ParallelGroups
@@ -70,7 +70,7 @@ class RunParts:
     rollout: GroupRollout
     reward: TrajectoryReward
     startup: dict[str, float]
-    """Seconds that this process took for each stage of the build, as `time/startup_STAGE_s`."""
+    """Maps `time/startup_STAGE_s` to the seconds that this process took for each stage of the build."""
 
     @property
     def distribution(self) -> TokenDistribution:
@@ -238,7 +238,7 @@ def _prompt_set(
 
 
 def gain_check(parts: RunParts) -> GainCheck:
-    """Build the check in which the trainer scores the gold answers of the training questions."""
+    """Build the check that compares how trainer and engine score the gold answers of the training questions."""
     config = parts.config
     return GainCheck(
         parts.policy,

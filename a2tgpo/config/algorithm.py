@@ -14,7 +14,7 @@ Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum",
 
 def advantage_names() -> list[str]:
     """Return the values that `algorithm.advantage` may have: the names of the modules in advantage/methods/."""
-    # The modules are not imported.
+    # List the modules without importing them.
     package = importlib.import_module(METHODS_PACKAGE)
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
@@ -29,8 +29,8 @@ class AlgorithmConfig:
     gamma: float = 1.0
     """Discount factor of each further turn, in [0, 1] (paper: 1.0)."""
     alpha: float = 1.0
-    """Weight of the accumulated gain beside the outcome's weight of 1 (Eq. 9: 1.0; released scripts: 0.3). With
-    gigpo: weight of the step advantage (GiGPO's omega: 1.0)."""
+    """Weight of the accumulated gain beside the outcome's weight of 1 (Eq. 9: 1.0; released scripts: 0.3). For gigpo,
+    this is the weight of the step advantage (GiGPO's omega: 1.0)."""
     rescale: bool = True
     """Divide the accumulated gain by the square root of its number of terms (Eq. 8)."""
     normalize_by_std: bool = True

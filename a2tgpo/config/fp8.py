@@ -13,8 +13,8 @@ Format = Literal["none", "hybrid", "e4m3"]
 # first training pass would use other scales, so ratios would not start at 1 (docs/fp8.md).
 Recipe = Literal["blockwise", "tensorwise", "mxfp8"]
 TOKEN_MULTIPLES: dict[Recipe, int] = {"blockwise": 128, "tensorwise": 16, "mxfp8": 32}
-"""For each recipe, the number that must divide a rank's tokens. The weight gradient sums over blocks of tokens that
-share a scale: 128 tokens with blockwise, 32 with mxfp8. FP8 matrix products always need a multiple of 16."""
+"""For each recipe, the number that must divide a rank's tokens. The weight gradient sums over blocks of tokens with
+one scale (128 with blockwise, 32 with mxfp8). FP8 matrix products always need a multiple of 16."""
 CHANNEL_MULTIPLES: dict[Recipe, int] = {"blockwise": 16, "tensorwise": 16, "mxfp8": 32}
 """For each recipe, the number that must divide the sizes of a rank's weight matrices."""
 CAPABILITIES: dict[Recipe, tuple[tuple[int, int], tuple[int, int]]] = {
@@ -22,7 +22,7 @@ CAPABILITIES: dict[Recipe, tuple[tuple[int, int], tuple[int, int]]] = {
     "blockwise": ((9, 0), (99, 0)),
     "mxfp8": ((10, 0), (12, 0)),
 }
-"""For each recipe, the first compute capability that supports the recipe, and the first later one that does not."""
+"""For each recipe, the lowest compute capability that supports the recipe, and the next one that does not."""
 ENGINE_CAPABILITY = (8, 9)
 """Lowest compute capability of a GPU on which an engine can be quantised."""
 ENGINE_BLOCK = 128

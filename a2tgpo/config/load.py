@@ -1,6 +1,6 @@
 """Convert YAML files and `section.field=value` arguments to a checked `RunConfig`, and a `RunConfig` to YAML.
 
-A file may name a base file with `base:`, by a path relative to the file's folder. A file's values override those of
+A file may name a base file as `base: PATH`. PATH is relative to the file's folder. A file's values override those of
 its base, and arguments override files. All other relative paths are relative to the folder in which the program
 starts.
 """
@@ -64,8 +64,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: YAML file of sections.
-        overrides: texts of the form `section.field=value`, and paths of YAML files of sections. Later ones win. A
-            value is read as YAML, unless the field is a text or a choice.
+        overrides: texts of the form `section.field=value`, and paths of YAML files of sections. Later overrides win.
+            A value is read as YAML, unless the field is a text or a choice.
 
     Raises:
         ConfigError: with a one-line message, if a setting is missing or invalid.
@@ -284,8 +284,8 @@ def _is_whole(text: str) -> bool:
 
 
 def _nearest(key: str, candidates: Sequence[str]) -> str:
-    """Return the candidate that is most similar to the dotted key `key`. Similar last parts count twice."""
-    key = key[:100]  # a comparison takes time quadratic in the length
+    """Return the candidate that is most similar to the dotted key `key`. The last part of a key counts twice."""
+    key = key[:100]  # the time of a comparison grows with the square of the length
     leaf = key.rpartition(".")[2]
 
     def likeness(candidate: str) -> float:

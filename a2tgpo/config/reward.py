@@ -8,8 +8,8 @@ from a2tgpo.io.errors import require
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     overlong_buffer_tokens: int = 0
-    """DAPO's soft overlong penalty grows linearly over the last this many tokens before rollout.max_response_tokens.
-    0: no penalty."""
+    """DAPO's soft overlong penalty begins this many tokens before rollout.max_response_tokens, and grows linearly. 0:
+    no penalty."""
     overlong_penalty: float = 1.0
     """Penalty of a response with rollout.max_response_tokens tokens."""
 

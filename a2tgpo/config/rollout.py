@@ -16,7 +16,7 @@ default is only 2,048 (vllm/engine/arg_utils.py, get_batch_defaults)."""
 
 def call_formats() -> list[str]:
     """Return the names of all call formats, which are the modules in protocol/formats/."""
-    # The modules are not imported.
+    # List the modules without importing them.
     package = importlib.import_module(FORMATS_PACKAGE)
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
@@ -85,7 +85,7 @@ class PartialConfig:
 
     def check_questions(self, num_questions: int, *, prompts_per_step: int) -> None:
         """Raise `ConfigError` if there are so few questions that a question in flight could be drawn again."""
-        # The sampler moves questions in flight to the end of an epoch only when the epoch starts.
+        # The sampler moves questions in flight to the end of an epoch when the epoch starts, but not later.
         needed = self.extra_prompts + (self.max_staleness + 1) * prompts_per_step
         require(
             self.extra_prompts == 0 or needed <= num_questions,
@@ -151,7 +151,7 @@ class RolloutConfig:
     gpu_memory_fraction that vLLM finds unused. If gpu_memory_fraction is 0 too, the plan chooses both."""
     gpu_memory_fraction: float = 0.0
     """Share of the GPU's memory for the engine, which must be free when the engine starts. 0: the plan chooses a
-    share that leaves a tenth of the memory free. `tools/plan.py` prints it."""
+    share that leaves a tenth of the memory free. `tools/plan.py` prints this share."""
     block_size: int = 0
     """Number of tokens in one block of the KV cache; 0: 32 on CPUs, 16 on GPUs."""
     enforce_eager: bool = False

@@ -1,4 +1,4 @@
-"""All sections of the configuration, and the sections run and checkpoint."""
+"""The whole configuration, and its sections run and checkpoint."""
 
 from dataclasses import dataclass, field
 
@@ -46,7 +46,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         require(
-            # File systems allow names of 255 bytes, and suffixes such as ".previous_12" are added.
+            # File systems allow names of 255 bytes, which must suffice for suffixes such as ".previous_12", too.
             0 < len(self.name.encode()) <= MAX_NAME_BYTES
             and self.name.isprintable()
             and "/" not in self.name

@@ -50,7 +50,7 @@ class SearchConfig:
             self.max_shortfall,
             "0, or >= 1",
         )
-        # The message of `require` would show the password.
+        # `require` is not used here, because its message would show the password.
         if "@" in "".join(self.url.split("/", 3)[2:3]):
             raise ConfigError(
                 "search.url contains a user name or password; use search.token_file for a token"

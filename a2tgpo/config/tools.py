@@ -14,7 +14,7 @@ RESERVED = ("think", "result", "answer")
 
 def tool_names() -> list[str]:
     """Return the values that `tools.names` may contain: the names of the modules in environment/tools/."""
-    # The modules are not imported.
+    # List the modules without importing them.
     package = importlib.import_module(TOOLS_PACKAGE)
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 

@@ -20,7 +20,7 @@ def program_parser(description: str | None) -> argparse.ArgumentParser:
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add a positional argument that takes configuration overrides.
 
-    The parser accepts overrides after an option only in `parse_intermixed_args`.
+    Overrides may follow an option only if the caller parses with `parse_intermixed_args`.
     """
     parser.add_argument(
         "overrides", nargs="*", metavar="OVERRIDE", help="section.field=value, or a YAML file; later ones win"

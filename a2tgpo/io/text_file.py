@@ -55,7 +55,7 @@ def open_unpacked(path: str | Path, *, key: str) -> Iterator[io.BufferedIOBase]:
         except OSError as error:
             if error.filename not in (None, str(path)):
                 raise
-            # bz2 reports "Invalid data stream" as an OSError without an error number.
+            # For a damaged file, bz2 raises an OSError without an error number.
             reason = error.strerror or error
             raise ConfigError(f"{key}: cannot read {path} ({reason})") from None
 

@@ -49,5 +49,5 @@ def _left_in(folder: Path, limit: str, usage: str, cache: str) -> int | None:
         lines = (folder / "memory.stat").read_text().splitlines()
         cached = next((int(line.split()[1]) for line in lines if line.startswith(f"{cache} ")), 0)
         return max(0, allowed - used + cached)
-    except (OSError, ValueError):  # a group without a limit has the word "max", which is no number
+    except (OSError, ValueError):  # a group without a limit has the word "max" instead of a number
         return None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from a2tgpo.parallel.groups import ParallelGroups
 
 MAX_LINES = 20
-"""Largest number of ranks for which rank 0 prints a line each."""
+"""Rank 0 prints one line per rank for at most this many ranks."""
 SELF_CONNECT_S = 15.0
 """Longest time, in seconds, that rank 0 waits for a connection to its own store."""
 
@@ -123,7 +123,7 @@ class Deadline:
         if self._rank == 0:
             late = [rank for rank in range(self._world_size) if not self._store.check([f"ready/{rank}"])]
             for rank in late[:MAX_LINES]:
-                key = f"here/{rank}"  # not set if the start did not check the machines
+                key = f"here/{rank}"  # this key does not exist if the start did not check the machines
                 host = f" on {self._store.get(key).decode()}" if self._store.check([key]) else ""
                 say(f"rank {rank}{host}: not ready to join the others within {self._seconds:g} s")
             if not late:

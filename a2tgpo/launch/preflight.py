@@ -224,7 +224,7 @@ class Meeting:
             try:
                 self._store.wait([key], timedelta(seconds=LISTEN_S))
                 word = self._store.get(key).decode()
-            except DistStoreError:  # no message yet; Python handles signals between two waits
+            except DistStoreError:  # no message has come; Python handles signals before the next wait
                 continue
             except DistError:
                 break

@@ -104,7 +104,7 @@ class Gpus:
 
 
 def see_gpus(local_rank: int) -> tuple[Gpus, list[str], list[str]]:
-    """Return the GPUs that torch sees on this machine, then faults and warnings about the machine's GPUs."""
+    """Return the GPUs that torch sees on this machine, and lists of faults and warnings about its GPUs."""
     import torch
 
     if not torch.cuda.is_available():
@@ -162,8 +162,8 @@ def host_memory_faults(
 ) -> dict[int, list[str]]:
     """Return a fault for each machine that has too little host memory left, by the machine's first rank.
 
-    If the planned need exceeds the memory by no more than the share `cluster.plan_margin`, the machine gets a warning
-    instead of a fault.
+    If the need exceeds the memory by at most the share `cluster.plan_margin`, the machine gets a warning instead of a
+    fault.
 
     Args:
         found: the facts about each rank, in rank order.
@@ -228,7 +228,7 @@ def _odd(values: list[dict[str, str]]) -> Iterator[tuple[int, str, str, str]]:
     names = dict.fromkeys(name for of_rank in values for name in of_rank)
     for name in names:
         column = [of_rank.get(name, "none") for of_rank in values]
-        usual = Counter(column).most_common(1)[0][0]  # in a tie, the value of the lowest rank
+        usual = Counter(column).most_common(1)[0][0]  # in a tie, this is the value of the lowest rank
         if usual.startswith(UNREADABLE):  # if even one rank can read the path, that rank is right
             usual = next((value for value in column if not value.startswith(UNREADABLE)), usual)
         yield from ((rank, name, value, usual) for rank, value in enumerate(column) if value != usual)

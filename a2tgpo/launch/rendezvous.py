@@ -56,8 +56,7 @@ def forget_torchrun(environment: MutableMapping[str, str]) -> None:
 def launched(environment: Mapping[str, str]) -> dict[str, str] | None:
     """Return the values of the variables `NAMES` for this process, or None if the process is the only one.
 
-    Under srun, the default of MASTER_ADDR is the first node of the step, and the default of MASTER_PORT is derived
-    from the job and the step.
+    Under srun, the default of MASTER_ADDR is the first node of the step. The default of MASTER_PORT is `step_port`.
 
     Raises:
         ConfigError: for the same reasons as `join_launcher`.

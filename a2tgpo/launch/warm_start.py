@@ -1,4 +1,4 @@
-"""Check a warm start in a dry run, or check its machines and join its ranks."""
+"""The dry run of a warm start, and the checks at its real start."""
 
 from __future__ import annotations
 

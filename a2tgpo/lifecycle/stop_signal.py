@@ -1,8 +1,8 @@
 """Detect that this process must end, because of a signal or of the job's time limit. This module does not import
 torch.
 
-SIGTERM and SIGUSR1 request that the run save and exit with `START_AGAIN`. Before training, the process exits at once.
-During training, the signal is recorded until all ranks have agreed to stop (`lifecycle/stop_request.py`). Later
+SIGTERM and SIGUSR1 request that the run save and exit with `START_AGAIN`. A signal before training ends the process
+at once. A signal during training is recorded until all ranks have agreed to stop (`lifecycle/stop_request.py`). Later
 signals do nothing, because schedulers send several.
 """
 

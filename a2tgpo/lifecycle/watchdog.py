@@ -30,7 +30,7 @@ BACKSTOP_S = 30.0
 """Seconds after the deadline until a C thread ends this rank, in case a call blocks Python's own threads."""
 BETWEEN = "between stages"
 STEADY = ("rollout", "evaluation", "score", "update")
-"""Stages that take a similar time in every step. Their longest duration so far determines their next limit."""
+"""Stages that take a similar time in every step, so that each stage's longest duration determines its next limit."""
 WAITING = ("refit", "exchange", "advantage")
 """Stages in which a rank may wait for the slowest rank. Their limit depends on the longest duration of any stage in
 `STEADY`."""

@@ -66,7 +66,7 @@ class Workers:
         self._has_work = threading.Condition(self._lock)
         self._has_outcome = threading.Condition(self._lock)
         self._queued: deque[Call] = deque()
-        self._running: list[Call] = []  # in the order in which they started
+        self._running: list[Call] = []  # in the order of the calls' starts
         self._ended: list[Call] = []
         self._num_threads = 0  # threads that run a call or wait for one
         self._num_hung = 0  # abandoned threads whose call has not returned yet
@@ -95,7 +95,7 @@ class Workers:
         with self._lock:
             outcomes = self._take_ended() + self._give_up_late()
             if not outcomes and self._has_wanted():
-                # If no call is running, no deadline has begun yet.
+                # If no call is running, count the next deadline from now.
                 first = self._running[0].started if self._running else self._clock()
                 left_s = first + self._deadline_s - self._clock()
                 self._has_outcome.wait(max(0.0, min(left_s, timeout_s)))

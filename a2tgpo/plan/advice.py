@@ -14,7 +14,7 @@ from a2tgpo.plan.rollout_time import rollout_time_with_room
 
 
 def faults(plan: Plan) -> list[str]:
-    """Return one line, with a remedy, for each reason why the plan does not fit. The list is empty if it fits."""
+    """Return one line, with a remedy, for each reason why the plan does not fit; an empty list if it fits."""
     lines = []
     for phase in plan.phases:
         if not phase.fits:

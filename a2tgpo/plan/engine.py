@@ -100,7 +100,7 @@ def engine_memory(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> E
     if dimensions.experts:
         feed_forward += (
             2 * dimensions.hidden * dimensions.experts_per_token
-        )  # copies sent to experts and back
+        )  # copies of the tokens that go to experts and come back
     width = (2 * dimensions.hidden + feed_forward) * GPU_STEP_TOKENS
     workspace = (
         width * ELEMENT_BYTES[engine_dtype(config)]

@@ -35,8 +35,8 @@ def with_engine_share(
 
     If `config` sets the fraction, return `config` unchanged. If `config` sets only the cache, the cache is kept. A
     chosen cache leaves `SAFETY_MARGIN` of the GPU free, but always holds one sequence. It is never larger than the
-    sequences in flight can fill. The fraction is the sum of weights, workspace, graphs and cache, divided by the
-    GPU's memory.
+    sequences in flight need. The fraction is the sum of weights, workspace, graphs and cache, divided by the GPU's
+    memory.
     """
     rollout = config.rollout
     if rollout.gpu_memory_fraction:

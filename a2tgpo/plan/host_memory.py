@@ -77,7 +77,7 @@ def _of_stage(
     return HostMemory(
         offloaded=trainer.offloaded if config.update.offload else 0.0,
         saving=share * (element_bytes + state_bytes),
-        # The whole tensor and its tensor-parallel parts exist at once, hence the factor 2.
+        # The factor is 2, because the whole tensor and its tensor-parallel parts exist at once.
         loading=2 * largest_tensor(dimensions, config.parallel.tensor) * element_bytes,
         processes=PROCESS_GIB * GIB,
     )

@@ -54,7 +54,7 @@ class Calibration:
     """A plan's assumptions, with measured values where measurements exist, and the source of the measurements."""
 
     source: str
-    """The measurement's file, GPU and time."""
+    """File, GPU and time of the measurements."""
     assumed: Assumptions
     gpu: Gpu
     replaced: list[Replacement]

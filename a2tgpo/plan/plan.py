@@ -33,7 +33,7 @@ class Plan(PlanInputs):
     host_by_rank: list[HostMemory]
     rollout: RolloutTime
     score: PassTime
-    """Time of one of the `score_passes` scoring passes."""
+    """Time of one scoring pass. A step has `score_passes` scoring passes."""
     update: PassTime
     refit_s: float
 

@@ -25,7 +25,7 @@ class RolloutTime:
     gain: float
     """Scoring the gold answer after every turn. The prefix is already in the cache."""
     recompute: float
-    """Computing contexts that the cache has lost, because it cannot hold all trajectories in flight."""
+    """Computing lost contexts again, because the cache cannot hold all trajectories in flight."""
 
     @property
     def seconds(self) -> float:
@@ -59,7 +59,7 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
     steps = max(sampled, trajectories * sampled / geometry.concurrent)
     few = max(1.0, assumed.tail_concurrency * geometry.concurrent)
     tail_steps = max(0.0, geometry.longest_sampled - sampled)
-    # A longer trajectory has proportionally more observations and tool calls.
+    # Observations and tool calls are assumed to grow in proportion to the sampled tokens.
     stretch = geometry.longest_sampled / sampled if sampled else 1.0
     scored = (workload.turns + 1) * assumed.answer_tokens * trajectories if workload.turns else 0.0
     # A trajectory without room in the cache loses its cached context in each turn: in a preemption, or to other

@@ -15,7 +15,7 @@ MODEL_FILE_BYTES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Numbers of whole checkpoints, and of checkpoints reduced to their weights, on disk."""
+    """Numbers of checkpoints on disk: whole checkpoints, and checkpoints reduced to their weights."""
 
     whole: int
     weights_only: int

@@ -99,7 +99,7 @@ def update_volume(given: PlanInputs) -> Volume:
     passes = _update_passes(config)
     gradient_and_weight = FLOAT32_BYTES + given.element_bytes
     if not config.update.distributed_optimizer:
-        gradient_and_weight = 2 * FLOAT32_BYTES  # gradients are all-reduced, and weights are not gathered
+        gradient_and_weight = 2 * FLOAT32_BYTES  # gradients are all-reduced instead, which moves them twice
     return Volume(
         tensor=count * _update_collectives(config) * _tensor_bytes(given),
         context=count * passes * _ring_bytes(given),

@@ -23,7 +23,7 @@ class Workload:
     turns: float = 3.0
     """Number of tool calls."""
     tool_seconds: float = 0.3
-    """Seconds of one tool call. Other trajectories hide this time, except at the end of the rollout."""
+    """Seconds of one tool call. The engine plays other trajectories meanwhile, except at the end of the rollout."""
     longest_to_mean: float = 3.0
     """Sampled tokens of a step's longest trajectory, divided by the mean. A limit may cut this trajectory."""
 
@@ -104,7 +104,7 @@ def geometry(
     per_engine = trajectories / engines
     optimizer_steps = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
     tokens_per_replica = trajectories * workload.tokens / optimizer_steps / data_parallel
-    # A trajectory is never cut, so the limit is at least one mean trajectory.
+    # A micro-batch holds whole trajectories, so the limit is at least the mean length of a trajectory.
     microbatch_limit = max(config.update.max_microbatch_tokens, workload.tokens)
     microbatches = max(1, math.ceil(tokens_per_replica / microbatch_limit))
     kv_tokens = int(kv_cache_bytes / kv_bytes_per_token(config, dimensions))
@@ -113,7 +113,7 @@ def geometry(
         config.rollout.max_response_tokens,
         config.rollout.max_turn_tokens * (config.rollout.max_turns + 1),
     )
-    if config.rollout.partial.is_on:  # a turn that has begun is played to its end, even beyond the budget
+    if config.rollout.partial.is_on:  # a turn that begins within the budget is played to its end
         turn_tokens = workload.sampled_tokens / (workload.turns + 1)
         most_sampled = min(most_sampled, config.rollout.partial.tokens_per_step + turn_tokens)
     return Geometry(

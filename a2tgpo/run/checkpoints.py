@@ -187,7 +187,7 @@ class RunCheckpoints:
             return
         self._num_failures += 1
         step, best_before = self._complete
-        if self.best.step == self._saving[0]:  # the save failed, so no checkpoint has the best weights
+        if self.best.step == self._saving[0]:  # the best weights were in the save that failed
             self.best.load_state_dict(best_before)
         if is_last or self._num_failures >= self._config.checkpoint.max_failures:
             last = f"{self._path}/step_{step}" if step else "none; the next start begins at step 0"

@@ -1,4 +1,4 @@
-"""Decide when a run must stop before its last step, and restore the state that its last checkpoint must contain."""
+"""Stop a run before its last step, with the state that its last checkpoint must contain."""
 
 from __future__ import annotations
 

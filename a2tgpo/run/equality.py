@@ -95,7 +95,7 @@ def _hold_the_same(ours: list[Path], theirs: list[Path]) -> bool:
 
 
 def _tensors(marker: Path, *, of_weights: bool) -> dict[str, list[int]]:
-    """Return the size and checksum of each tensor file of a checkpoint; `of_weights`: only of weight files."""
+    """Return the size and checksum of each tensor file of a checkpoint, or with `of_weights`, of each weight file."""
     from a2tgpo.checkpoint.folder import is_of_weights
 
     files = json.loads(marker.read_text(encoding="utf-8"))["files"]

@@ -80,7 +80,7 @@ def _git(*arguments: str) -> str:
 
     In a container, the checkout may belong to another user. git then reads it only with safe.directory.
     """
-    if not (_ROOT / ".git").exists():  # an installed package may be inside another repository
+    if not (_ROOT / ".git").exists():  # git could find another repository around an installed package
         return ""
     try:
         done = subprocess.run(

@@ -59,8 +59,8 @@ class Bm25Index:
         scores = self._bm25.get_scores_from_ids(word_ids)  # [num_passages] float32
         found = np.flatnonzero(scores)
         if len(found) > top_k:
-            # A plain top-k breaks ties arbitrarily. To break ties by the corpus's order, select all passages with at
-            # least the k-th score, and sort them stably.
+            # A plain top-k breaks ties arbitrarily. A stable sort of all passages with at least the k-th score keeps
+            # the corpus's order in ties.
             threshold = np.partition(scores[found], -top_k)[-top_k]
             found = found[scores[found] >= threshold]
         best = found[np.argsort(-scores[found], kind="stable")][:top_k]

@@ -26,7 +26,7 @@ class CircuitBreaker:
             now = self._clock()
             if now < self._next_try:
                 return False
-            self._next_try = now + self._break_s  # only one of all waiting callers tries
+            self._next_try = now + self._break_s  # until then, no other caller may try
             return True
 
     def succeeded(self) -> None:

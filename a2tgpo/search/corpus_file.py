@@ -94,7 +94,7 @@ def scan(
         ConfigError: with a one-line message, if the file cannot be read or is compressed, or if a line is invalid.
     """
     offsets: list[int] = []
-    # 21 million ids as texts would take more memory than the index.
+    # The ids of 21 million passages would take more memory than the index, so keep only their hashes.
     seen: set[int] = set()
     number = 0
     for where, start, line in _lines(path, key):

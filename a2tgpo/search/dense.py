@@ -60,7 +60,7 @@ class DenseIndex:
         # OpenMP's number of threads is a setting of the calling thread. A new thread begins with OMP_NUM_THREADS.
         faiss.omp_set_num_threads(self._num_threads)
         scores, positions = self._neighbours.search(self._encoder.queries(queries), top_k)
-        # FAISS pads with position -1.
+        # If FAISS finds fewer passages, it fills up the result with position -1.
         return [
             [
                 (self.passages[int(position)], float(score))
@@ -78,7 +78,7 @@ def open_neighbours(path: Path, serving: DenseServing, *, built_nprobe: int = 0)
         built_nprobe: the number of lists that the index was built with; 0: none.
 
     Raises:
-        ConfigError: with a one-line message, if GPUs are requested, but this FAISS sees none.
+        ConfigError: with a one-line message, if GPUs are requested, but FAISS sees no GPU.
         RuntimeError: if the file contains no index.
     """
     # IO_FLAG_MMAP would map only inverted lists, and read a Flat index's vectors into memory.

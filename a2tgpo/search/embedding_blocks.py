@@ -64,7 +64,7 @@ class EmbeddingBlocks:
             yield from (number for number in numbers if not self.has(number))
 
     def put(self, number: int, vectors: np.ndarray) -> None:
-        """Write the vectors of a block, [passages, dim], as float32, atomically."""
+        """Write a block atomically: its vectors, [passages, dim], as float32."""
         process = f".{os.uname().nodename}.{os.getpid()}"
         with atomic_file(self._path(number), writer=process) as stream:
             np.save(stream, vectors.astype(np.float32, copy=False), allow_pickle=False)

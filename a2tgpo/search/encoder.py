@@ -91,7 +91,7 @@ class Encoder:
 
     def _embed(self, texts: Sequence[str]) -> np.ndarray:
         tokens = self._tokenizer(list(texts), truncation=True, max_length=self.settings.max_tokens)
-        # Padding costs compute, so texts of similar length form a batch.
+        # Texts of similar length form a batch, because padding costs time.
         order = sorted(range(len(texts)), key=lambda i: len(tokens["input_ids"][i]))
         vectors = np.empty((len(texts), self.dim), dtype=np.float32)
         for start in range(0, len(order), self._batch_size):

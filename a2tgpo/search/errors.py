@@ -2,13 +2,13 @@
 
 
 class SearchError(RuntimeError):
-    """A query got no answer."""
+    """Raised if a query got no answer."""
 
 
 class SearchUnavailableError(SearchError):
-    """The server did not serve the query, but may serve it later.
+    """Raised if the server did not answer a query, but may answer it later.
 
-    If `may_be_the_query`, the server might answer other queries now.
+    If `may_be_the_query` is True, the server may answer other queries now.
     """
 
     def __init__(self, message: str, *, may_be_the_query: bool = False):

@@ -178,7 +178,7 @@ class HttpSearch:
                 raise SearchError(
                     f"{self.url} sent more than {MAX_RESPONSE_BYTES // 2**20} MiB for one request"
                 )
-            # httpx limits each read, but not the total time of a server that sends single bytes.
+            # httpx limits the time of each read. A server that sends single bytes would never exceed this limit.
             if time.monotonic() > deadline:
                 raise self._late()
         return bytes(body)

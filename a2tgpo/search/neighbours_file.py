@@ -64,7 +64,7 @@ def write_neighbours(path: Path, blocks: EmbeddingBlocks, *, dim: int, factory: 
         raise _refused(factory, error) from None
     try:
         faiss.write_index(index, str(path))
-    except RuntimeError as error:  # for example, the disk is full
+    except RuntimeError as error:  # FAISS raises this error if, for example, the disk is full
         raise OSError(errno.EIO, first_line(error), str(path)) from error
 
 

@@ -85,7 +85,7 @@ class QueryBatcher:
                 item = self._waiting.get_nowait()
             except queue.Empty:
                 break
-            if item is None:  # a shutdown mark for another thread
+            if item is None:  # None tells one thread to end, so leave it for another thread
                 self._waiting.put(None)
                 break
             batch.append(item)

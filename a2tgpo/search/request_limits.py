@@ -35,7 +35,7 @@ class RequestLimits:
         self._rate = max_requests_per_s
         self._buckets: OrderedDict[str, tuple[float, float]] = (
             OrderedDict()
-        )  # address -> (requests left, when)
+        )  # address -> (requests left, time of the last request)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         refusal = self._refusal(scope) if scope["type"] == "http" else None

@@ -30,7 +30,7 @@ class ServerAddress:
             return False
         try:
             url = _read(self._path)
-        except ConfigError:  # the server may be moving
+        except ConfigError:  # a server that moves has no readable file for a moment
             return False
         moved, self.url = url != self.url, url
         return moved

@@ -51,7 +51,7 @@ class ChatRequest(BaseModel):
 
 
 class BadRequestError(Exception):
-    """The request is invalid. The client receives the message, which is one line."""
+    """Raised if a request is invalid. The client receives the message, which is one line."""
 
 
 def build_app(

@@ -12,11 +12,11 @@ from a2tgpo.trajectory import Prompt, Trajectory
 
 
 class InboxFullError(Exception):
-    """The queue is full."""
+    """Raised if the queue is full."""
 
 
 class InboxClosedError(Exception):
-    """The queue is closed."""
+    """Raised if the queue is closed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Waiting:
 
 
 class Inbox:
-    """Passes at most `max_waiting` waiting orders from the threads that accept requests to the thread that plays."""
+    """A queue of at most `max_waiting` orders, from the threads that accept requests to the thread that plays."""
 
     def __init__(self, *, max_waiting: int):
         self._max_waiting = max_waiting
