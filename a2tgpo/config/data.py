@@ -24,9 +24,9 @@ class DataConfig:
     """The question files, and the parts of the prompt."""
 
     train: ExpandedOrMapping
-    """JSONL or Parquet file of training questions; it may be compressed (docs/data.md). To mix several files, give a
-    mapping of each file to its weight, for example {nq.jsonl: 1, hotpotqa.parquet: 3}; three of four questions are
-    then from the second file."""
+    """JSONL or Parquet file of training questions; it may be compressed (docs/data.md). To mix several files, map
+    each file to its weight. With {nq.jsonl: 1, hotpotqa.parquet: 3}, for example, three of four questions are from
+    the second file."""
     test: Expanded = ""
     """File of questions for evaluation, in the format of `train`. It is not read if `evaluation.sets` names files."""
     instructions: str = SEARCH_INSTRUCTIONS

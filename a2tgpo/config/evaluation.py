@@ -31,15 +31,15 @@ class EvaluationConfig:
     """Evaluate the policy before the first step, as a baseline."""
     max_questions: int = 256
     """Number of questions of each set in an evaluation during training, the same for all seeds; 0: all. Every
-    combination of `data_source` and `hops` contributes its first questions, in proportion to its size. Questions that
-    have neither field are taken at equal distances from the file."""
+    combination of `data_source` and `hops` contributes its first questions, in proportion to its size. Of questions
+    with neither field, every nth question is used."""
     sets: ExpandedMapping = field(default_factory=dict)
     """Sets of held-out questions by name, instead of data.test. Each value is a file, or {file: FILE, max_questions:
-    N}, for example {nq: nq.jsonl, bamboogle: {file: bamboogle.jsonl, max_questions: 0}}. Scores are logged over all
-    questions (evaluation/em) and, if there are several sets, for each set (evaluation/SET/em)."""
+    N}, for example {nq: nq.jsonl, bamboogle: {file: bamboogle.jsonl, max_questions: 0}}. Scores over all questions
+    are logged as evaluation/em. If there are several sets, the scores of each set are logged as evaluation/SET/em."""
     samples: int = 0
-    """Number of answers to draw per question at rollout.temperature, in addition to the greedy answer, for mean@k and
-    pass@k. 0: only the greedy answer."""
+    """Number of answers per question for mean@k and pass@k, sampled at rollout.temperature in addition to the greedy
+    answer. 0: only the greedy answer."""
 
     def __post_init__(self) -> None:
         for name in ("every", "max_questions", "samples"):
@@ -59,7 +59,7 @@ class EvaluationConfig:
             )
 
     def files(self, test: str) -> dict[str, EvaluationSet]:
-        """Return the sets by name. Without `sets`, the only set is named test, and its file is `test`, data.test."""
+        """Return the sets by name. Without `sets`, the only set is named test, and its file is `test` (data.test)."""
         return {
             name: EvaluationSet(**{"max_questions": self.max_questions} | _as_mapping(value))
             for name, value in (self.sets or {"test": test}).items()

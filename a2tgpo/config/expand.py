@@ -17,7 +17,7 @@ Expanded = Annotated[str, _MARK]
 ExpandedMapping = Annotated[dict, _MARK]
 """Type of a field with a mapping, in which the names and all texts are expanded."""
 ExpandedOrMapping = Annotated[str | dict, _MARK]
-"""Type of a field with a text or such a mapping."""
+"""Type of a field with a text or an `ExpandedMapping`."""
 
 _VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\}?|([A-Za-z_]\w*))")
 _NAME = re.compile(r"[A-Za-z_]\w*")
@@ -68,7 +68,7 @@ def escape(text: str) -> str:
 
 
 def in_all_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """Return `value` with each text changed. If it is a mapping, its names and all nested texts are changed."""
+    """Return `value` with each text changed. If `value` is a mapping, its names and all nested texts are changed."""
     if isinstance(value, dict):
         return {in_all_texts(name, change): in_all_texts(item, change) for name, item in value.items()}
     return change(value) if isinstance(value, str) else value

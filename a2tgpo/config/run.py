@@ -82,9 +82,9 @@ class CheckpointConfig:
     """A run in a Slurm job stops in time to save before the job's end (SLURM_JOB_END_TIME). It reserves the time of
     the longest update and save so far, plus this many seconds."""
     best_by: str = "em"
-    """Held-out score that decides which checkpoint is the best: em, em_format_gated, f1, or, with evaluation.samples,
-    mean_at_K or pass_at_K. SET/em is the score of one of evaluation.sets. The weights of the best checkpoint are
-    kept. none: no checkpoint is the best."""
+    """Held-out score that decides which checkpoint is the best: em, em_format_gated or f1. With evaluation.samples,
+    mean_at_K and pass_at_K are allowed, too. SET/em is the score of one of evaluation.sets. The weights of the best
+    checkpoint are kept. none: no checkpoint is the best."""
 
     def __post_init__(self) -> None:
         for name in ("every", "keep_every", "keep_gb", "keep_previous", "margin_s"):

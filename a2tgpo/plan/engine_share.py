@@ -64,7 +64,7 @@ def _engine_room(
     config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, gpus: int, assumed: Assumptions
 ) -> float:
     """Return the bytes that the whole engine may take in both the start and the rollout phase."""
-    without = _with(config, kv_cache_gib=0.0, gpu_memory_fraction=0.0)  # this engine takes no memory
+    without = _with(config, kv_cache_gib=0.0, gpu_memory_fraction=0.0)  # plan an engine that takes no memory
     divided = geometry(without, dimensions, Workload().limited(config), gpus=gpus, kv_cache_bytes=0.0)
     phases = memory_phases(without, dimensions, gpu, divided, assumed)
     others = max(phase.peak for phase in phases if phase.name in ("start", "rollout"))

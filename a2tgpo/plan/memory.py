@@ -225,7 +225,7 @@ def _refit_bytes(config: RunConfig, dimensions: ModelDimensions) -> float:
     """Return a refit's peak bytes: the bucket being loaded, the next bucket, and tensors for merging shards."""
     element_bytes, tensor = ELEMENT_BYTES[config.model.dtype], config.parallel.tensor
     largest = largest_tensor(dimensions, tensor) * element_bytes
-    # The embedding or the head is the largest parameter. The other bucket then holds layer parameters.
+    # If one bucket holds the largest parameter (embedding or head), the other holds layer parameters.
     in_layer, bucket = largest_layer_tensor(dimensions) * element_bytes, config.refit.bucket_mib * 2**20
     gathered: float = max(bucket, largest) + max(bucket, in_layer)
     if tensor > 1 and config.parallel.pipeline > 1:
