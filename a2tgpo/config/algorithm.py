@@ -24,8 +24,8 @@ class AlgorithmConfig:
     """Settings of the training method. The defaults define A2TGPO; configs/algorithm/ has other methods."""
 
     advantage: str = "turn_group"
-    """Name of a module in advantage/methods/ (docs/methods.md). turn_group: Eq. 6-9. igpo_joint and igpo_separate:
-    pool the gains of all turns. grpo: use only the outcome. gigpo: GiGPO's advantage."""
+    """Name of a module in advantage/methods/ (docs/methods.md). turn_group is Eq. 6-9. igpo_joint and igpo_separate
+    pool the gains of all turns. grpo uses only the outcome. gigpo is GiGPO's advantage."""
     gamma: float = 1.0
     """Discount factor of each further turn, in [0, 1] (paper: 1.0)."""
     alpha: float = 1.0

@@ -34,9 +34,10 @@ class EvaluationConfig:
     combination of `data_source` and `hops` contributes its first questions, in proportion to its size. Of questions
     with neither field, every nth question is used."""
     sets: ExpandedMapping = field(default_factory=dict)
-    """Sets of held-out questions by name, instead of data.test. Each value is a file, or {file: FILE, max_questions:
-    N}, for example {nq: nq.jsonl, bamboogle: {file: bamboogle.jsonl, max_questions: 0}}. Scores over all questions
-    are logged as evaluation/em. If there are several sets, the scores of each set are logged as evaluation/SET/em."""
+    """Sets of held-out questions by name, instead of data.test. Each value is a file, or a mapping with the keys file
+    and max_questions. Example: {nq: nq.jsonl, bamboogle: {file: bamboogle.jsonl, max_questions: 0}}. Scores over all
+    questions are logged as evaluation/em. If there are several sets, the scores of each set are logged as
+    evaluation/SET/em."""
     samples: int = 0
     """Number of answers per question for mean@k and pass@k, sampled at rollout.temperature in addition to the greedy
     answer. 0: only the greedy answer."""

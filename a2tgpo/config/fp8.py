@@ -22,7 +22,8 @@ CAPABILITIES: dict[Recipe, tuple[tuple[int, int], tuple[int, int]]] = {
     "blockwise": ((9, 0), (99, 0)),
     "mxfp8": ((10, 0), (12, 0)),
 }
-"""For each recipe, the lowest compute capability that supports the recipe, and the next one that does not."""
+"""For each recipe, the lowest compute capability that supports the recipe, and the capability that ends the
+support."""
 ENGINE_CAPABILITY = (8, 9)
 """Lowest compute capability of a GPU on which an engine can be quantised."""
 ENGINE_BLOCK = 128

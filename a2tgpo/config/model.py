@@ -24,8 +24,8 @@ class ModelConfig:
     """Implementation of the layers. cpu computes the same layers without Transformer Engine. auto: transformer_engine
     if the machine has a GPU, otherwise cpu."""
     recompute: Recompute = "none"
-    """Activations that are not stored, but computed again in the backward pass. selective: those of core attention.
-    full: those of every layer."""
+    """Activations that are not stored, but computed again in the backward pass. selective: the activations of core
+    attention. full: the activations of every layer."""
     fp8: Fp8Config = field(default_factory=Fp8Config)
 
     def __post_init__(self) -> None:

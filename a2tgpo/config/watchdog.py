@@ -12,8 +12,8 @@ STARTUP = ("assemble", "restore")
 class WatchdogConfig:
     """Longest time, in seconds, that a rank may spend in a stage; 0: no limit.
 
-    A stage that a rank has completed before gets a shorter limit: `slack` times its longest duration so far, but at
-    least `min_s` and at most the stage's own limit.
+    A stage that a rank has completed before gets a shorter limit. It is `slack` times the longest duration so far,
+    but at least `min_s` and at most the stage's own limit.
 
     If one rank hangs, the other ranks wait for it in other stages. The shortest limit of all these stages ends the
     job. No limit should exceed parallel.timeout_s: a collective would time out first, and its error does not name the

@@ -1,8 +1,8 @@
 """Allow only one run at a time in a folder.
 
 The process that holds the folder writes its identity to `holder.json`, and then changes this file at regular
-intervals as a sign of life. Locks of the file system are unsuitable: Lustre is often mounted without locks, NFS keeps
-the locks of a crashed node, and a forked child keeps the lock of its dead parent.
+intervals as a sign of life. Locks of the file system are unsuitable, because Lustre is often mounted without locks,
+NFS keeps the locks of a crashed node, and a forked child keeps the lock of its dead parent.
 
 A start that finds another holder on the same machine checks the holder's process id and start time. A holder from
 before a requeue of the same Slurm job has ended. In all other cases the start watches whether the file still changes.

@@ -1,4 +1,4 @@
-"""The agent's OpenAI-compatible endpoint: POST /v1/chat/completions, GET /v1/models and GET /health."""
+"""The agent's OpenAI-compatible endpoint, with POST /v1/chat/completions, GET /v1/models and GET /health."""
 
 from __future__ import annotations
 
