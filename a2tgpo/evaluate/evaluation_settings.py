@@ -17,7 +17,14 @@ _DECIDING = (
     "data.chat_template_kwargs",
     "data.instructions",
     "data.max_prompt_tokens",
+    "mcp.stateful",
+    "mcp.tool",
     "model.dtype",
+    "python.max_output_chars",
+    "python.memory_mib",
+    "python.packages",
+    "python.stateful",
+    "python.timeout_s",
     "rollout.call_format",
     "rollout.dtype",
     "rollout.max_calls_per_turn",
@@ -35,6 +42,9 @@ _DECIDING = (
     "search.top_k",
     "tools.max_part_tokens",
     "tools.names",
+    "visit.max_chars",
+    "web.backend",
+    "web.top_k",
 )
 """Keys of the settings that decide the answers. The layout and `search.url` may change between two starts."""
 

@@ -53,4 +53,16 @@ def build_protocol(
             max_part_tokens=max_part_tokens,
         )
     names = [str(schema["function"]["name"]) for schema in schemas]
-    return TagProtocol(template, tools=names, scaffold=scaffold, max_part_tokens=max_part_tokens)
+    return TagProtocol(
+        template,
+        tools=names,
+        multiline=[name for name, schema in zip(names, schemas, strict=True) if _takes_lines(schema)],
+        scaffold=scaffold,
+        max_part_tokens=max_part_tokens,
+    )
+
+
+def _takes_lines(schema: Mapping[str, Any]) -> bool:
+    """Return whether a parameter of the tool is code or another text whose line breaks and indents matter."""
+    properties = schema["function"].get("parameters", {}).get("properties", {})
+    return any("contentMediaType" in parameter for parameter in properties.values())

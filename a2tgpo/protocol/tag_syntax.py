@@ -1,11 +1,12 @@
 """The syntax of tool calls and of tools' answers.
 
 A turn ends at the first `</NAME>` of a tool. The query is the text between this tag and the last `<NAME>` before it,
-without the protocol's tags and with single spaces. For example, `<search> a <search> b </search>` has the query "b".
-If the opening tag is missing, the query is empty, and the trajectory ends.
+without the protocol's tags and, unless the tool takes several lines, with single spaces. For example, `<search> a
+<search> b </search>` has the query "b". If the opening tag is missing, the query is empty, and the trajectory ends.
 """
 
 import re
+import textwrap
 from collections.abc import Sequence
 
 RESULT_OPEN, RESULT_CLOSE = " <result>\n", "\n</result>"
@@ -38,10 +39,15 @@ def without_tags(text: str, tags: re.Pattern[str]) -> str:
 
 
 class CallSyntax:
-    """The tags that call a set of tools. To call the tool NAME, the policy writes <NAME> text </NAME>."""
+    """The tags that call a set of tools. To call the tool NAME, the policy writes <NAME> text </NAME>.
 
-    def __init__(self, names: Sequence[str]):
+    Args:
+        multiline: names of the tools whose queries keep their line breaks and indents.
+    """
+
+    def __init__(self, names: Sequence[str], *, multiline: Sequence[str] = ()):
         self.names = tuple(names)
+        self._multiline = frozenset(multiline)
         self._by_closing = {f"</{name}>": name for name in names}
         self.stop_strings = (*self._by_closing, ANSWER_CLOSE)
         self._tag = tag_pattern(names)
@@ -54,7 +60,10 @@ class CallSyntax:
         """Return the query of a turn's `text`, which contains `</NAME>`, or an empty text if it has no query."""
         before_close, _, _ = text.partition(f"</{name}>")
         _, opening, query = before_close.rpartition(f"<{name}>")
-        return " ".join(self._tag.sub(" ", query).split()) if opening else ""
+        if not opening:
+            return ""
+        untagged = self._tag.sub(" ", query)
+        return _lines(untagged) if name in self._multiline else " ".join(untagged.split())
 
     def cut_at_stop(self, text: str) -> str:
         """Return `text` up to the end of its first stop string, or all of `text` if it has none."""
@@ -75,6 +84,14 @@ class CallSyntax:
     def failure_body(self, name: str, reason: str) -> str:
         """Return the text between the two tags of a result if the call has failed."""
         return self.result_body([f"The {name} failed: {' '.join(reason.split())[:MAX_REASON_CHARS]}"])
+
+
+def _lines(text: str) -> str:
+    """Return the lines of `text` without their common indent. The first line may stand behind the opening tag."""
+    first, _, rest = text.partition("\n")
+    return (
+        f"{first.strip()}\n{rest}".rstrip() if first.strip() else textwrap.dedent(rest).strip("\n").rstrip()
+    )
 
 
 SEARCH_CALLS = CallSyntax(("search",))

@@ -22,6 +22,7 @@ class TagProtocol(AgentProtocol):
     """Reads and writes tags.
 
     Args:
+        multiline: names of the tools whose calls keep their line breaks and indents.
         scaffold: text between a context and the gold answer. A </think> at its beginning is left out after a context
             without an open thought, and a <think> at its beginning is left out after a context with one.
         max_part_tokens: number of tokens to which each part of a tool's answer is cut.
@@ -32,12 +33,13 @@ class TagProtocol(AgentProtocol):
         template: PromptTemplate,
         *,
         tools: Sequence[str],
+        multiline: Sequence[str] = (),
         scaffold: str = SCAFFOLD,
         max_part_tokens: int = 400,
     ):
         super().__init__(template, tools=tools)
         self.format = TagFormat(tools=self.tools, opening_tags=template.opening_tags)
-        self._syntax = CallSyntax(self.tools)
+        self._syntax = CallSyntax(self.tools, multiline=multiline)
         self.stop_strings = self._syntax.stop_strings
         self._observations = ObservationEncoder(
             self.tokenizer, syntax=self._syntax, max_part_tokens=max_part_tokens

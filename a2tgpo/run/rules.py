@@ -43,9 +43,19 @@ TRAINING = Rules(
     used=tuple(
         f"{section}."
         for section in (
-            *("run", "model", "data", "tools", "search", "calculator", "python", "cluster", "parallel"),
-            *("rollout", "reward", "algorithm", "update", "refit", "guard", "watchdog", "evaluation"),
-            "checkpoint",
+            *("run", "model", "data", "tools", "search", "calculator", "python", "web", "visit", "mcp"),
+            *(
+                "cluster",
+                "parallel",
+                "rollout",
+                "reward",
+                "algorithm",
+                "update",
+                "refit",
+                "guard",
+                "watchdog",
+            ),
+            *("evaluation", "checkpoint"),
         )
     ),
     free=(
@@ -61,6 +71,7 @@ TRAINING = Rules(
         *("evaluation.every", "evaluation.at_start", "parallel.timeout_s", "parallel.start_timeout_s"),
         *("search.url", "search.token_file", "search.request_timeout_s", "search.max_attempts"),
         *("search.break_after", "search.break_s", "search.max_shortfall"),
+        *("web.token_file", "web.request_timeout_s", "web.max_attempts", "visit.timeout_s", "mcp.timeout_s"),
         *("tools.max_concurrent_calls", "tools.call_timeout_s", "tools.on_outage", "tools.outage_limit_s"),
     ),
 )

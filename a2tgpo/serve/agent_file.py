@@ -13,7 +13,7 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.io.atomic_file import write_json
 
 AGENT_FILE = "agent.json"
-_WHOLE_SECTIONS = ("tools", "search", "calculator")
+_WHOLE_SECTIONS = ("tools", "search", "calculator", "python", "web", "visit", "mcp")
 _FIELDS = {
     "run": ("name", "seed"),
     "model": ("dtype",),

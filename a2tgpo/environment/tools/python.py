@@ -17,7 +17,9 @@ NO_OUTPUT = "The code printed nothing."
 DESCRIPTION = "Runs Python code, and returns what it prints and the value of its last expression."
 PARAMETERS: Mapping[str, Any] = {
     "type": "object",
-    "properties": {"code": {"type": "string", "description": "The code to run."}},
+    "properties": {
+        "code": {"type": "string", "contentMediaType": "text/x-python", "description": "The code to run."}
+    },
     "required": ["code"],
 }
 

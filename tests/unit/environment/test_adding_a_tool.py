@@ -181,8 +181,14 @@ def test_the_documentation_names_every_tool():
     [
         ("[]", "is []; allowed: at least one tool, each once"),
         ("[search,search]", "is ['search', 'search']; allowed: at least one tool, each once"),
-        ("[result]", "is ['result']; allowed: a list of calculator | python | search"),
-        ("[serch]", "is ['serch']; allowed: a list of calculator | python | search (nearest: search)"),
+        (
+            "[result]",
+            "is ['result']; allowed: a list of calculator | mcp | python | search | visit",
+        ),
+        (
+            "[serch]",
+            "is ['serch']; allowed: a list of calculator | mcp | python | search | visit (nearest: search)",
+        ),
         ("[search,1]", "is ['search', 1]; allowed: a list of texts"),
         ("search", "is 'search'; allowed: a list of texts; write [search]"),
         (

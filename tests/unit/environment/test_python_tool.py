@@ -233,7 +233,8 @@ def test_processes_end_with_the_trainer_even_if_it_is_killed(sandbox, tmp_path):
         process.run("import time\\ntime.sleep(99)", timeout_s=99.0, max_output_chars=100)
         """
     )
-    trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # a killed trainer leaves its folders
+    trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment)
     assert trainer.stdout.readline() == b"started\n"
     assert str(marker) in all_commands()
     trainer.send_signal(signal.SIGKILL)

@@ -268,6 +268,10 @@ def test_a_template_that_renders_earlier_turns_anew_is_warned_of(qwen, llama):
     assert "changes earlier turns" in skipping.warning and "<think>" in skipping.warning
 
 
+CODE = {"type": "string", "contentMediaType": "text/x-python"}
+PYTHON = {"type": "function", "function": {"name": "python", "parameters": {"properties": {"code": CODE}}}}
+
+
 def test_the_configuration_chooses_the_protocol():
     config = load_config(
         CONFIG, ["rollout.protocol=chat", "rollout.max_calls_per_turn=2", "data.instructions=Hm."]
@@ -276,6 +280,10 @@ def test_the_configuration_chooses_the_protocol():
     assert isinstance(protocol, ChatProtocol) and protocol.tools == ("search", "place")
     assert "Hm." in protocol.tokenizer.decode(protocol.template.render("Why?"))
     assert [call.problem_kind for call in parse(protocol, written(query="a") * 3).calls] == ["", "", "excess"]
+    tags = build_protocol(load_config(CONFIG), qwen_tokenizer(), schemas=[PYTHON], date=None)
+    turn = "<python>\nfor x in y:\n    print(x)\n</python>"
+    (call,) = tags.parse(turn, finish_reason="stop", stop_string="</python>").calls
+    assert call.arguments == "for x in y:\n    print(x)"
     usual = load_config(CONFIG, ["rollout.protocol=chat"])
     assert "<search>" not in usual.instructions
 

@@ -72,3 +72,20 @@ def test_tags_inside_tags_are_taken_out_until_none_is_left(part):
     for text in (BOTH.format_result([part, part]), BOTH.failure_body("search", part)):
         tags = re.findall(r"</?(?:think|result|answer|search|calculator)>", text)
         assert tags == (["<result>", "</result>"] if text.startswith(" <result>") else [])
+
+
+@pytest.mark.parametrize(
+    ("text", "query"),
+    [
+        ("<python>\nfor x in y:\n    print(x)\n</python>", "for x in y:\n    print(x)"),
+        ("<python>\n  a = 1\n\n  b = 2\n</python>", "a = 1\n\nb = 2"),
+        ("<python> print(1) </python>", "print(1)"),
+        ("<python> if x:\n    y()\n</python>", "if x:\n    y()"),
+        ("<python> \n \n </python>", ""),
+        ("x = 1 </python>", ""),
+        ("<search> a\n  b </search>", "a b"),
+    ],
+)
+def test_a_tool_of_several_lines_gets_them_with_their_indents(text, query):
+    syntax = CallSyntax(("search", "python"), multiline=("python",))
+    assert syntax.find_query(text, "search" if "search" in text else "python") == query

@@ -17,6 +17,7 @@ from a2tgpo.collect.state import RolloutState
 from a2tgpo.collect.step import StepRollout
 from a2tgpo.config.rollout import PartialConfig, RolloutConfig
 from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.environment.tool import Toolset
 from a2tgpo.parallel.engine_group import ALONE
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.rollout.group_rollout import GroupRollout
@@ -181,6 +182,48 @@ def test_going_on_in_the_same_step_changes_no_token(rollout, begin):
     assert sum(counts.sampled_tokens for counts in counted) == sum(
         t.num_sampled_tokens for t in members(whole)
     )
+
+
+class NumberedSearch:
+    """A search whose sessions number their answers, so that a session that begins anew is seen."""
+
+    def __init__(self):
+        self.num_open = 0
+
+    def open(self, record, question):
+        self.num_open += 1
+        return NumberedSession(self)
+
+    def close(self):
+        """Only sessions hold something."""
+
+
+class NumberedSession:
+    def __init__(self, tool):
+        self.tool, self.num_calls = tool, 0
+
+    def call(self, text):
+        self.num_calls += 1
+        return [f"Doc {self.num_calls} (Title: {text}) {text} is known."]
+
+    def close(self):
+        self.tool.num_open -= 1
+
+
+def test_going_on_repeats_the_calls_of_sessions_and_leaves_none_open(engine, engine_config, tokenizer, begin):
+    config = dataclasses.replace(engine_config, group_size=2, max_turns=3, max_turn_tokens=48)
+    tool = NumberedSearch()
+    rollout = GroupRollout(
+        engine, Toolset(tools={"search": tool}), tags(tokenizer, gain=config.gain), rollout=config
+    )
+    whole, whole_counts = run_on(rollout, begin(*range(6)), budgets=[None] * 6, version=0)
+    pieces, counted = play_out(rollout, begin(*range(6)), budget=1)
+    assert max(t.num_process_turns for t in members(whole)) >= 2 and len(counted) >= 3
+    for one, other in zip(members(pieces), members(whole), strict=True):
+        assert (one.tokens, one.stop_reason) == (other.tokens, other.stop_reason)
+    assert all(counts.tool_counts == {"tools/open_sessions": 0} for counts in (whole_counts, *counted))
+    assert tool.num_open == 0
+    rollout.close()
 
 
 def test_a_carried_trajectory_keeps_its_tokens_and_is_scored_by_the_last_weights(

@@ -1,0 +1,33 @@
+"""Settings of the mcp tool, which calls one tool of a server of the Model Context Protocol."""
+
+from dataclasses import dataclass
+
+from a2tgpo.config.expand import Expanded
+from a2tgpo.io.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class McpConfig:
+    """The server, and the one of its tools that the policy calls (docs/tools.md)."""
+
+    command: tuple[str, ...] = ()
+    """Program and arguments that start the server; they talk over its standard input and output."""
+    url: Expanded = ""
+    """Address of a server that runs already (Streamable HTTP), in place of `command`."""
+    tool: str = ""
+    """Name of the server's tool. Empty: the only one."""
+    timeout_s: float = 60.0
+    """Seconds that a call waits for the server's answer, and that the server may take to start."""
+    stateful: bool = False
+    """Each trajectory has a connection of its own, and with `command` a server process of its own. false: all
+    trajectories of a rank share one."""
+
+    def __post_init__(self) -> None:
+        require(self.timeout_s > 0, "mcp.timeout_s", self.timeout_s, "> 0")
+
+    def require_server(self) -> None:
+        """Raise `ConfigError` unless exactly one server is named; called only if the run has the tool."""
+        is_one = bool(self.command) != bool(self.url)
+        require(
+            is_one, "mcp.command", list(self.command), f"a command, or mcp.url ({self.url!r}), and not both"
+        )

@@ -1,0 +1,73 @@
+"""Settings of the tools that reach the web: web_search and visit."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from a2tgpo.config.expand import Expanded
+from a2tgpo.io.errors import require
+
+LONGEST_WAIT_S = 8.0
+"""Longest wait between two attempts of a request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebConfig:
+    """The service that answers web_search, and the recorded answers of web_search and visit (docs/tools.md)."""
+
+    backend: Literal["serper", "searxng", "recorded"] = "serper"
+    """Source of the results. serper: Google's results from serper.dev, or a service that answers in the same way.
+    searxng: a SearXNG server whose settings allow the format json. recorded: the answers in `cassette` only, also for
+    visit."""
+    url: Expanded = ""
+    """Address of the service: with serper of its endpoint (empty: https://google.serper.dev/search), with searxng of
+    the server."""
+    top_k: int = 5
+    """Number of results that a query returns."""
+    cassette: Expanded = ""
+    """Folder in which answers of web_search and visit are recorded, one file each. A recorded answer is not requested
+    again. Empty: nothing is recorded."""
+    token_file: Expanded = ""
+    """File with the key of serper. Empty: the environment variable A2TGPO_WEB_TOKEN."""
+    request_timeout_s: float = 20.0
+    """Seconds that one request waits for its answer."""
+    max_attempts: int = 3
+    """Number of times that a query is sent. If none is answered, the service counts as out of service
+    (`tools.on_outage`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "max_attempts"):
+            require(getattr(self, name) >= 1, f"web.{name}", getattr(self, name), ">= 1")
+        require(self.request_timeout_s > 0, "web.request_timeout_s", self.request_timeout_s, "> 0")
+
+    @property
+    def longest_call_s(self) -> float:
+        """Seconds that one web_search takes at most."""
+        return (self.request_timeout_s + LONGEST_WAIT_S) * self.max_attempts
+
+    def require_source(self) -> None:
+        """Raise `ConfigError` if a setting that `backend` needs is not set; called only if a tool needs it."""
+        if self.backend == "recorded":
+            require(bool(self.cassette), "web.cassette", self.cassette, "a folder, with web.backend=recorded")
+        elif self.url or self.backend == "searxng":
+            is_address = self.url.startswith(("http://", "https://"))
+            rule = f"an http:// or https:// address, with web.backend={self.backend}"
+            require(is_address, "web.url", self.url, rule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisitConfig:
+    """The tool visit, which reads a web page."""
+
+    max_chars: int = 8000
+    """Most characters of a page's text in an answer. `tools.max_part_tokens` cuts the answer too."""
+    max_bytes: int = 5_000_000
+    """Largest page that is read; of a larger page, the first bytes are used."""
+    timeout_s: float = 20.0
+    """Seconds for the whole visit, with all redirects."""
+    allow_private: bool = False
+    """Allow addresses that are not on the public internet, such as those of this cluster. The policy can then reach
+    every server that this machine can reach."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_chars", "max_bytes", "timeout_s"):
+            require(getattr(self, name) > 0, f"visit.{name}", getattr(self, name), "> 0")

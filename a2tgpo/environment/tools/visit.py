@@ -1,0 +1,132 @@
+"""The visit tool, which reads the text of a web page. The configuration's section `visit` bounds it."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from a2tgpo.config.run import RunConfig
+from a2tgpo.environment.web.cassette import Cassette
+from a2tgpo.environment.web.page import Page, PageError, PageReader
+from a2tgpo.environment.web.public_address import is_public
+from a2tgpo.io.errors import ConfigError
+
+NO_PAGE = "The page is not available."
+NO_TEXT = "The page has no text."
+CUT = "\n... (the rest of the page is left out)"
+Extract = Callable[[bytes | str, str], str | None]
+_HTML = ("text/html", "application/xhtml+xml")
+
+
+class Visit:
+    """Answer a call, which is the address of a page, with the page's text.
+
+    Args:
+        reader: reads pages. None if only recorded answers are used.
+        extract: returns the main text of an HTML page and its address, or None if it has no text.
+        max_chars: number of characters to which a text is cut.
+    """
+
+    description = "Reads the text of a web page."
+    parameters: Mapping[str, Any] = {
+        "type": "object",
+        "properties": {"url": {"type": "string", "description": "The address of the page."}},
+        "required": ["url"],
+    }
+
+    def __init__(
+        self,
+        *,
+        reader: PageReader | None,
+        extract: Extract | None,
+        cassette: Cassette,
+        max_chars: int,
+    ):
+        self._reader = reader
+        self._extract = extract
+        self._cassette = cassette
+        self._max_chars = max_chars
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+
+    def call(self, text: str) -> list[str]:
+        request = {"tool": "visit", "url": text.strip(), "max_chars": self._max_chars}
+        recorded = self._cassette.find(request)
+        source = "requests" if self._reader is not None else "cassette_misses"
+        with self._lock:
+            self._counts["recorded" if recorded is not None else source] += 1
+        if recorded is not None:
+            return recorded
+        if self._reader is None:
+            return [NO_PAGE]
+        try:
+            answer = self._text(self._reader.read(text.strip()))
+        except PageError as error:
+            answer = f"Error: {error}"
+        self._cassette.record(request, [answer])
+        return [answer]
+
+    def take_counts(self) -> dict[str, int]:
+        """Return the numbers of calls answered by servers and from the cassette, and of misses."""
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        return dict(counts)
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+
+    def _text(self, page: Page) -> str:
+        if page.content_type in _HTML:
+            assert self._extract is not None
+            text = self._extract(page.body if page.charset is None else _decoded(page), page.url) or ""
+        elif page.content_type.startswith("text/"):
+            text = _decoded(page)
+        else:
+            raise PageError(f"the page is {page.content_type:.60}, not a text")
+        text = text.strip() or NO_TEXT
+        return text if len(text) <= self._max_chars else text[: self._max_chars].rstrip() + CUT
+
+
+def build(config: RunConfig) -> Visit:
+    """Build the tool.
+
+    Raises:
+        ConfigError: with a one-line message, if the packages that extract texts are missing.
+    """
+    visit, cassette = config.visit, Cassette(config.web.cassette)
+    if config.web.backend == "recorded":
+        return Visit(reader=None, extract=None, cassette=cassette, max_chars=visit.max_chars)
+    extract = _extractor()
+    reader = PageReader(
+        timeout_s=visit.timeout_s,
+        max_bytes=visit.max_bytes,
+        is_allowed=(lambda address: True) if visit.allow_private else is_public,
+        max_connections=config.tools.max_concurrent_calls,
+    )
+    return Visit(reader=reader, extract=extract, cassette=cassette, max_chars=visit.max_chars)
+
+
+def _extractor() -> Extract:
+    try:
+        import trafilatura
+    except ImportError as error:
+        raise ConfigError(
+            f"tools.names has visit, but the packages that read pages cannot be imported ({error}); install them "
+            "with pip install 'a2tgpo[web]', or use recorded pages with web.backend=recorded"
+        ) from None
+
+    def extract(body: bytes | str, url: str) -> str | None:
+        text = trafilatura.extract(body, url=url, favor_recall=True, include_tables=True)
+        return None if text is None else str(text)
+
+    return extract
+
+
+def _decoded(page: Page) -> str:
+    try:
+        return page.body.decode(page.charset or "utf-8", "replace")
+    except LookupError:  # a charset that does not exist
+        return page.body.decode("utf-8", "replace")

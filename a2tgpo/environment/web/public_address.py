@@ -1,0 +1,50 @@
+"""Find the address of a web server, and refuse addresses that are not public."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Callable
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class NotPublicError(ValueError):
+    """The host has no public address. The message is one line."""
+
+
+def allowed_address(host: str, port: int, is_allowed: Callable[[str], bool]) -> str:
+    """Return the first IP address of `host` that is allowed.
+
+    The connection must go to the returned address, because a second look-up could give another one.
+
+    Raises:
+        NotPublicError: the host has no address, or none that is allowed.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise NotPublicError(f"the host {host:.80} does not exist") from None
+    addresses = [str(entry[4][0]) for entry in found]
+    for address in addresses:
+        if is_allowed(address):
+            return address
+    raise NotPublicError(f"the host {host:.80} is not on the public internet")
+
+
+def is_public(address: str) -> bool:
+    """Return whether an IP address, and an IPv4 address that it contains, can be reached on the public internet."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+        if ip in _NAT64:
+            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+        if any(address is not None and not _is_global(address) for address in inner):
+            return False
+        if ip.ipv4_mapped is not None:
+            return True
+    return _is_global(ip)
+
+
+def _is_global(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved

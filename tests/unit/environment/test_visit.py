@@ -1,0 +1,237 @@
+"""The visit tool against a real HTTP server on this machine."""
+
+import contextlib
+import gzip
+import http.server
+import socket
+import threading
+import time
+
+import pytest
+
+from a2tgpo.environment.tool import ToolError
+from a2tgpo.environment.tools import visit as visit_module
+from a2tgpo.environment.tools.visit import CUT, NO_PAGE, NO_TEXT, Visit
+from a2tgpo.environment.web.cassette import Cassette
+from a2tgpo.environment.web.page import PageReader
+from a2tgpo.environment.web.public_address import is_public
+
+ARTICLE = (
+    "<html><head><title>Lakes</title><script>track()</script></head><body><nav><a href='/'>Home</a></nav><article>"
+    "<h1>Lakes of Finland</h1><p>Finland has about 188,000 lakes. The largest is Saimaa, in the south-east of the "
+    "country, with a surface of 4,400 square kilometres.</p><p>In winter most of the lakes are frozen for months, "
+    "and roads are built across some of them.</p></article></body></html>"
+)
+
+
+class Pages(http.server.BaseHTTPRequestHandler):
+    """Answers by path; keeps the paths and the Host headers that it was asked."""
+
+    asked: list
+
+    def do_GET(self):
+        self.asked.append((self.path, self.headers["Host"]))
+        port = self.server.server_address[1]
+        match self.path:
+            case "/article":
+                self.send("text/html; charset=utf-8", ARTICLE.encode())
+            case "/gzip":
+                self.send("text/html", gzip.compress(ARTICLE.encode()), ("Content-Encoding", "gzip"))
+            case "/bomb":
+                self.send("text/plain", gzip.compress(bytes(50 << 20)), ("Content-Encoding", "gzip"))
+            case "/plain":
+                self.send("text/plain; charset=latin-1", "Ärger".encode("latin-1"))
+            case "/long":
+                self.send("text/plain", b"word " * 1_000_000)
+            case "/empty":
+                self.send("text/html", b"")
+            case "/image":
+                self.send("image/png", b"PNG")
+            case "/once":
+                self.redirect("/article")
+            case "/loop":
+                self.redirect("/loop")
+            case "/inside":
+                self.redirect(f"http://127.0.0.2:{port}/article")
+            case "/file":
+                self.redirect("file:///etc/passwd")
+            case "/slow":
+                for _ in range(100):
+                    self.wfile.write(b" ")
+                    time.sleep(0.05)
+            case "/broken":
+                self.send_error(503)
+            case _:
+                self.send_error(404)
+
+    def send(self, content_type, body, *headers):
+        self.send_response(200)
+        for name, value in (("Content-Type", content_type), ("Content-Length", str(len(body))), *headers):
+            self.send_header(name, value)
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):  # the client may have read enough
+            self.wfile.write(body)
+
+    def redirect(self, target):
+        self.send_response(302)
+        self.send_header("Location", target)
+        self.end_headers()
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.fixture
+def server():
+    handler = type("Own", (Pages,), {"asked": []})
+    server = http.server.ThreadingHTTPServer(("0.0.0.0", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def base(server):
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+@pytest.fixture
+def tool_of(tmp_path):
+    opened = []
+
+    def tool_of(
+        is_allowed=lambda address: address == "127.0.0.1", *, timeout_s=20.0, max_chars=8000, cassette=""
+    ):
+        reader = PageReader(
+            timeout_s=timeout_s, max_bytes=1_000_000, is_allowed=is_allowed, max_connections=4
+        )
+        tool = Visit(
+            reader=reader, extract=extractor(), cassette=Cassette(str(cassette)), max_chars=max_chars
+        )
+        opened.append(tool)
+        return tool
+
+    yield tool_of
+    for tool in opened:
+        tool.close()
+
+
+def extractor():
+    pytest.importorskip("trafilatura", reason="the packages of a2tgpo[web] are not installed")
+    return visit_module._extractor()
+
+
+@pytest.mark.parametrize("path", ["/article", "/gzip", "/once"])
+def test_a_page_is_answered_with_its_text_and_without_the_rest(tool_of, base, path):
+    (text,) = tool_of().call(base + path)
+    assert "The largest is Saimaa" in text and "roads are built" in text
+    assert "track()" not in text and "Home" not in text
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"),
+    [
+        ("/plain", "Ärger"),
+        ("/empty", NO_TEXT),
+        ("/image", "Error: the page is image/png, not a text"),
+        ("/nowhere", "Error: the server answered HTTP 404"),
+        ("/loop", "Error: the address redirects more than 5 times"),
+        ("/inside", "Error: the host 127.0.0.2 is not on the public internet"),
+        ("/file", "Error: this is not an address; write http://... or https://..."),
+    ],
+)
+def test_what_is_wrong_with_a_page_or_an_address_is_an_answer(tool_of, base, path, answer):
+    assert tool_of().call(base + path) == [answer]
+
+
+@pytest.mark.parametrize(
+    ("url", "answer"),
+    [
+        ("saimaa", "this is not an address; write http://... or https://..."),
+        ("ftp://127.0.0.1/x", "this is not an address; write http://... or https://..."),
+        ("http://", "this is not an address; write http://... or https://..."),
+        ("http://[::1", "this is not an address; write http://... or https://..."),
+        ("http://a:b@127.0.0.1/", "the address contains a user name"),
+        ("http://no-such-host.invalid/", "the host no-such-host.invalid does not exist"),
+        ("http://127.0.0.1/" + "x" * 2000, "the address has more than 2000 characters"),
+    ],
+)
+def test_what_is_no_address_is_not_requested(tool_of, url, answer):
+    assert tool_of().call(url) == [f"Error: {answer}"]
+
+
+def test_a_redirect_to_an_address_inside_is_refused_before_any_connection(tool_of, server, base):
+    tool_of().call(base + "/inside")
+    assert [path for path, _ in server.RequestHandlerClass.asked] == ["/inside"]
+
+
+def test_by_default_only_public_addresses_are_visited(tool_of, server, base):
+    port = server.server_address[1]
+    for host in ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "0.0.0.0", "2130706433"):
+        (answer,) = tool_of(is_public).call(f"http://{host}:{port}/article")
+        assert answer.startswith("Error: the host ") and "not on the public internet" in answer, answer
+    assert server.RequestHandlerClass.asked == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("10.1.2.3", "127.0.0.1", "169.254.169.254", "172.16.0.1", "192.168.1.1", "100.64.0.1", "0.0.0.0"),
+        *("224.0.0.1", "240.0.0.1", "::1", "fe80::1%eth0", "fd00::1", "::ffff:10.0.0.1", "2002:7f00:1::"),
+        "64:ff9b::7f00:1",
+    ],
+)
+def test_no_private_address_counts_as_public(address):
+    assert not is_public(address)
+    assert is_public("8.8.8.8") and is_public("2606:4700::1111") and is_public("::ffff:8.8.8.8")
+
+
+def test_the_connection_goes_to_the_address_that_was_checked(tool_of, server, monkeypatch):
+    """A name server that gives another address at its second look-up changes nothing."""
+    port, real, looked_up = server.server_address[1], socket.getaddrinfo, []
+
+    def look_up(host, *args, **kwargs):
+        if host == "page.example":
+            looked_up.append(host)
+            return real("127.0.0.1" if len(looked_up) == 1 else "127.0.0.2", *args, **kwargs)
+        return real(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    (text,) = tool_of().call(f"http://page.example:{port}/article#lakes")
+    assert "Saimaa" in text
+    assert looked_up == ["page.example"]
+    assert server.RequestHandlerClass.asked == [("/article", f"page.example:{port}")]
+
+
+def test_a_server_that_does_not_answer_fails_the_call_in_time(tool_of, base):
+    with pytest.raises(ToolError, match=r"^the server answered HTTP 503$"):
+        tool_of().call(base + "/broken")
+    tool = tool_of(timeout_s=0.3)
+    with pytest.raises(ToolError, match=r"^the page did not arrive within 0\.3 s$|cannot be reached"):
+        tool.call(base + "/slow")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(ToolError, match="the server cannot be reached"):
+        tool.call(f"http://127.0.0.1:{port}/")
+
+
+def test_long_pages_and_compressed_bombs_are_cut(tool_of, base):
+    (text,) = tool_of(max_chars=100).call(base + "/long")
+    assert len(text) < 150 and text.endswith(CUT)
+    (bomb,) = tool_of().call(base + "/bomb")
+    assert len(bomb) < 9000
+
+
+def test_recorded_pages_are_answered_without_the_server(tool_of, server, base, tmp_path):
+    tool = tool_of(cassette=tmp_path)
+    urls = [base + "/article", base + "/nowhere"]
+    answers = [tool.call(url) for url in urls]
+    assert tool.take_counts() == {"requests": 2}
+    server.RequestHandlerClass.asked.clear()
+    recorded = Visit(reader=None, extract=None, cassette=Cassette(str(tmp_path)), max_chars=8000)
+    assert [recorded.call(url) for url in urls] == answers
+    assert [tool.call(url) for url in urls] == answers
+    assert recorded.call(base + "/plain") == [NO_PAGE]
+    assert recorded.take_counts() == {"recorded": 2, "cassette_misses": 1}
+    assert server.RequestHandlerClass.asked == []
