@@ -76,11 +76,20 @@ class ChatProtocol(AgentProtocol):
             opening_tags=template.opening_tags,
             is_strict=is_strict,
         )
-        self.end_tokens = _end_tokens(template, self.frames)
         usual_ends = (template.end_of_turn, self.tokenizer.eos_token_id, self.frames.end_token)
         self.answer_end = next(end for end in usual_ends if end is not None)
         """Id of the token that ends an answer."""
-        self.stop_tokens = tuple(end for end in self.end_tokens if end != self.tokenizer.eos_token_id)
+        self.stop_tokens = tuple(
+            dict.fromkeys(
+                end for end in (self.frames.end_token, self.answer_end) if end != self.tokenizer.eos_token_id
+            )
+        )
+        # The model's generation_config.json may name further tokens that end a turn, all of them special.
+        self._special = {
+            number: str(token)
+            for number, token in self.tokenizer.added_tokens_decoder.items()
+            if token.special
+        }
         self._literal = LiteralEncoder(self.tokenizer)
         self._parts = PartCut(self.tokenizer, self._literal, max_tokens=max_part_tokens)
         self._own_tags = self._pattern_of_tags()
@@ -115,10 +124,10 @@ class ChatProtocol(AgentProtocol):
     def text_of(self, tokens: Sequence[int]) -> str:
         """Return the text of a turn without the control token that ended it."""
         kept = list(tokens)
-        if kept and kept[-1] in self.end_tokens:
+        if kept and kept[-1] in self._special:
             kept.pop()
         text = self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return self.without_end(str(text))
+        return str(text)
 
     def scaffold(self, trajectory: Trajectory, num_turns: int) -> list[int]:
         """Return the same tokens for all contexts, because every context ends with the generation header."""
@@ -206,9 +215,8 @@ class ChatProtocol(AgentProtocol):
 
     def without_end(self, text: str) -> str:
         """Return a turn's text without the control token that ended it."""
-        for end in self.end_tokens:
-            text = text.removesuffix(str(self.tokenizer.convert_ids_to_tokens(end)))
-        return text
+        end = next((token for token in self._special.values() if text.endswith(token)), "")
+        return text.removesuffix(end)
 
     def _pattern_of_tags(self) -> re.Pattern[str]:
         frames = self.frames
@@ -237,12 +245,6 @@ def _thinks(template: PromptTemplate) -> bool:
     if template.opening_tags:
         return thought_is_open(template.opening_tags)
     return THINK_CLOSE in template.tokenizer.get_chat_template()
-
-
-def _end_tokens(template: PromptTemplate, frames: ResultFrames) -> tuple[int, ...]:
-    """Return the ids that end a turn: after calls, after an answer, and at the end of the sequence."""
-    found = (frames.end_token, template.end_of_turn, template.tokenizer.eos_token_id)
-    return tuple(dict.fromkeys(number for number in found if number is not None))
 
 
 def _wrong(name: str, text: str, problem: str, kind: str) -> Call:

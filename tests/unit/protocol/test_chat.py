@@ -100,7 +100,7 @@ def test_a_call_inside_a_thought_is_no_call(qwen):
 
 def test_a_llama_turn_is_one_call_or_an_answer(llama):
     call = '{"name": "search", "parameters": {"query": "a"}}'
-    for text in (f"{call}<|eot_id|>", f"<|python_tag|>{call}<|eot_id|>", call):
+    for text in (f"{call}<|eot_id|>", f"<|python_tag|>{call}<|eom_id|>", call):
         assert parse(llama, text).calls == (Call(tool="search", arguments="a"),)
     assert parse(llama, "\\boxed{a}<|eot_id|>").stop_reason == "answer"
 
