@@ -172,10 +172,10 @@ def tool_schemas(config: RunConfig) -> list[dict[str, Any]]:
     return toolset.schemas
 
 
-def tool_file(tool: AnyTool) -> str:
-    """Return the file that defines the tool's class, or "" if there is none."""
+def users_file(tool: AnyTool) -> str:
+    """Return the user's file that defines the tool's class, or "" if the class has none or is of this package."""
     try:
-        return inspect.getfile(type(tool))
+        return "" if type(tool).__module__.startswith(f"{TOOLS_PACKAGE}.") else inspect.getfile(type(tool))
     except TypeError:
         return ""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from a2tgpo.environment.tool import AnyTool, SessionTool, Tool, ToolError, Toolset, tool_file
+from a2tgpo.environment.tool import AnyTool, SessionTool, Tool, ToolError, Toolset, users_file
 from a2tgpo.io.errors import first_line
 from a2tgpo.lifecycle.outage import Outage
 from a2tgpo.lifecycle.workers import Call, CallsHangError, Workers
@@ -230,9 +230,11 @@ def _checked(answer: SessionAnswer) -> SessionAnswer:
 
 
 def _fault(name: str, tool: AnyTool, error: Exception) -> str:
-    """Describe a tool's exception, and the last line of the tool's file that led to it, in one line."""
+    """Describe a tool's exception, and where it was raised, in one line. If the tool is the user's, the place is in
+    the user's file.
+    """
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == tool_file(tool)] or frames
+    own = [frame for frame in frames if frame.filename == users_file(tool)] or frames
     place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
     kind, text = type(error).__name__, first_line(error)
     error_text = kind if text == kind else f"{kind}: {text}"
