@@ -21,6 +21,7 @@ from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.environment.tool import Toolset, build_tools
 from a2tgpo.evaluate.sets import EvaluationSets, load_evaluation_sets
 from a2tgpo.io.errors import ConfigError, first_line
+from a2tgpo.loss.entropy import EntropyWeight
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.timers import StageTimers
@@ -63,6 +64,7 @@ class RunParts:
     """A frozen copy of the initial policy, or None if the run has no KL penalty."""
     optimizer: Any
     schedule: LearningRateSchedule
+    entropy_weight: EntropyWeight
     phases: MemoryPhases
     """Moves policy, optimizer, reference and engine to the GPU and away from it."""
     engine: VllmEngine
@@ -153,6 +155,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         reference=reference,
         optimizer=optimizer,
         schedule=schedule,
+        entropy_weight=EntropyWeight(config.algorithm),
         phases=phases,
         engine=engine,
         toolset=toolset,
@@ -258,6 +261,7 @@ def build_checkpoints(parts: RunParts, folder: RunFolder, guards: Guards) -> Run
         policy=parts.policy,
         optimizer=parts.optimizer,
         schedule=parts.schedule,
+        entropy_weight=parts.entropy_weight,
         state=parts.state,
         guards=guards,
         phases=parts.phases,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -103,6 +104,7 @@ class Trainer:
                 self.early_stop.agree_before("refit", "rollout", "bank")
                 metrics = self.train_step()
                 evaluation_is_due = self._is_due(self.config.evaluation.every)
+                self.parts.entropy_weight.follow(metrics.get("entropy/mean", math.nan))
                 alarms, lines = self.guards.watch(self.step, metrics)
                 self.recorder.record_alarms(self.step, alarms, lines)
                 self.checkpoints.report_saving(self.recorder, self.step)
@@ -199,6 +201,7 @@ class Trainer:
                 minibatches,
                 self.config.algorithm,
                 distribution=self.parts.distribution,
+                entropy_weight=self.parts.entropy_weight.value,
             )
             learning_metrics.merge(metrics)
             ratios = lay_out_ratios(self.parts.policy, turn_ratios, shape=clip_scales.shape)

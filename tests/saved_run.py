@@ -26,6 +26,7 @@ from a2tgpo.config.run import CheckpointConfig, RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.loss.entropy import EntropyWeight
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.model.build import build_policy
@@ -117,7 +118,9 @@ class Run:
             data=DataConfig(train="unused", test="unused"),
             search=SearchConfig(corpus="unused"),
             rollout=RolloutConfig(partial=partial, **rollout),
-            algorithm=AlgorithmConfig(correction=CorrectionConfig(kind="mask")),
+            algorithm=AlgorithmConfig(
+                correction=CorrectionConfig(kind="mask"), entropy_coef=0.005, entropy_target=0.2
+            ),
             checkpoint=CheckpointConfig(
                 keep=keep,
                 keep_every=keep_every,
@@ -126,7 +129,9 @@ class Run:
                 max_failures=2,
             ),
         )
-        self.parts: Any = SimpleNamespace(**vars(world.parts), config=self.config)
+        self.parts: Any = SimpleNamespace(
+            **vars(world.parts), config=self.config, entropy_weight=EntropyWeight(self.config.algorithm)
+        )
         self.folder = RunFolder(self.config, world.groups)
         self.guards = Guards(GuardConfig(stop_after=1), clip_low=0.1, clip_high=0.1)
         checkpoint = self.folder.open(resume, accept_changes=accept_changes)

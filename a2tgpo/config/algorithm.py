@@ -55,6 +55,15 @@ class AlgorithmConfig:
     """Weight of the KL divergence from the reference model; 0: no reference model is loaded."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL divergence. Training refuses k1, because the expected gradient of k1 is 0."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy of the policy, which the loss rewards; 0: no entropy term. With entropy_target, this is
+    the largest weight."""
+    entropy_target: float = 0.0
+    """Entropy in nats per token below which the entropy term is switched on (Skywork-OR1: 0.2, with entropy_coef
+    0.005). 0: the weight is always entropy_coef."""
+    entropy_delta: float = 1e-4
+    """With entropy_target, the weight starts at 0. It changes by this much per step: up if the entropy is below the
+    target, down if not."""
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     """Importance weights that correct for differences between the log-probs of engine and trainer."""
 
@@ -72,4 +81,13 @@ class AlgorithmConfig:
             self.dual_clip,
             "0, or > 1 with algorithm.ratio=token",
         )
-        require(self.kl_coef >= 0, "algorithm.kl_coef", self.kl_coef, ">= 0")
+        for name in ("kl_coef", "entropy_coef", "entropy_target"):
+            require(getattr(self, name) >= 0, f"algorithm.{name}", getattr(self, name), ">= 0")
+        require(
+            self.entropy_target == 0 or self.entropy_coef > 0,
+            "algorithm.entropy_target",
+            self.entropy_target,
+            "0 with algorithm.entropy_coef 0, which is the largest weight of the entropy; "
+            "set algorithm.entropy_coef=0.005",
+        )
+        require(self.entropy_delta > 0, "algorithm.entropy_delta", self.entropy_delta, "> 0")

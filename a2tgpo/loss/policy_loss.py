@@ -32,6 +32,10 @@ class LossInputs:
     """[n]: log-probs of the reference model. Required if kl_coef > 0."""
     importance: torch.Tensor | None = None
     """[n]: importance weights without gradient, see `rollout_correction.importance_weights`. None: no correction."""
+    entropy: torch.Tensor | None = None
+    """[n] with gradient, nats: entropy of the distribution that predicts the token. None: no entropy term."""
+    entropy_weight: float = 0.0
+    """The factor of the entropy term, see `entropy.EntropyWeight`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,8 @@ def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmCon
     """Return the weighted sum of max(-s A, -clip(s, 1 - c eps_low, 1 + c eps_high) A) over the sampled tokens.
 
     Here s is the ratio, A the advantage and c the clip scale of a token. The importance weights multiply this policy
-    term, but not the KL penalty. The returned `loss` is this micro-batch's share of the mini-batch's loss.
+    term, but neither the KL penalty nor the entropy term. The returned `loss` is this micro-batch's share of the
+    mini-batch's loss.
 
     Args:
         logprobs: [n] log-probs of the current policy, with gradient.
@@ -74,6 +79,8 @@ def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmCon
     if inputs.ref_logprobs is not None:
         kl = kl_penalty(logprobs, inputs.ref_logprobs, config.kl_estimator)
         total = total + config.kl_coef * kl
+    if inputs.entropy is not None:
+        total = total - inputs.entropy_weight * inputs.entropy
     return PolicyLoss(
         loss=(inputs.weights * total).sum(),
         token_loss=token_loss.detach(),

@@ -183,7 +183,8 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             limit=lambda baseline: config.min_entropy_share * baseline,
             is_floor=True,
             on_change=True,
-            advice="the policy has collapsed to one behaviour: lower update.lr, or raise algorithm.clip_high",
+            advice="the policy has collapsed to one behaviour: set algorithm.entropy_coef and entropy_target "
+            "(docs/methods.md), lower update.lr, or raise algorithm.clip_high",
         ),
         "likelihood": Alarm(
             metrics=("likelihood/correct",),

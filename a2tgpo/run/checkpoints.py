@@ -18,6 +18,7 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.data.template import PromptSet
 from a2tgpo.evaluate.sets import EvaluationSets
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.loss.entropy import EntropyWeight
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.model.policy import Policy
@@ -39,7 +40,7 @@ class RunCheckpoints:
 
     Args:
         folder: the folder of the run.
-        policy, optimizer, schedule, state, guards: the objects whose state a checkpoint contains.
+        policy, optimizer, schedule, entropy_weight, state, guards: the objects whose state a checkpoint contains.
         phases: moves policy and optimizer to the GPU before a save or a load.
         train_prompts: the training questions, to which `state` refers.
         test_sets: the held-out questions, to which the best score refers.
@@ -55,6 +56,7 @@ class RunCheckpoints:
         policy: Policy,
         optimizer: Any,
         schedule: LearningRateSchedule,
+        entropy_weight: EntropyWeight,
         state: RolloutState,
         guards: Guards,
         phases: MemoryPhases,
@@ -65,6 +67,7 @@ class RunCheckpoints:
         self._groups = groups
         self._engine_group = engine_group
         self._policy, self._optimizer, self._schedule = policy, optimizer, schedule
+        self._entropy_weight = entropy_weight
         self._state = state
         self._guards = guards
         self._phases = phases
@@ -115,7 +118,9 @@ class RunCheckpoints:
                 )
             self._state.carried = self._read_carried(path, step, changed)
             self.evaluation_is_due = state.get("evaluation_is_due", False)
-            # A checkpoint of an earlier version may have neither the guards' state nor a best policy.
+            # A checkpoint of an earlier version may lack these states, or a best policy.
+            if "entropy_weight" in state:
+                self._entropy_weight.load_state_dict(state["entropy_weight"])
             if "guards" in state:
                 self._guards.load_state_dict(state["guards"])
             # Another run's record of its best policy names a checkpoint that this run does not have.
@@ -150,6 +155,7 @@ class RunCheckpoints:
                 "settings": settings_of(self._config),
                 "sampler": self._state.sampler.state_dict(),
                 "test_questions": self._test_sets.fingerprint,
+                "entropy_weight": self._entropy_weight.state_dict(),
                 "guards": self._guards.state_dict(),
                 "evaluation_is_due": evaluation_is_due,
                 "best": best,

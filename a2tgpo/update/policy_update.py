@@ -90,6 +90,7 @@ def update_policy(
     config: AlgorithmConfig,
     *,
     distribution: TokenDistribution,
+    entropy_weight: float = 0.0,
 ) -> tuple[MetricSums, TurnRatios]:
     """Take one optimizer step per mini-batch, in order. Every rank must call this.
 
@@ -99,8 +100,11 @@ def update_policy(
     At the first mini-batch, the policy is still the one that played, so the true ratio is 1. The metric
     `ratio/noise_floor` is the measured deviation from 1. If the first mini-batch has no `old_logprobs`, its training
     pass computes them and adds the metrics of `compute_old_logprobs`. In this case, the ratio is exactly 1.
+
+    Args:
+        entropy_weight: the weight of the entropy in the loss. If it is 0, the entropy gets no gradient.
     """
-    metrics, passes = MetricSums(), _TrainingPasses(config)
+    metrics, passes = MetricSums(), _TrainingPasses(config, entropy_weight)
     for number, minibatch in enumerate(minibatches):
         minibatch = [microbatch.to(policy.groups.device) for microbatch in minibatch]
         batches, loss = [m.batch for m in minibatch], passes.loss_of(minibatch, is_first=number == 0)
@@ -117,14 +121,17 @@ def update_policy(
             record_spread(metrics, result.metrics, num_updates=number)
     metrics.merge(_score_metrics(policy, passes.score_sums))
     metrics.merge(correction_metrics(passes.importance, config.correction, policy.groups))
+    if config.entropy_coef:
+        metrics.add("entropy/weight", entropy_weight, 1)
     return metrics, passes.turn_ratios
 
 
 class _TrainingPasses:
     """The loss of a step's training passes, and other values that these passes compute on the last pipeline stage."""
 
-    def __init__(self, config: AlgorithmConfig):
+    def __init__(self, config: AlgorithmConfig, entropy_weight: float):
         self._config = config
+        self._entropy_weight = entropy_weight
         self.score_sums: dict[str, Tensor] = {}
         self.importance: list[ImportanceWeights] = []
         self.turn_ratios: TurnRatios = []
@@ -142,6 +149,9 @@ class _TrainingPasses:
             if config.correction.kind != "none":
                 self.importance.append(weigh(inputs, batch, config.correction))
                 inputs = replace(inputs, importance=self.importance[-1].weights)
+            if self._entropy_weight:
+                entropy = entropy[batch.loss_mask[0]]
+                inputs = replace(inputs, entropy=entropy, entropy_weight=self._entropy_weight)
             sampled = logprobs[batch.loss_mask[0]]
             result = policy_loss(sampled, inputs, config)
             log_ratio = sampled.detach() - inputs.old_logprobs

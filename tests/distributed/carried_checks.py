@@ -32,6 +32,7 @@ from a2tgpo.data.question_set import Question
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet, PromptTemplate
 from a2tgpo.evaluate.sets import EvaluationSets
+from a2tgpo.loss.entropy import EntropyWeight
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.parallel.collectives import all_gather_object
@@ -58,7 +59,10 @@ def trainer_parts(policy):
     update = UpdateConfig(prompts_per_minibatch=SETTINGS["prompts_per_step"])
     optimizer, schedule = build_optimizer(policy, update, total_steps=NUM_STEPS)
     phases = MemoryPhases(policy, optimizer=optimizer)
-    return dict(policy=policy, optimizer=optimizer, schedule=schedule, phases=phases)
+    entropy_weight = EntropyWeight(AlgorithmConfig())
+    return dict(
+        policy=policy, optimizer=optimizer, schedule=schedule, entropy_weight=entropy_weight, phases=phases
+    )
 
 
 class Run:

@@ -157,6 +157,26 @@ def check_turn_ratios(bench: Bench) -> None:
     assert_close(hf_gradients(policy), bench.reference.turn_gradients, 2e-5)
 
 
+def check_entropy(bench: Bench) -> None:
+    """A weighted entropy has the value and the gradients that transformers and a dense softmax give."""
+    policy, _ = bench.policy()
+    batches = bench.batches()
+
+    def loss_function(number: int, logprobs: Tensor, entropy: Tensor) -> Any:
+        batch = batches[number]
+        turns = zip(batch.turn_trajectory.tolist(), batch.turn_index.tolist(), strict=True)
+        mask = batch.loss_mask[0]
+        weights = torch.tensor([coefficient(*turn) for turn in turns])[batch.turn_ids[0, mask]]
+        return -(entropy[mask] * weights).sum() / bench.total_tokens, {}
+
+    loss = float(compute_gradients(policy, batches, loss_function)["loss over all replicas"])
+    assert math.isclose(loss, bench.reference.entropy_loss, rel_tol=1e-5), (
+        loss,
+        bench.reference.entropy_loss,
+    )
+    assert_close(hf_gradients(policy), bench.reference.entropy_gradients, 2e-5)
+
+
 def check_correction(bench: Bench) -> None:
     """Likelihood and correction speak of all tokens of all replicas, also where some replicas have none.
 

@@ -31,6 +31,7 @@ from a2tgpo.collect.state import RolloutState
 from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.loss.entropy import EntropyWeight
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.parallel.collectives import all_gather_object
@@ -62,6 +63,7 @@ def of_method(parts: RunParts, config: RunConfig) -> RunParts:
         config=config,
         optimizer=optimizer,
         schedule=schedule,
+        entropy_weight=EntropyWeight(config.algorithm),
         reference=reference,
         phases=MemoryPhases(
             parts.policy,

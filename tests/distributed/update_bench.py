@@ -103,13 +103,16 @@ class Reference:
     turn_loss: float
     """Eq. 10 and 12 written as loops over trajectories and turns, each sampled token with the same weight."""
     turn_gradients: dict[str, Tensor]
+    entropy_loss: float
+    """Minus the entropy of every sampled token's distribution, weighted as in `Bench.loss_function`."""
+    entropy_gradients: dict[str, Tensor]
     logprobs: dict[int, Tensor]
     """Per trajectory, log p of its tokens 1 .. m."""
 
 
 def make_reference(path: Path, trajectories: list[Trajectory]) -> Reference:
     model = load_reference(path)
-    loss, turn_loss, logprobs = reference_loss(model, trajectories)
+    loss, turn_loss, entropy_loss, logprobs = reference_loss(model, trajectories)
 
     def gradients_of(objective: Tensor) -> dict[str, Tensor]:
         model.zero_grad()
@@ -122,6 +125,8 @@ def make_reference(path: Path, trajectories: list[Trajectory]) -> Reference:
         gradients=gradients_of(loss),
         turn_loss=turn_loss.item(),
         turn_gradients=gradients_of(turn_loss),
+        entropy_loss=entropy_loss.item(),
+        entropy_gradients=gradients_of(entropy_loss),
         logprobs=logprobs,
     )
 
@@ -130,10 +135,12 @@ def load_reference(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
 
 
-def reference_loss(model: Any, trajectories: list[Trajectory]) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-    """The loss of `Bench.loss_function`, that of turns (see `Reference`) and each token's log-prob."""
+def reference_loss(
+    model: Any, trajectories: list[Trajectory]
+) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:
+    """The loss of `Bench.loss_function`, that of turns, that of entropies, and each token's log-prob."""
     total = sum(t.num_sampled_tokens for t in trajectories)
-    loss, turn_loss, logprobs = torch.zeros(()), torch.zeros(()), {}
+    loss, turn_loss, entropy_loss, logprobs = torch.zeros(()), torch.zeros(()), torch.zeros(()), {}
     for index, rollout in enumerate(trajectories):
         if not rollout.num_sampled_tokens:
             continue
@@ -143,6 +150,8 @@ def reference_loss(model: Any, trajectories: list[Trajectory]) -> tuple[Tensor, 
             weights += [coefficient(index, number)] * len(turn.tokens) + [0.0] * len(turn.observation_tokens)
         logits = model(torch.tensor([ids])).logits[0, :-1]
         found = logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+        entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+        entropy_loss = entropy_loss - (entropy * torch.tensor(weights[1:])).sum() / total
         loss = loss - (found * torch.tensor(weights[1:])).sum() / total
         logprobs[index] = found.detach()
         log_ratio, start = found - old_logprobs(found), len(rollout.prompt_tokens) - 1
@@ -154,7 +163,7 @@ def reference_loss(model: Any, trajectories: list[Trajectory]) -> tuple[Tensor, 
                 token_loss = torch.maximum(-ratio * advantage, -clipped * advantage)
                 turn_loss = turn_loss + len(turn.tokens) * token_loss / total
             start += len(turn.tokens) + len(turn.observation_tokens)
-    return loss, turn_loss, logprobs
+    return loss, turn_loss, entropy_loss, logprobs
 
 
 class Bench:

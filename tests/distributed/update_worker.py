@@ -33,6 +33,7 @@ from checkpoint_checks import (
 from claims import Claims
 from layout_checks import (
     check_correction,
+    check_entropy,
     check_gradients,
     check_output_rows,
     check_probes,
@@ -44,6 +45,7 @@ from torch import Tensor
 from update_bench import Bench, assert_close, hf_weights, make_model, make_reference, make_trajectories
 
 from a2tgpo.collect.state import RolloutState
+from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.data import DataConfig
 from a2tgpo.config.guard import GuardConfig
 from a2tgpo.config.model import ModelConfig
@@ -51,6 +53,7 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.loss.entropy import EntropyWeight
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.parallel.collectives import broadcast_object
@@ -145,6 +148,7 @@ def check_one_best(bench: Bench) -> None:
         policy=policy,
         optimizer=optimizer,
         schedule=schedule,
+        entropy_weight=EntropyWeight(AlgorithmConfig()),
         phases=MemoryPhases(policy, optimizer=optimizer),
         state=RolloutState(sampler=PromptSampler(10, 2, seed=0)),
         guards=Guards(GuardConfig(), clip_low=0.1, clip_high=0.1),
@@ -187,6 +191,7 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
     "dp4": [
         check_gradients,
         check_output_rows,
+        check_entropy,
         check_scores,
         check_probes,
         check_correction,
@@ -202,7 +207,7 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_earlier_format,
         check_host_memory,
     ],
-    "tp2": [check_gradients, check_output_rows],
+    "tp2": [check_gradients, check_output_rows, check_entropy],
     "tp2_sequence": [check_gradients, check_output_rows, check_scores, check_probes],
     "pp2_vpp2": [
         check_gradients,
@@ -232,12 +237,20 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_gradients,
         check_output_rows,
         check_turn_ratios,
+        check_entropy,
         check_scores,
         check_update,
         check_another_layout,
         check_values_of_another_layout,
     ],
-    "cp2_pp2_vpp2": [check_gradients, check_output_rows, check_turn_ratios, check_correction, check_update],
+    "cp2_pp2_vpp2": [
+        check_gradients,
+        check_output_rows,
+        check_turn_ratios,
+        check_entropy,
+        check_correction,
+        check_update,
+    ],
     "tp2_pp2": [
         check_gradients,
         check_turn_ratios,

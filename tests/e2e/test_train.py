@@ -24,6 +24,8 @@ SMALL = [
     "checkpoint.every=1",
     "checkpoint.keep=9",
     "rollout.gain.verify_every=1",
+    "algorithm.entropy_coef=0.01",
+    "algorithm.entropy_target=9",
 ]
 
 pytestmark = pytest.mark.e2e
@@ -88,6 +90,8 @@ def test_a_run_leaves_its_metrics_rollouts_and_checkpoints(undisturbed):
         assert record["ratio/noise_floor"] < 1e-6, "the ratio is not 1 at the first mini-batch"
         assert record["ratio/noise_share"] >= 0
         assert record["update/skipped"] == 0 and record["update/grad_norm"] > 0
+    # The entropy of each step is below the target, so the weight of the next step rises by entropy_delta.
+    assert [record["entropy/weight"] for record in records[1:]] == pytest.approx([0.0, 1e-4, 2e-4])
 
 
 def test_the_trainer_leaves_the_card_for_every_rollout_and_memory_does_not_creep(undisturbed):

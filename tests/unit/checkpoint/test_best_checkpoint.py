@@ -186,7 +186,7 @@ def test_a_run_that_its_guards_stop_is_evaluated_first_where_that_is_due(world, 
         "reward": None,
         "train_prompts": SimpleNamespace(questions=[]),
     }
-    parts: Any = SimpleNamespace(**{**vars(world.parts), "config": config, **no_answers})
+    parts: Any = SimpleNamespace(**{**vars(run.parts), "config": config, **no_answers})
     guards = Guards(GuardConfig(stop_after=4), clip_low=0.1, clip_high=0.1)
     recorder, checkpoints = run.folder.recorder(None, step=0), build_checkpoints(parts, run.folder, guards)
     trainer = ScriptedTrainer(parts, recorder, checkpoints, guards, bank=run.folder.bank)

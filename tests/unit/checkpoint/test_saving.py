@@ -44,6 +44,15 @@ def test_every_mth_checkpoint_stays_besides_the_newest(world, tmp_path):
     ]
 
 
+def test_the_weight_of_the_entropy_is_restored_to_the_bit(world, tmp_path):
+    first = Run(world, tmp_path)
+    for entropy in (0.1, 0.1, 0.3, 0.15):
+        first.parts.entropy_weight.follow(entropy)
+    first.save(4)
+    second = Run(world, tmp_path)
+    assert second.step == 4 and second.parts.entropy_weight.value == first.parts.entropy_weight.value > 0
+
+
 def test_of_the_best_the_weights_alone_stay_and_are_what_was_saved(world, tmp_path):
     """They can be evaluated, not gone on from; the newest, though best, stays whole until others have come."""
     weight = next(world.parts.policy.gpt_models[0].parameters())

@@ -77,6 +77,24 @@ def test_float64_logits_pass_gradcheck_with_entropy(groups: ParallelGroups) -> N
     assert torch.autograd.gradcheck(function, logits.double().requires_grad_())
 
 
+@pytest.mark.parametrize("chunk_size", [3, 512])
+def test_gradients_of_logprobs_and_entropy_are_those_of_a_dense_softmax(
+    groups: ParallelGroups, chunk_size: int
+) -> None:
+    logits, targets, weight = make(13, 64, 50)
+    reference = logits.double().requires_grad_()
+    p = (reference[:, :50] / 0.6).softmax(-1)
+    entropy = -(p * p.log()).sum(-1)
+    (weight * p.gather(-1, targets[:, None])[:, 0].log() - weight.cos() * entropy).sum().backward()
+
+    found = logits.double().requires_grad_()
+    logprobs, entropy = token_logprobs(
+        found, targets, vocab_size=50, tp_group=groups.tp_group, temperature=0.6, chunk_size=chunk_size
+    )
+    (weight * logprobs - weight.cos() * entropy).sum().backward()
+    torch.testing.assert_close(found.grad, reference.grad, rtol=1e-10, atol=1e-14)
+
+
 def test_no_tokens_give_no_logprobs(groups: ParallelGroups) -> None:
     logits = torch.zeros(0, 8, requires_grad=True)
     logprobs, entropy = token_logprobs(

@@ -223,7 +223,12 @@ def test_a_turns_ratio_is_that_of_its_mean_log_ratio_when_it_was_trained_on(poli
 
 
 def one_update(
-    policy: Policy, trajectories: list[Trajectory], *, scoring: bool, **algorithm
+    policy: Policy,
+    trajectories: list[Trajectory],
+    *,
+    scoring: bool,
+    entropy_weight: float = 0.0,
+    **algorithm,
 ) -> tuple[dict[str, float], dict[str, torch.Tensor], int]:
     """Metrics, weights and needless passes over a micro-batch, of a fresh policy's single mini-batch."""
     update = UpdateConfig(lr=1e-3)
@@ -237,7 +242,13 @@ def one_update(
     step = [minibatch, []] if scoring else [minibatch]  # as in a step that has another one behind it
     step, metrics = compute_old_logprobs(fresh, step, distribution=MODEL_DISTRIBUTION)
     of_update, _ = update_policy(
-        fresh, optimizer, schedule, step[:1], AlgorithmConfig(**algorithm), distribution=MODEL_DISTRIBUTION
+        fresh,
+        optimizer,
+        schedule,
+        step[:1],
+        AlgorithmConfig(**algorithm),
+        distribution=MODEL_DISTRIBUTION,
+        entropy_weight=entropy_weight,
     )
     metrics.merge(of_update)
     weights = {name: p.detach().clone() for name, p in fresh.gpt_models[0].named_parameters()}
@@ -261,6 +272,22 @@ def test_the_training_pass_of_a_single_mini_batch_gives_what_scoring_gives(
     assert found == pytest.approx(scored, rel=1e-5)
     for name, weight in weights.items():
         assert (weight - of_scored[name]).norm() <= 1e-5 * of_scored[name].norm(), name
+
+
+def test_an_entropy_term_lowers_the_loss_by_the_mean_entropy(policy, trajectories) -> None:
+    """A weight of 0 leaves the gradients as they are without the term, to the bit."""
+    config = {"aggregation": "token-mean"}
+    adapted = config | {"entropy_coef": 0.5, "entropy_target": 1.0}
+    plain, of_plain, _ = one_update(policy, trajectories, scoring=False, **config)
+    idle, of_idle, _ = one_update(policy, trajectories, scoring=False, **adapted)
+    found, weights, _ = one_update(policy, trajectories, scoring=False, entropy_weight=0.25, **adapted)
+    assert idle.pop("entropy/weight") == 0.0 and found["entropy/weight"] == 0.25
+    assert idle == plain
+    assert all(torch.equal(of_idle[name], weight) for name, weight in of_plain.items())
+    assert plain["update/loss"] - found["update/loss"] == pytest.approx(
+        0.25 * plain["entropy/mean"], rel=1e-4
+    )
+    assert any(not torch.equal(weights[name], weight) for name, weight in of_plain.items())
 
 
 def test_turns_of_a_single_mini_batch_have_ratio_1(policy, trajectories) -> None:
