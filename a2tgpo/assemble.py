@@ -34,10 +34,12 @@ from a2tgpo.parallel.engine_group import EngineGroup, build_engine_group
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.protocol.build import build_protocol
 from a2tgpo.protocol.protocol import AgentProtocol
+from a2tgpo.record.profiler import check_profiling
 from a2tgpo.reward.score import TrajectoryReward
 from a2tgpo.rollout.engine_share import settle_engine_share
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
+from a2tgpo.rollout.vllm_environment import name_engine_ranges
 from a2tgpo.run.checkpoints import RunCheckpoints
 from a2tgpo.run.date import run_date
 from a2tgpo.run.folder import RunFolder
@@ -99,6 +101,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
             checkpoint of another run.
     """
     config.check_training()
+    check_profiling(config.profile)
     timers = StageTimers()
     engine_group = build_engine_group(config, groups)
     with timers.stage("startup_data"):
@@ -187,6 +190,8 @@ def build_engine(config: RunConfig, engine_group: EngineGroup, *, with_weights: 
     If `with_weights` is false, the caller must load weights before it uses the engine.
     """
     config = settle_engine_share(config)
+    if config.profile.steps:
+        name_engine_ranges(config.profile.tool)
     return VllmEngine(
         config.model.path,
         config=config.rollout,

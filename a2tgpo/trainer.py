@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from pathlib import Path
 
 import torch
 
@@ -20,10 +19,12 @@ from a2tgpo.lifecycle.watchdog import Watchdog
 from a2tgpo.metrics.guards import Guards
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.metrics.timers import StageTimers
+from a2tgpo.record.profiler import StepProfiler
 from a2tgpo.record.recorder import Recorder
 from a2tgpo.refit.sync import sync_engine
 from a2tgpo.run.checkpoints import RunCheckpoints
 from a2tgpo.run.early_stop import EarlyStop
+from a2tgpo.run.folder import RunFolder
 from a2tgpo.update.minibatch import build_minibatches
 from a2tgpo.update.policy_update import (
     compute_old_logprobs,
@@ -40,7 +41,7 @@ class Trainer:
         recorder: writes metrics and rollouts.
         checkpoints: saves the state of `parts` and `guards`.
         guards: checks the metrics of each step.
-        bank: the folder of the rollout bank.
+        folder: the run's folder, which has the rollout bank and the profiles.
         step: the number of steps that the run has already done.
         startup: metrics of this start, reported with its first rollout.
         watchdog: limits the time of each stage. None: no limits.
@@ -55,7 +56,7 @@ class Trainer:
         checkpoints: RunCheckpoints,
         guards: Guards,
         *,
-        bank: Path,
+        folder: RunFolder,
         step: int = 0,
         startup: dict[str, float] | None = None,
         watchdog: Watchdog | None = None,
@@ -67,7 +68,10 @@ class Trainer:
         self.checkpoints = checkpoints
         self.guards, self.step = guards, step
         self.early_stop = EarlyStop(stop or StopRequest(), parts.state, parts.rollout.outage, checkpoints)
-        self.bank = RolloutBank(bank, parts.config, parts.state, parts.groups, parts.engine_group)
+        self.profiler = StepProfiler(
+            parts.config.profile, folder.profile, parts.phases, rank=parts.groups.rank
+        )
+        self.bank = RolloutBank(folder.bank, parts.config, parts.state, parts.groups, parts.engine_group)
         self.step_rollout = StepRollout(
             parts.config.rollout,
             RewardedRollout(
@@ -102,7 +106,8 @@ class Trainer:
             while self.step < self.config.run.steps and not self.guards.stop_is_due:
                 evaluation_is_due = False
                 self.early_stop.agree_before("refit", "rollout", "bank")
-                metrics = self.train_step()
+                with self.profiler.step(self.step + 1):
+                    metrics = self.train_step()
                 evaluation_is_due = self._is_due(self.config.evaluation.every)
                 self.parts.entropy_weight.follow(metrics.get("entropy/mean", math.nan))
                 alarms, lines = self.guards.watch(self.step, metrics)

@@ -88,7 +88,7 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
         recorder,
         checkpoints,
         guards,
-        bank=folder.bank,
+        folder=folder,
         step=step,
         startup=parts.startup | startup,
         watchdog=watchdog,
@@ -99,7 +99,9 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
     code = 0
     try:
         stop_signal.begin_training()
-        if trainer.train():
+        with parts.phases.explain_shortage():
+            is_done = trainer.train()
+        if is_done:
             recorder.writer.print(ending.finished(folder, best))
         elif stop.is_agreed:
             code = START_AGAIN

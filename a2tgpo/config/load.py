@@ -33,7 +33,7 @@ FILE_SUFFIXES = (".yaml", ".yml")
 
 # YAML 1.1 reads 1e-6 as a text because it has no dot.
 _FLOAT_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_LIST = tuple[str, ...]
+_LISTS = (tuple[str, ...], tuple[int, ...])
 _RULES = {
     bool: "true or false",
     int: "an integer",
@@ -41,7 +41,8 @@ _RULES = {
     str: "a text",
     dict: "a mapping of names to values, like {name: value}",
     str | dict: "a text, or a mapping like {name: value}",
-    _LIST: "a list of texts",
+    tuple[str, ...]: "a list of texts",
+    tuple[int, ...]: "a list of integers",
 }
 
 
@@ -113,7 +114,7 @@ def flat_value(value: Any) -> Any:
     """Return a field's value as a number or a text: a mapping as JSON, a list with commas between its items."""
     if isinstance(value, dict):
         return json.dumps(value, sort_keys=True)
-    return ",".join(value) if isinstance(value, list | tuple) else value
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
 def dump_config(config: RunConfig) -> str:
@@ -234,8 +235,8 @@ def _typed(value: Any, key: str, source: str) -> Any:
     typed: Any
     if kind is float:
         typed = _number(value)
-    elif kind == _LIST:
-        is_list = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    elif kind in _LISTS:
+        is_list = isinstance(value, list) and all(type(item) is get_args(kind)[0] for item in value)
         typed = tuple(value) if is_list else None
     elif kind == str | dict:
         typed = value if isinstance(value, kind) else None
@@ -264,8 +265,8 @@ def _hint(value: Any, kind: Any) -> str:
     """Return how to correct `value`, whose type is not `kind`; "" if the correction is obvious."""
     if value is None:
         return " (YAML reads a lone ~ and an empty value as null)"
-    if kind == _LIST and isinstance(value, str):
-        return f"; write [{','.join(item.strip() for item in value.split(','))}]"
+    if kind in _LISTS and type(value) in (str, get_args(kind)[0]):
+        return f"; write [{','.join(item.strip() for item in str(value).split(','))}]"
     return " (put it in quotes)" if kind is str and not isinstance(value, dict | list) else ""
 
 

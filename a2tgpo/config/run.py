@@ -11,6 +11,7 @@ from a2tgpo.config.guard import GuardConfig
 from a2tgpo.config.mcp import McpConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.profile import ProfileConfig
 from a2tgpo.config.python import LONGEST_START_S, PythonConfig
 from a2tgpo.config.refit import RefitConfig
 from a2tgpo.config.reward import RewardConfig
@@ -118,6 +119,7 @@ class RunConfig:
     refit: RefitConfig = field(default_factory=RefitConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     warmstart: WarmstartConfig = field(default_factory=WarmstartConfig)
@@ -140,6 +142,12 @@ class RunConfig:
             "checkpoint.best_by",
             self.checkpoint.best_by,
             one_of((*scores, "none"), self.checkpoint.best_by),
+        )
+        require(
+            all(step <= self.run.steps for step in self.profile.steps),
+            "profile.steps",
+            list(self.profile.steps),
+            f"steps of the run, 1 to run.steps ({self.run.steps})",
         )
         require(
             self.rollout.prompts_per_step % self.update.prompts_per_minibatch == 0,

@@ -18,7 +18,8 @@ the host, and `memory/move_s`, the time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -26,6 +27,8 @@ import torch
 
 from a2tgpo.memory.offload import MovablePart, gradient_tensors, optimizer_tensors, weight_tensors
 from a2tgpo.memory.residency import ENGINE, TRAINER, resident
+from a2tgpo.memory.shortage import shortage_line
+from a2tgpo.memory.snapshots import MemorySnapshots
 from a2tgpo.metrics.host_memory import resident_bytes
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.policy import Policy
@@ -84,6 +87,7 @@ class MemoryPhases:
         self._engine = engine
         self._offload = offload
         self._metrics = MetricSums()
+        self._snapshots: MemorySnapshots | None = None
         self.phase = "build"
         """The current phase, one of `residency.PHASES`."""
         self._check()
@@ -99,12 +103,15 @@ class MemoryPhases:
             return
         self._check_order(phase)
         wanted = self._wanted(phase)
+        if self._snapshots is not None:
+            self._snapshots.end_of(self.phase)
         start = time.perf_counter()
         if ON_GPU:
             self._metrics.add_max(f"memory/{self.phase}_peak_gib", torch.cuda.max_memory_allocated() / GIB)
             torch.cuda.reset_peak_memory_stats()
-        moved = self._free(wanted) + self._allocate(wanted)
+        moved = self._free(wanted)
         self.phase = phase
+        moved += self._allocate(wanted)
         self._check()
         self._record(moved, time.perf_counter() - start)
 
@@ -112,10 +119,32 @@ class MemoryPhases:
         """Free the trainer's GPU memory, then call `build` and return the awake engine that it creates."""
         assert self._engine is None and self.phase == "build", "one engine, before anything else"
         self._free(self._wanted("start"))
-        self._engine = engine = build()
         self.phase = "start"
+        with self.explain_shortage():
+            self._engine = engine = build()
         self._check()
         return engine
+
+    @contextmanager
+    def observed_by(self, snapshots: MemorySnapshots) -> Iterator[None]:
+        """Let `snapshots` see the end of every phase in the `with` block, and the phase in which the block ends."""
+        self._snapshots = snapshots
+        try:
+            yield
+            snapshots.end_of(self.phase)
+        finally:
+            self._snapshots = None
+
+    @contextmanager
+    def explain_shortage(self) -> Iterator[None]:
+        """If the GPU runs out of memory in the `with` block, raise a RuntimeError that says so in one line.
+
+        The line names the phase, what is on the GPU, and the settings that help.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(self._shortage(str(error))) from error
 
     def take_metrics(self) -> MetricSums:
         """Return the metrics of all phase changes since the last call. The caller must reduce them over the world."""
@@ -185,6 +214,15 @@ class MemoryPhases:
             f"memory phase {self.phase}: {name} {'is' if name == 'KV cache' else 'are'} {place} the card; "
             f"allowed: {allowed} the card. Something moved them without MemoryPhases.enter"
         )
+
+    def _shortage(self, message: str) -> str:
+        parts = {name: self._parts[name].bytes_on_card() for name in TRAINER if name in self._parts}
+        held: dict[str, int | None] = {name: size for name, size in parts.items() if size}
+        if self._engine is not None:
+            held |= {name: None for name, tag in _TAGS.items() if self._engine.is_on_card(tag)}
+        in_use = memory_in_use()
+        total = torch.cuda.mem_get_info()[1] if ON_GPU else in_use["used"]
+        return shortage_line(message, phase=self.phase, resident=held, in_use=in_use, total=total)
 
     def _record(self, moved: int, seconds: float) -> None:
         self._metrics.add(_MOVED, moved / GIB, 0)

@@ -2,13 +2,17 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch.profiler import record_function
 
 
 class StageTimers:
     """Measure the wall time of each stage.
 
-    If a stage runs several times, its times are added. The time of a stage includes the time of stages inside it.
+    If a stage runs several times, its times are added. The time of a stage includes the time of stages inside it. In a
+    profile, each stage is a range named `stage: NAME`. On a GPU it is an NVTX range too.
 
     Args:
         synchronize: function that waits for the device, such as torch.cuda.synchronize. It runs at the beginning and
@@ -33,8 +37,9 @@ class StageTimers:
         self._open.append(name)
         start = time.perf_counter()
         try:
-            yield
-            self._settle()
+            with record_function(f"stage: {name}"), _nvtx_range(f"stage: {name}"):
+                yield
+                self._settle()
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
             self._open.pop()
@@ -50,3 +55,7 @@ class StageTimers:
     def _settle(self) -> None:
         if self._synchronize is not None:
             self._synchronize()
+
+
+def _nvtx_range(name: str) -> AbstractContextManager[None]:
+    return torch.cuda.nvtx.range(name) if torch.cuda.is_available() else nullcontext()

@@ -8,6 +8,7 @@ The folder `ROOT/NAME/` contains
 - rollouts/step_N/, the recorded rollouts (`record.rollout_files`);
 - checkpoints/step_N/ and checkpoints/best.json;
 - bank/, the rollouts that no checkpoint covers yet;
+- profile/step_N/, the profiles of the steps of `profile.steps`;
 - stacks/, which exists only if some rank hung;
 - holder.json, which names the process that writes to the folder.
 """
@@ -108,6 +109,10 @@ class RunFolder:
     @property
     def bank(self) -> Path:
         return self.path / "bank"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
     @property
     def stacks(self) -> Path:

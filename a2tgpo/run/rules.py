@@ -55,7 +55,7 @@ TRAINING = Rules(
                 "guard",
                 "watchdog",
             ),
-            *("evaluation", "checkpoint"),
+            *("profile", "evaluation", "checkpoint"),
         )
     ),
     free=(
@@ -64,6 +64,7 @@ TRAINING = Rules(
             "run.keep_rollouts_gb",
             "checkpoint.",
             "watchdog.",
+            "profile.",
             "guard.",
             "cluster.",
             "refit.",

@@ -98,7 +98,7 @@ def train(parts: RunParts, start: list[torch.Tensor]) -> dict[str, Any]:
     recorder = folder.recorder(parts.tokenizer, step=0)
     guards = Guards(config.guard, clip_low=config.algorithm.clip_low, clip_high=config.algorithm.clip_high)
     checkpoints = build_checkpoints(parts, folder, guards)
-    trainer = Trainer(parts, recorder, checkpoints, guards, bank=folder.bank)
+    trainer = Trainer(parts, recorder, checkpoints, guards, folder=folder)
     held_after = []
     for _ in range(config.run.steps):
         trainer.train_step()

@@ -1,5 +1,6 @@
 """Whole programs, started as a user starts them: warm start, training, resume, other layouts."""
 
+import gzip
 import json
 import math
 import os
@@ -71,7 +72,8 @@ def warm_model(tmp_path_factory) -> str:
 def undisturbed(tmp_path_factory, warm_model) -> Path:
     """Three steps in one go on two data-parallel processes."""
     root = tmp_path_factory.mktemp("whole")
-    result = start(CONFIG, f"model.path={warm_model}", f"run.root={root}", "run.steps=3", *SMALL)
+    settings = [f"model.path={warm_model}", f"run.root={root}", "run.steps=3", "profile.steps=[2]"]
+    result = start(CONFIG, *settings, *SMALL)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "held-out EM" in result.stderr and "step 3/3" in result.stderr
     assert result.stderr.count("step 3: noise of the turn ratio over 3 steps: ") == 1
@@ -118,6 +120,30 @@ def test_the_closing_summary_gives_each_stage_of_a_step_one_row(undisturbed):
     for stage in stages:
         mean, _, fastest, slowest = values[stage]
         assert float(fastest) <= float(mean) <= float(slowest), stage
+
+
+def test_the_trace_of_a_step_has_a_range_for_each_stage_around_its_operations(undisturbed):
+    traces = sorted((undisturbed / "profile").rglob("*.*"))
+    assert [str(path.relative_to(undisturbed)) for path in traces] == [
+        f"profile/step_2/trace.rank_{rank}.json.gz" for rank in (0, 1)
+    ]
+    for trace in traces:
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        spans: dict[str, list[tuple[float, float]]] = {}
+        for event in events:
+            if event.get("ph") == "X":
+                spans.setdefault(event["name"], []).append((event["ts"], event["ts"] + event["dur"]))
+        stages = {name.removeprefix("stage: ") for name in spans if name.startswith("stage: ")}
+        assert stages == {"bank", "refit", "rollout", "exchange", "advantage", "score", "update"}
+        for inner, stage in (("gpu_model_runner: forward", "rollout"), ("autograd::engine", "update")):
+            ((begin, end),) = spans[f"stage: {stage}"]
+            inside = [
+                begin <= first and last <= end
+                for name, places in spans.items()
+                if name.startswith(inner)
+                for first, last in places
+            ]
+            assert sum(inside) > 1, (inner, stage)
 
 
 def test_the_best_evaluation_is_named(undisturbed):

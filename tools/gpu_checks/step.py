@@ -126,7 +126,7 @@ def _start(bench: Bench, *settings: dict[str, Any]) -> tuple[Any, Any]:
     algorithm = config.algorithm
     guards = Guards(config.guard, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
     recorder, checkpoints = folder.recorder(parts.tokenizer, step=0), build_checkpoints(parts, folder, guards)
-    return parts, Trainer(parts, recorder, checkpoints, guards, bank=folder.bank)
+    return parts, Trainer(parts, recorder, checkpoints, guards, folder=folder)
 
 
 def _take_step(bench: Bench, trainer: Any, name: str) -> dict[str, float]:

@@ -110,7 +110,7 @@ def _kind(kind: Any) -> str:
     """Return the text for a setting's type. For a choice, the text lists the allowed values."""
     if get_origin(kind) is Literal:
         return " \\| ".join(f"`{choice}`" for choice in get_args(kind))
-    names = {dict: "mapping", str | dict: "str or mapping", tuple[str, ...]: "list"}
+    names = {dict: "mapping", str | dict: "str or mapping", tuple[str, ...]: "list", tuple[int, ...]: "list"}
     return names.get(kind) or kind.__name__
 
 
@@ -144,7 +144,7 @@ def _shown(value: object) -> str:
     if value == "":
         return "empty"
     if isinstance(value, tuple):
-        value = f"[{', '.join(value)}]"
+        value = f"[{', '.join(map(str, value))}]"
     if isinstance(value, str) and len(value) > 60:
         return "a text, see below" if "\n" in value else f"`{_cell(value[:50])}…`"
     return f"`{_cell(str(value).lower() if isinstance(value, bool) else str(value))}`"

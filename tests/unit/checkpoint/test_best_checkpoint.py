@@ -189,7 +189,7 @@ def test_a_run_that_its_guards_stop_is_evaluated_first_where_that_is_due(world, 
     parts: Any = SimpleNamespace(**{**vars(run.parts), "config": config, **no_answers})
     guards = Guards(GuardConfig(stop_after=4), clip_low=0.1, clip_high=0.1)
     recorder, checkpoints = run.folder.recorder(None, step=0), build_checkpoints(parts, run.folder, guards)
-    trainer = ScriptedTrainer(parts, recorder, checkpoints, guards, bank=run.folder.bank)
+    trainer = ScriptedTrainer(parts, recorder, checkpoints, guards, folder=run.folder)
     assert not trainer.train() and trainer.step == 4
     assert run.best_step == best and run.steps == steps
 

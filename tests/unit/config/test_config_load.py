@@ -126,6 +126,19 @@ def test_bad_override_is_one_line_naming_key_value_and_rule(tmp_path, override, 
         ),
         ("warmstart: {source: no}", "warmstart.source is False; allowed: a text (put it in quotes)"),
         ("tools: {names: search}", "tools.names is 'search'; allowed: a list of texts; write [search]"),
+        ("profile: {steps: 3}", "profile.steps is 3; allowed: a list of integers; write [3]"),
+        ("profile: {steps: [3, x]}", "profile.steps is [3, 'x']; allowed: a list of integers"),
+        ("profile: {steps: [true]}", "profile.steps is [True]; allowed: a list of integers"),
+        ("profile: {steps: [0]}", "profile.steps is [0]; allowed: steps >= 1"),
+        (
+            "profile: {steps: [241]}",
+            "profile.steps is [241]; allowed: steps of the run, 1 to run.steps (240)",
+        ),
+        ("profile: {memory: [update]}", "profile.memory is ['update']; allowed: [] without profile.steps"),
+        (
+            "profile: {steps: [1], memory: [train]}",
+            "profile.memory is ['train']; allowed: among bank, refit, rollout, score, update",
+        ),
         ("run.steps: 3", "unknown key 'run.steps'; nearest valid key: run.steps"),
         ("algorithm: {gamma: 1.5}", "algorithm.gamma is 1.5; allowed: in [0, 1]"),
         ("rollout: {group_size: 0}", "rollout.group_size is 0; allowed: >= 1"),
@@ -195,8 +208,9 @@ def test_the_new_name_of_a_renamed_key_is_a_key_and_the_old_one_is_none():
 def test_a_list_is_a_list_in_a_file_and_on_the_command_line(tmp_path):
     path = write(tmp_path, MINIMAL + "tools: {names: [calculator]}")
     assert load_config(path).tools.names == ("calculator",)
-    config = load_config(path, ["tools.names=[search,calculator]"])
-    assert config.tools.names == ("search", "calculator")
+    config = load_config(path, ["tools.names=[search,calculator]", "profile.steps=[3, 4]"])
+    assert config.tools.names == ("search", "calculator") and config.profile.steps == (3, 4)
+    assert flat_config(config)["profile.steps"] == "3,4"
     assert load_config(write(tmp_path, dump_config(config), "dumped.yaml")) == config
     assert flat_config(config)["tools.names"] == "search,calculator"
 

@@ -19,6 +19,7 @@ from a2tgpo.memory import offload
 from a2tgpo.memory.offload import MovablePart, gradient_tensors, optimizer_tensors, weight_tensors
 from a2tgpo.memory.phases import GIB, MemoryPhases
 from a2tgpo.memory.residency import ENGINE, PHASES, TRAINER, resident
+from a2tgpo.memory.snapshots import MemorySnapshots
 from a2tgpo.model.build import Policy, build_policy
 from a2tgpo.model.fingerprint import weights_fingerprint
 from a2tgpo.update.logprobs import compute_logprobs
@@ -238,6 +239,25 @@ def test_any_order_is_either_refused_unmoved_or_keeps_every_bit(make, order) -> 
 
 
 _SHARED: dict[str, Trainer] = {}
+
+
+class Ends(MemorySnapshots):
+    """Notes the phases of which it is told, since only a GPU has snapshots."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def end_of(self, phase: str) -> None:
+        self.seen.append(phase)
+
+
+def test_snapshots_see_the_end_of_every_phase_of_a_step(make) -> None:
+    phases, ends = make().phases(LoggingEngine()), Ends()
+    with phases.observed_by(ends):
+        for phase in ("bank", "refit", "rollout", "rollout", "score", "update"):
+            phases.enter(phase)
+    phases.enter("checkpoint")
+    assert ends.seen == ["start", "bank", "refit", "rollout", "score", "update"]
 
 
 def test_without_offload_the_trainer_stays_and_the_engine_still_sleeps(make) -> None:
