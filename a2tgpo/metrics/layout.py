@@ -29,7 +29,8 @@ TENSORBOARD_LAYOUT = {
     },
     "4 health": {
         "alarms": [_MULTILINE, [r"alarm/"]],
-        "entropy": [_MULTILINE, [r"entropy/"]],
+        "entropy": [_MULTILINE, [r"entropy/mean"]],
+        "weight of the entropy": [_MULTILINE, [r"entropy/weight"]],
         "log-prob of sampled tokens": [_MULTILINE, [r"likelihood/"]],
         "loss": [_MULTILINE, [r"update/loss"]],
         "gradient norm": [_MULTILINE, [r"update/grad_norm"]],
@@ -38,6 +39,7 @@ TENSORBOARD_LAYOUT = {
         "train-engine gap of log-probs": [_MULTILINE, [r"gap/"]],
         "rollout correction": [_MULTILINE, [r"correction/"]],
         "refit": [_MULTILINE, [r"refit/"]],
+        "load of the busiest expert": [_MULTILINE, [r"experts/"]],
         "why rollouts stopped": [_MULTILINE, [r"stop/"]],
     },
     "5 speed": {

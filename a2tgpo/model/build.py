@@ -19,7 +19,9 @@ from a2tgpo.batch.packing import alignment
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
-from a2tgpo.model.experts import is_expert
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.model.expert_load import ExpertLoad
+from a2tgpo.model.experts import has_experts, is_expert, is_router
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.model.layer_spec import decoder_spec
 from a2tgpo.model.policy import Policy
@@ -77,6 +79,15 @@ def build_policy(
     if with_weights:
         load_hf_weights(policy)
     if update is not None and trainable:
+        if update.freeze_router:
+            _freeze_routers(policy)
+        if has_experts(hf_config):
+            policy.expert_load = ExpertLoad(
+                gpt_models,
+                groups,
+                num_layers=config.num_layers,
+                sequence_parallel=config.sequence_parallel,
+            )
         overlap = groups.device.type == "cuda" and groups.dp_cp_group.size() > 1
         wrap_for_training(policy, update, overlap=overlap)
     else:
@@ -126,6 +137,19 @@ def _gpt_model(
         # the gradients from other tensor-parallel ranks' tokens if parallel.expert is 1.
         parameter.allreduce = not is_expert(name)
     return gpt_model
+
+
+def _freeze_routers(policy: Policy) -> None:
+    """Give the routers' weights no gradient. A model without experts is refused."""
+    if not has_experts(policy.hf_config):
+        family = policy.hf_config.model_type
+        raise ConfigError(
+            f"update.freeze_router is true; allowed: false, since a {family} model has no experts"
+        )
+    for model in policy.gpt_models:
+        for name, parameter in model.named_parameters():
+            if is_router(name):
+                parameter.requires_grad_(False)
 
 
 def wrap_for_training(

@@ -10,6 +10,7 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.io.errors import ConfigError
 
 _PREFIX = ".mlp.experts."
+_ROUTER = ".mlp.router."
 
 
 def has_experts(hf_config: PretrainedConfig) -> bool:
@@ -81,6 +82,11 @@ def expert_settings(
         # Experts are narrow, so each stays whole. Whole experts are also distributed over tensor-parallel ranks.
         "expert_tensor_parallel_size": 1,
     }
+
+
+def is_router(name: str) -> bool:
+    """Return whether the Megatron parameter `name` belongs to a router."""
+    return _ROUTER in name
 
 
 def is_expert(name: str) -> bool:

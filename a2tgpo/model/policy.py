@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from a2tgpo.batch.packing import Alignment
+from a2tgpo.model.expert_load import ExpertLoad
 from a2tgpo.parallel.groups import ParallelGroups
 
 
@@ -38,6 +39,8 @@ class Policy:
     alignment: Alignment
     """Multiples to which packed batches are padded."""
     trainable: bool
+    expert_load: ExpertLoad | None = None
+    """Counts the tokens of each expert in training passes. None: the model has no experts or is not trainable."""
 
     @property
     def gpt_models(self) -> list[GPTModel]:

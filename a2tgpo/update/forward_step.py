@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -72,17 +73,20 @@ def run_pipeline(
             loss = loss + 0.0 * logprobs.sum()  # backward must reach every stage and every parameter
         return loss * scale, {}
 
+    load = None if forward_only else policy.expert_load
+
     def forward_step(numbers: Iterator[int], chunk: nn.Module) -> tuple[Tensor, Any]:
         number = next(numbers)
         batch = batches[number]
-        output = forward_packed(
-            chunk,
-            batch.tokens,
-            batch.positions,
-            batch.cu_seqlens,
-            tree=batch.tree,
-            output_rows=scored[number].rows if groups.is_pipeline_last else None,
-        )
+        with nullcontext() if load is None else load.counting(batch):
+            output = forward_packed(
+                chunk,
+                batch.tokens,
+                batch.positions,
+                batch.cu_seqlens,
+                tree=batch.tree,
+                output_rows=scored[number].rows if groups.is_pipeline_last else None,
+            )
         return output, partial(finish, number)
 
     iterators = [iter(range(count)) for _ in policy.chunks]

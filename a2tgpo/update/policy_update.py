@@ -18,6 +18,7 @@ from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.build import Policy
 from a2tgpo.model.logprobs import TokenDistribution
 from a2tgpo.parallel.collectives import from_last_stage
+from a2tgpo.update.expert_balance import balance_metrics
 from a2tgpo.update.importance import correction_metrics, weigh
 from a2tgpo.update.logprobs import TokenLogprobs, compute_logprobs
 from a2tgpo.update.minibatch import Microbatch, Minibatch
@@ -121,6 +122,7 @@ def update_policy(
             record_spread(metrics, result.metrics, num_updates=number)
     metrics.merge(_score_metrics(policy, passes.score_sums))
     metrics.merge(correction_metrics(passes.importance, config.correction, policy.groups))
+    metrics.merge(balance_metrics(policy))
     if config.entropy_coef:
         metrics.add("entropy/weight", entropy_weight, 1)
     return metrics, passes.turn_ratios

@@ -52,7 +52,7 @@ def cold_model(config: RunConfig) -> ModelConfig:
 def update_settings(config: RunConfig, *, lr: float) -> UpdateConfig:
     """Return the run's optimizer settings with the warm start's learning rates and weight decay.
 
-    The optimizer is not offloaded, because no engine needs the memory of the GPU.
+    The optimizer is not offloaded, because no engine needs the memory of the GPU. Routers are trained.
     """
     settings = config.warmstart
     return dataclasses.replace(
@@ -62,6 +62,7 @@ def update_settings(config: RunConfig, *, lr: float) -> UpdateConfig:
         lr_schedule="cosine",
         warmup_steps=settings.steps // 10,
         weight_decay=settings.weight_decay,
+        freeze_router=False,
         offload=False,
     )
 

@@ -26,9 +26,14 @@ from update_bench import (
 )
 from update_worker import check_nan_is_skipped, run_checks
 
+from a2tgpo.batch.packing import packed_length
 from a2tgpo.checkpoint import folder as checkpoint
 from a2tgpo.config.model import ModelConfig
+from a2tgpo.config.update import UpdateConfig
 from a2tgpo.memory.phases import MemoryPhases
+from a2tgpo.model.build import build_policy
+from a2tgpo.update.expert_balance import balance_metrics
+from a2tgpo.update.logprobs import compute_logprobs
 from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.train_step import compute_gradients
 
@@ -74,6 +79,55 @@ def check_idle_experts(bench: Bench) -> None:
     for name, parameter in layer.experts.named_parameters():
         expert = int(name.rpartition("weight")[2]) + bench.groups.ep_rank * layer.num_local_experts
         assert (parameter.main_grad.norm() > 0) == (tokens[expert] > 0), (name, tokens)
+
+
+def check_expert_load(bench: Bench) -> None:
+    """A training pass counts for each layer and expert the tokens that transformers sends there, without padding.
+
+    Layers that are computed twice count once, and scoring does not count.
+    """
+    model = ModelConfig(
+        path=str(bench.folder / "model"),
+        dtype="float32",
+        recompute="full" if bench.parallel.pipeline > 1 else "none",
+    )
+    policy = build_policy(
+        model, bench.parallel, bench.groups, update=UpdateConfig(distributed_optimizer=False)
+    )
+    batches = bench.batches()
+    compute_logprobs(policy, batches)
+    compute_gradients(policy, batches, bench.loss_function(batches))
+    assert policy.expert_load is not None
+    found = policy.expert_load.take()
+    reference, expected = load_reference(bench.folder / "model"), torch.zeros_like(found)
+    for trajectory in bench.trajectories:
+        if length := packed_length(trajectory):
+            ids = torch.tensor([list(trajectory.tokens[:length])])
+            for layer, logits in enumerate(reference(ids, output_router_logits=True).router_logits):
+                expected[layer] += torch.bincount(logits.topk(2).indices.flatten(), minlength=EXPERTS)
+    assert torch.equal(found, expected), (found, expected)
+    assert not policy.expert_load.take().any()
+    policy.expert_load._counts += 1.0
+    metrics = balance_metrics(policy).values()
+    assert metrics["experts/load_max"] == metrics["experts/layer_2_load"] == 1.0
+    assert metrics["experts/idle_share"] == 0.0
+
+
+def check_frozen_router(bench: Bench) -> None:
+    """Frozen routers keep every bit, also over a restart; the gradients of the other weights are what they were."""
+    check_resume(bench, freeze_router=True)
+    policy, update = bench.policy(distributed_optimizer=True, freeze_router=True)
+    optimizer, _ = build_optimizer(policy, update, total_steps=6)
+    before = hf_weights(policy)
+    norm = bench.step(policy, optimizer).grad_norm
+    after = hf_weights(policy)
+    routers = {name for name in before if name.endswith(".mlp.gate.weight")}
+    others = {name for name in before if not torch.equal(before[name], after[name])}
+    assert len(routers) == 2 and others == before.keys() - routers, before.keys() - routers - others
+    expected = math.hypot(
+        *(float(g.norm()) for name, g in bench.reference.gradients.items() if name in others)
+    )
+    assert math.isclose(norm, expected, rel_tol=1e-5), (norm, expected)
 
 
 def check_updates(bench: Bench) -> None:
@@ -134,10 +188,22 @@ CHECKS = {
     "dp4": [check_transformers, check_gradients, check_updates, check_from_two_expert_ranks],
     "ep4": [check_transformers, check_gradients, check_updates, check_idle_experts],
     "tp2_sequence": [check_transformers, check_gradients, check_updates, check_from_two_expert_ranks],
-    "tp2_sequence_ep2": [check_transformers, check_gradients, check_updates],
+    "tp2_sequence_ep2": [
+        check_transformers,
+        check_gradients,
+        check_updates,
+        check_expert_load,
+        check_frozen_router,
+    ],
     "tp2_sequence_ep4": [check_gradients, check_scores, check_updates, check_from_two_expert_ranks],
-    "cp2_ep2": [check_gradients, check_turn_ratios, check_updates],
-    "pp2_ep2": [check_transformers, check_gradients, check_updates, check_from_two_expert_ranks],
+    "cp2_ep2": [check_gradients, check_turn_ratios, check_updates, check_expert_load],
+    "pp2_ep2": [
+        check_transformers,
+        check_gradients,
+        check_updates,
+        check_from_two_expert_ranks,
+        check_expert_load,
+    ],
 }
 
 

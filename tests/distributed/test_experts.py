@@ -12,10 +12,10 @@ CHECKS = {
     "dp4": ["transformers", "gradients", "updates", "from_two_expert_ranks"],
     "ep4": ["transformers", "gradients", "updates", "idle_experts"],
     "tp2_sequence": ["transformers", "gradients", "updates", "from_two_expert_ranks"],
-    "tp2_sequence_ep2": ["transformers", "gradients", "updates"],
+    "tp2_sequence_ep2": ["transformers", "gradients", "updates", "expert_load", "frozen_router"],
     "tp2_sequence_ep4": ["gradients", "scores", "updates", "from_two_expert_ranks"],
-    "cp2_ep2": ["gradients", "turn_ratios", "updates"],
-    "pp2_ep2": ["transformers", "gradients", "updates", "from_two_expert_ranks"],
+    "cp2_ep2": ["gradients", "turn_ratios", "updates", "expert_load"],
+    "pp2_ep2": ["transformers", "gradients", "updates", "from_two_expert_ranks", "expert_load"],
 }
 KEYS = [f"{check}[{layout}]" for layout, checks in CHECKS.items() for check in checks]
 

@@ -1,0 +1,72 @@
+"""Count the tokens that each expert of a mixture gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from a2tgpo.batch.context_split import context_positions
+from a2tgpo.batch.packing import PADDING, PackedBatch
+from a2tgpo.parallel.collectives import all_reduce_sum, world_group
+from a2tgpo.parallel.groups import ParallelGroups
+
+
+class ExpertLoad:
+    """Counts this rank's tokens by layer and expert, without padding. Every rank of the model has one.
+
+    Args:
+        models: the chunks of this rank's pipeline stage, whose feed-forward layers are mixtures of experts.
+        num_layers: number of layers in the whole model.
+        sequence_parallel: whether tensor-parallel ranks divide the tokens.
+    """
+
+    def __init__(
+        self, models: Sequence[Any], groups: ParallelGroups, *, num_layers: int, sequence_parallel: bool
+    ) -> None:
+        self._groups = groups
+        self._sequence_parallel = sequence_parallel
+        self._is_real: Tensor | None = None
+        layers = [layer for model in models for layer in model.decoder.layers]
+        num_experts = layers[0].mlp.router.num_experts
+        self._counts = torch.zeros(num_layers, num_experts, dtype=torch.float64, device=groups.device)
+        for layer in layers:
+            layer.mlp.router.register_forward_hook(partial(self._count, layer.layer_number - 1))
+
+    @contextmanager
+    def counting(self, batch: PackedBatch) -> Iterator[None]:
+        """Count in the `with` block, which must run one chunk on `batch`.
+
+        A layer that is computed again in the backward pass is not counted again, because that happens outside the
+        block.
+        """
+        is_real, groups = batch.sequence_ids[0] != PADDING, self._groups
+        if groups.cp_size > 1:
+            is_real = is_real[
+                context_positions(batch.cu_seqlens, groups.cp_size)[groups.cp_rank].to(is_real.device)
+            ]
+        if self._sequence_parallel:
+            is_real = is_real.chunk(groups.tp_size)[groups.tp_rank]
+        self._is_real = is_real
+        try:
+            yield
+        finally:
+            self._is_real = None
+
+    def take(self) -> Tensor:
+        """Return the tokens since the last call by layer and expert, [num_layers, num_experts] float64 on the CPU.
+
+        Every rank must call this. The counts are sums over all ranks. A token counts once for each expert that it
+        chooses.
+        """
+        taken = all_reduce_sum(self._counts, world_group()).cpu()
+        self._counts.zero_()
+        return taken
+
+    def _count(self, layer: int, _router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        if self._is_real is not None:
+            self._counts[layer] += output[1][self._is_real].sum(0)
