@@ -64,6 +64,12 @@ class AlgorithmConfig:
     entropy_delta: float = 1e-4
     """With entropy_target, the weight starts at 0. It changes by this much per step: up if the entropy is below the
     target, down if not."""
+    clip_cov_share: float = 0.0
+    """Share of the sampled tokens that get no gradient because they lower the entropy (Clip-Cov: 2e-4); 0: none."""
+    clip_cov_low: float = 1.0
+    """Smallest covariance of a token that clip_cov_share may choose (Clip-Cov: 1)."""
+    clip_cov_high: float = 5.0
+    """Largest covariance of a token that clip_cov_share may choose (Clip-Cov: 5)."""
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     """Importance weights that correct for differences between the log-probs of engine and trainer."""
 
@@ -89,5 +95,12 @@ class AlgorithmConfig:
             self.entropy_target,
             "0 with algorithm.entropy_coef 0, which is the largest weight of the entropy; "
             "set algorithm.entropy_coef=0.005",
+        )
+        require(0 <= self.clip_cov_share < 1, "algorithm.clip_cov_share", self.clip_cov_share, "in [0, 1)")
+        require(
+            0 < self.clip_cov_low < self.clip_cov_high,
+            "algorithm.clip_cov_low",
+            self.clip_cov_low,
+            f"> 0 and below algorithm.clip_cov_high ({self.clip_cov_high:g})",
         )
         require(self.entropy_delta > 0, "algorithm.entropy_delta", self.entropy_delta, "> 0")

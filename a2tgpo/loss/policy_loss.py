@@ -32,10 +32,10 @@ class LossInputs:
     """[n]: log-probs of the reference model. Required if kl_coef > 0."""
     importance: torch.Tensor | None = None
     """[n]: importance weights without gradient, see `rollout_correction.importance_weights`. None: no correction."""
+    is_cov_clipped: torch.Tensor | None = None
+    """[n] bool: tokens whose log-prob is a constant in the ratio, see `clip_cov`. None: no such tokens."""
     entropy: torch.Tensor | None = None
     """[n] with gradient, nats: entropy of the distribution that predicts the token. None: no entropy term."""
-    entropy_weight: float = 0.0
-    """The factor of the entropy term, see `entropy.EntropyWeight`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,9 @@ class PolicyLoss:
     """Estimated KL to the reference. 0 if there is no reference."""
 
 
-def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmConfig) -> PolicyLoss:
+def policy_loss(
+    logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmConfig, *, entropy_weight: float = 0.0
+) -> PolicyLoss:
     """Return the weighted sum of max(-s A, -clip(s, 1 - c eps_low, 1 + c eps_high) A) over the sampled tokens.
 
     Here s is the ratio, A the advantage and c the clip scale of a token. The importance weights multiply this policy
@@ -63,9 +65,13 @@ def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmCon
 
     Args:
         logprobs: [n] log-probs of the current policy, with gradient.
+        entropy_weight: the factor of the entropy term, see `entropy.EntropyWeight`.
     """
     segment_ids, num_segments = segments(inputs, config.ratio)
-    ratio = shared_log_ratio(logprobs, inputs.old_logprobs, segment_ids, num_segments).exp()
+    trained = logprobs
+    if inputs.is_cov_clipped is not None:
+        trained = logprobs.where(~inputs.is_cov_clipped, logprobs.detach())
+    ratio = shared_log_ratio(trained, inputs.old_logprobs, segment_ids, num_segments).exp()
     bounded = clipped_ratio(ratio, inputs.clip_scale, clip_low=config.clip_low, clip_high=config.clip_high)
     plain, clipped = -inputs.advantages * ratio, -inputs.advantages * bounded
     token_loss = torch.maximum(plain, clipped)
@@ -80,7 +86,7 @@ def policy_loss(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmCon
         kl = kl_penalty(logprobs, inputs.ref_logprobs, config.kl_estimator)
         total = total + config.kl_coef * kl
     if inputs.entropy is not None:
-        total = total - inputs.entropy_weight * inputs.entropy
+        total = total - entropy_weight * inputs.entropy
     return PolicyLoss(
         loss=(inputs.weights * total).sum(),
         token_loss=token_loss.detach(),

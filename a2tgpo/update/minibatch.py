@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from a2tgpo.batch.microbatches import pack_microbatches
 from a2tgpo.batch.packing import Alignment, PackedBatch
 from a2tgpo.config.run import RunConfig
 from a2tgpo.loss.aggregate import token_weights
+from a2tgpo.loss.clip_cov import clip_covariance
 from a2tgpo.loss.policy_loss import LossInputs
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.trajectory import Trajectory
@@ -32,6 +35,8 @@ class Microbatch:
     """[S] float32: the weight in the loss of each sampled token of the sequence."""
     sequence_is_correct: Tensor
     """[S] bool: whether the trajectory's answer is an exact match."""
+    is_cov_clipped: Tensor | None = None
+    """[T] bool: tokens that Clip-Cov chose. None: Clip-Cov is off."""
     old_logprobs: Tensor | None = None
     """[T] float32: log-probs under the policy that played. Only the last pipeline stage has them, after scoring."""
     ref_logprobs: Tensor | None = None
@@ -58,6 +63,7 @@ class Microbatch:
             num_turns=batch.num_turns,
             num_sequences=batch.num_sequences,
             ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[mask],
+            is_cov_clipped=None if self.is_cov_clipped is None else self.is_cov_clipped[mask],
         )
 
 
@@ -107,5 +113,56 @@ def build_minibatches(
         packed = pack_microbatches(
             trajectories, rows, max_tokens=limit, align=align, dp_group=groups.dp_group
         )
-        minibatches.append([microbatch_of(batch) for batch in packed])
+        microbatches = [microbatch_of(batch) for batch in packed]
+        if config.algorithm.clip_cov_share:
+            microbatches = _with_clip_cov(microbatches, trajectories, config=config, groups=groups)
+        minibatches.append(microbatches)
     return minibatches
+
+
+def _with_clip_cov(
+    microbatches: list[Microbatch],
+    trajectories: Sequence[Trajectory],
+    *,
+    config: RunConfig,
+    groups: ParallelGroups,
+) -> list[Microbatch]:
+    """Return the micro-batches of one mini-batch with `is_cov_clipped`, by the log-probs of the engine."""
+
+    def sampled(values: Sequence[Tensor]) -> Tensor:
+        chosen = [value[m.batch.loss_mask[0]] for m, value in zip(microbatches, values, strict=True)]
+        return torch.cat(chosen or [torch.zeros(0)])
+
+    is_clipped = clip_covariance(
+        sampled([m.batch.rollout_logprobs[0] for m in microbatches]),
+        sampled([m.turn_advantages[m.batch.turn_ids[0]] for m in microbatches]),
+        sampled([_draws(m.batch, trajectories, seed=config.run.seed) for m in microbatches]),
+        config=config.algorithm,
+        dp_group=groups.dp_group,
+    )
+    counts = [int(m.batch.loss_mask.sum()) for m in microbatches]
+    found = []
+    for microbatch, own in zip(microbatches, is_clipped.split(counts), strict=True):
+        row = torch.zeros(microbatch.batch.num_tokens, dtype=torch.bool)
+        row[microbatch.batch.loss_mask[0]] = own
+        found.append(dataclasses.replace(microbatch, is_cov_clipped=row))
+    return found
+
+
+def _draws(batch: PackedBatch, trajectories: Sequence[Trajectory], *, seed: int) -> Tensor:
+    """Return a random number in [0, 1) for each position, [T] float64.
+
+    A number depends only on the seed, on the trajectory and on the position in the trajectory.
+    """
+    draws = torch.zeros(batch.num_tokens, dtype=torch.float64)
+    for number, index in enumerate(batch.trajectory_indices):
+        trajectory = trajectories[index]
+        key = (
+            zlib.crc32(trajectory.prompt_id.encode()),
+            trajectory.prompt_index,
+            trajectory.sample_index,
+            trajectory.turns[-1].version,
+        )
+        own = batch.sequence_ids[0] == number
+        draws[own] = torch.from_numpy(np.random.default_rng([seed, *key]).random(int(own.sum())))
+    return draws

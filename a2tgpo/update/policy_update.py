@@ -152,15 +152,16 @@ class _TrainingPasses:
                 self.importance.append(weigh(inputs, batch, config.correction))
                 inputs = replace(inputs, importance=self.importance[-1].weights)
             if self._entropy_weight:
-                entropy = entropy[batch.loss_mask[0]]
-                inputs = replace(inputs, entropy=entropy, entropy_weight=self._entropy_weight)
+                inputs = replace(inputs, entropy=entropy[batch.loss_mask[0]])
             sampled = logprobs[batch.loss_mask[0]]
-            result = policy_loss(sampled, inputs, config)
+            result = policy_loss(sampled, inputs, config, entropy_weight=self._entropy_weight)
             log_ratio = sampled.detach() - inputs.old_logprobs
             shared = segment_mean(log_ratio, inputs.turn_ids, inputs.num_turns)
             ratios = shared.clamp(max=MAX_LOG_RATIO).exp().float()
             self.turn_ratios.append((batch, ratios))
             sums = _loss_sums(result, log_ratio, batch) | spread_sums(log_ratio, inputs, config.ratio)
+            if inputs.is_cov_clipped is not None:
+                sums["cov_clipped"] = inputs.is_cov_clipped.sum()
             return result.loss, sums
 
         return loss_function
@@ -263,6 +264,8 @@ def _record(metrics: MetricSums, sums: dict[str, Tensor], *, is_first: bool) -> 
     metrics.add("clip/fraction", float(sums["clipped"]), tokens)
     metrics.add("clip/fraction_high", float(sums["clipped_high"]), tokens)
     metrics.add("clip/dual_fraction", float(sums["dual_clipped"]), tokens)
+    if "cov_clipped" in sums:
+        metrics.add("clip/cov_fraction", float(sums["cov_clipped"]), tokens)
     metrics.add("kl/old_policy", float(sums["old_kl"]), tokens)
     metrics.add("kl/reference", float(sums["ref_kl"]), tokens)
     by_turn = zip(sums["clipped_by_turn"].tolist(), sums["tokens_by_turn"].tolist(), strict=True)

@@ -30,6 +30,7 @@ LAYOUTS_OF = {
     "memory_phases_with_buckets": "dp4",
     "data_parallel_updates": "dp4",
     "retention": "dp4",
+    "clip_cov": "dp4",
     "one_best": "dp4",
 }
 CHECKS = [f"{check}[{layout}]" for check, layouts in LAYOUTS_OF.items() for layout in layouts.split()]

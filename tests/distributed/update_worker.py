@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from checkpoint_checks import (
     check_another_layout,
@@ -53,6 +54,7 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.data.sampler import PromptSampler
+from a2tgpo.loss.clip_cov import clip_covariance
 from a2tgpo.loss.entropy import EntropyWeight
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
@@ -140,6 +142,19 @@ def check_data_parallel_updates(bench: Bench) -> None:
     assert_close(weights, outcomes[1][1], 1e-4)
 
 
+def check_clip_cov(bench: Bench) -> None:
+    """Clip-Cov chooses the tokens that one process chooses, also if a replica has no token."""
+    generator = torch.Generator().manual_seed(7)
+    logprobs, advantages, draws = torch.rand(3, 300, generator=generator, dtype=torch.float64)
+    values = (logprobs * -9, advantages * 3, draws)
+    config = AlgorithmConfig(clip_cov_share=0.1)
+    whole = clip_covariance(*values, config=config, dp_group=None)
+    assert 10 < whole.sum() < 60, whole.sum()
+    own = torch.arange(300) % (bench.groups.dp_size - 1) == bench.groups.dp_rank
+    found = clip_covariance(*(v[own] for v in values), config=config, dp_group=bench.groups.dp_group)
+    assert torch.equal(found, whole[own])
+
+
 def check_one_best(bench: Bench) -> None:
     """All ranks take for the best so far what rank 0 sees, also where the others see other files."""
     policy, update = bench.policy(distributed_optimizer=True)
@@ -203,6 +218,7 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_memory_phases_with_buckets,
         check_data_parallel_updates,
         check_retention,
+        check_clip_cov,
         check_one_best,
         check_earlier_format,
         check_host_memory,

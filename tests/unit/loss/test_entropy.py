@@ -24,8 +24,8 @@ def test_the_loss_subtracts_the_weighted_entropy_of_each_token() -> None:
     batch = [[[Turn(1.0, 0.0, tokens[:1])], [Turn(-1.0, 0.0, tokens[1:])]]]
     plain = loss_inputs(batch, ADAPTED)
     entropy = torch.tensor([0.3, 0.7, 1.1], dtype=torch.float64, requires_grad=True)
-    inputs = dataclasses.replace(plain, entropy=entropy, entropy_weight=0.01)
-    with_entropy = policy_loss(new_logprobs(batch), inputs, ADAPTED)
+    inputs = dataclasses.replace(plain, entropy=entropy)
+    with_entropy = policy_loss(new_logprobs(batch), inputs, ADAPTED, entropy_weight=0.01)
     without = policy_loss(new_logprobs(batch), plain, ADAPTED)
     # Two trajectories of one and two tokens, by sequence and then by token: weights 1/2, 1/4 and 1/4.
     expected = 0.01 * (0.3 / 2 + 0.7 / 4 + 1.1 / 4)

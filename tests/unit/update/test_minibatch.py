@@ -92,3 +92,20 @@ def test_packing_and_order_change_neither_loss_nor_gradients(
         for (loss, gradients), (whole, of_whole) in zip(found, expected, strict=True):
             assert loss == pytest.approx(whole, rel=1e-6, abs=1e-6)
             assert gradients == pytest.approx(of_whole, rel=1e-5, abs=1e-8)
+
+
+def test_clip_cov_chooses_the_same_tokens_in_any_packing(trajectories, policy) -> None:
+    config = {"clip_cov_share": 0.2, "clip_cov_low": 0.1, "clip_cov_high": 20.0}
+    found = []
+    for max_tokens in (10, 40, 10_000):
+        chosen = set()
+        for minibatch in minibatches_of(trajectories, policy.groups, max_tokens=max_tokens, **config):
+            for batch, rows in ((m.batch, m.is_cov_clipped) for m in minibatch):
+                assert not (rows & ~batch.loss_mask[0]).any()
+                for number, position in zip(
+                    batch.sequence_ids[0, rows].tolist(), batch.positions[0, rows].tolist(), strict=True
+                ):
+                    chosen.add((batch.trajectory_indices[number], position))
+        found.append(chosen)
+    assert found[0] == found[1] == found[2]
+    assert 3 < len(found[0]) < sum(t.num_sampled_tokens for t in trajectories) / 2
