@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,8 @@ from gpu_checks.models import CITIES, write_checkpoint
 MAX_UPDATES = 50
 STEPS = 2
 """Number of training steps. The second step tests an engine that has slept twice."""
+PROFILED = STEPS + 1
+"""The profiled step. It comes last, because the profiler changes the memory in use."""
 MAX_SAMPLED_GAP = {"float32": 1e-4, "bfloat16": 0.05}
 """Limit in nats for the mean |difference| between engine and trainer in the log-probs of sampled tokens.
 
@@ -45,7 +48,7 @@ def check_training_step(bench: Bench) -> None:
     """Run training steps with searches in bfloat16, and check that the engine receives changed weights."""
     from a2tgpo.refit.verify import TOLERANCES
 
-    parts, trainer = _start(bench)
+    parts, trainer = _start(bench, _profile_settings())
     dtype = parts.config.model.dtype
     tolerance = TOLERANCES[dtype]
     gap = _probe_gap(parts, version=0)
@@ -62,13 +65,39 @@ def check_training_step(bench: Bench) -> None:
         context = metrics["memory/update_used_gib"] - metrics["memory/update_reserved_gib"]
         note = "CUDA, NCCL, cuBLAS and the graphs of a tiny model"
         bench.info("card memory outside torch, engine asleep", context, "GiB", note, "context_gib")
+    _check_profile(bench, parts, trainer)
 
     # Change the probe's log-probs by four times the tolerance, so that an engine with the old weights would fail.
     moved_by = _move_weights(parts, target=4 * tolerance)
     bench.at_least("weights moved, log-probs of the probe", moved_by, 4 * tolerance, "nats")
-    gap = _probe_gap(parts, version=STEPS + 1)
+    gap = _probe_gap(parts, version=PROFILED + 1)
     bench.at_most("refit, probe of moved weights", gap, tolerance, "nats")
     _end(parts, trainer)
+
+
+def _profile_settings() -> dict[str, Any]:
+    import torch
+
+    return {"profile": {"steps": [PROFILED], "memory": ["update"] if torch.cuda.is_available() else []}}
+
+
+def _check_profile(bench: Bench, parts: Any, trainer: Any) -> None:
+    """Take one more step under the profiler, and check that the trace has a range for each stage and GPU kernels."""
+    import torch
+
+    with trainer.profiler.step(PROFILED):
+        _take_step(bench, trainer, f"step {PROFILED}, profiled")
+    folder = Path(parts.config.run.root) / parts.config.run.name / "profile" / f"step_{PROFILED}"
+    trace = json.loads(gzip.decompress((folder / f"trace.rank_{bench.rank}.json.gz").read_bytes()))
+    events = trace["traceEvents"]
+    stages = {event["name"] for event in events if event.get("name", "").startswith("stage: ")}
+    bench.at_least("profile, stages in the trace", len(stages), 7, note=", ".join(sorted(stages)))
+    if torch.cuda.is_available():
+        kernels = sum(event.get("cat") == "kernel" for event in events)
+        bench.at_least("profile, kernels in the trace", kernels, 1000)
+        snapshot = folder / f"memory_update.rank_{bench.rank}.pickle"
+        size = snapshot.stat().st_size if snapshot.exists() else 0
+        bench.at_least("profile, memory snapshot", size / 2**20, 0.01, "MiB")
 
 
 def _probe_gap(parts: Any, *, version: int) -> float:
@@ -207,7 +236,7 @@ def write_run(bench: Bench, *settings: dict[str, Any]) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     on_gpu = torch.cuda.is_available()
     config: dict[str, Any] = {
-        "run": {"name": "gpu-check", "root": str(folder / "runs"), "steps": STEPS},
+        "run": {"name": "gpu-check", "root": str(folder / "runs"), "steps": PROFILED},
         "model": {"path": str(folder / "agent"), "dtype": "bfloat16" if on_gpu else "float32"},
         "data": {
             "train": str(folder / "questions.jsonl"),
