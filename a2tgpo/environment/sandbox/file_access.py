@@ -17,18 +17,21 @@ _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _TRUNCATE, _IOCTL_DEV = 1, 2, 4, 8
 _OF_A_FILE = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 _NUM_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 """{version of Landlock: number of access rights that it knows}. Later versions know at least 16."""
+_CONNECT_AND_BIND, _SIGNALS_AND_ABSTRACT_SOCKETS = 3, 3
+"""Access to the network, and to processes outside, for which no rule allows anything. Version 6 knows them all."""
 _PR_SET_NO_NEW_PRIVS = 38
 
 
-def has_landlock() -> bool:
-    """Return whether the kernel can restrict access to files."""
-    return _version() >= 1
+def has_landlock(version: int = 1) -> bool:
+    """Return whether the kernel has at least this version of Landlock."""
+    return _version() >= version
 
 
 def restrict_files(*, readable: Sequence[str], writable: Sequence[str]) -> bool:
     """From now on, allow access only to files at and beneath these paths. Return False if the kernel has no Landlock.
 
-    Paths that do not exist are skipped.
+    Paths that do not exist are skipped. A kernel with version 6 of Landlock also refuses all signals to processes
+    outside.
 
     Raises:
         OSError: if the kernel refuses a rule.
@@ -37,6 +40,8 @@ def restrict_files(*, readable: Sequence[str], writable: Sequence[str]) -> bool:
         return False
     every = (1 << _NUM_RIGHTS.get(_version(), 16)) - 1
     attributes = struct.pack("=Q", every)
+    if _version() >= 6:
+        attributes = struct.pack("=QQQ", every, _CONNECT_AND_BIND, _SIGNALS_AND_ABSTRACT_SOCKETS)
     rules = _call(_CREATE_RULESET, attributes, len(attributes), 0)
     for paths, rights in ((readable, _EXECUTE | _READ_FILE | _READ_DIR), (writable, every)):
         for path in filter(os.path.exists, paths):

@@ -18,6 +18,8 @@ _REFUSED = {
         **{"ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "tkill": 200},
         **{"shmget": 29, "semget": 64, "msgget": 68, "mq_open": 240},
         **{"add_key": 248, "request_key": 249, "keyctl": 250},
+        **{"setpriority": 141, "ioprio_set": 251, "move_pages": 279, "migrate_pages": 256},
+        **{"sched_setparam": 142, "sched_setscheduler": 144, "sched_setaffinity": 203, "sched_setattr": 314},
         **{
             "chmod": 90,
             "fchmod": 91,
@@ -34,6 +36,8 @@ _REFUSED = {
         **{"ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271, "tkill": 130},
         **{"shmget": 194, "semget": 190, "msgget": 186, "mq_open": 180},
         **{"add_key": 217, "request_key": 218, "keyctl": 219},
+        **{"setpriority": 140, "ioprio_set": 30, "move_pages": 239, "migrate_pages": 238},
+        **{"sched_setparam": 118, "sched_setscheduler": 119, "sched_setaffinity": 122, "sched_setattr": 274},
         **{"fchmod": 52, "fchmodat": 53, "fchown": 55, "fchownat": 54},
     },
 }
@@ -55,6 +59,17 @@ _ON_ITSELF = {
     },
 }
 """Numbers of the system calls whose first argument must be the process itself."""
+_REFUSED_OPERATIONS = {
+    "prctl": ({"x86_64": 157, "aarch64": 167}, 0, (1,)),  # PR_SET_PDEATHSIG: outlive the trainer
+    "fcntl": ({"x86_64": 72, "aarch64": 25}, 1, (8, 15)),  # F_SETOWN, F_SETOWN_EX: let a pipe send signals
+    "ioctl": (
+        {"x86_64": 16, "aarch64": 29},
+        1,
+        (0x8901, 0x8902),
+    ),  # FIOSETOWN, SIOCSPGRP: let a socket send them
+}
+"""For each system call with refused operations: its number, the place of the operation among its arguments, and the
+operations that fail with EPERM."""
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE3 = 435
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -75,6 +90,7 @@ class _Program(ctypes.Structure):
 def refused_calls(machine: str) -> dict[str, int]:
     """Return {name: number} of all system calls that the filter names. Raise KeyError for other machines."""
     numbers = _REFUSED[machine] | _REFUSED_EVERYWHERE | _ON_ITSELF[machine]
+    numbers |= {name: by_machine[machine] for name, (by_machine, _, _) in _REFUSED_OPERATIONS.items()}
     return numbers | {"clone": _CLONE[machine], "clone3": _CLONE3}
 
 
@@ -105,6 +121,12 @@ def _instructions(machine: str, pid: int) -> list[bytes]:
     program += [_op(_EQUAL, _CLONE3, 0, 1), _fail(errno.ENOSYS)]
     program += [_op(_EQUAL, _CLONE[machine], 0, 4), _op(_LOAD, _FIRST_ARGUMENT)]
     program += [_op(_ANY_BIT, _CLONE_THREAD, 1, 0), _fail(errno.EPERM), _op(_RETURN, _ALLOW)]
+    for by_machine, place, operations in _REFUSED_OPERATIONS.values():
+        program += [_op(_EQUAL, by_machine[machine], 0, 2 + 2 * len(operations))]
+        program += [_op(_LOAD, _FIRST_ARGUMENT + 8 * place)]
+        for operation in operations:
+            program += [_op(_EQUAL, operation, 0, 1), _fail(errno.EPERM)]
+        program += [_op(_RETURN, _ALLOW)]
     for name, number in _ON_ITSELF[machine].items():
         means_itself = [_op(_EQUAL, pid, 2, 0), _op(_EQUAL, 0, 1, 0)] if name == "prlimit64" else []
         means_itself = means_itself or [_op(_EQUAL, pid, 1, 0)]

@@ -181,6 +181,27 @@ def test_code_cannot_leave_its_session_or_reach_other_processes(sandbox):
     assert lines and all(line in allowed for line in lines), lines
 
 
+def test_no_signal_reaches_the_trainer_and_nothing_outlives_it(sandbox):
+    received = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: received.append(1))
+    code = f"""
+        import ctypes, fcntl, os, signal
+        print(ctypes.CDLL(None).prctl(1, 0, 0, 0, 0))
+        end, begin = os.pipe()
+        try:
+            fcntl.fcntl(end, fcntl.F_SETSIG, signal.SIGUSR1)
+            fcntl.fcntl(end, fcntl.F_SETFL, os.O_ASYNC)
+            fcntl.fcntl(end, fcntl.F_SETOWN, {os.getpid()})
+            os.write(begin, b"x")
+            print("sent")
+        except OSError as error:
+            print(type(error).__name__)
+        """
+    text = answer(sandbox, code)
+    signal.signal(signal.SIGUSR1, before)
+    assert text in ("-1\nPermissionError", "-1\nProcessLookupError") and not received
+
+
 def test_files_of_the_trainer_are_hidden(sandbox, tmp_path):
     if sandbox.isolation != "bwrap" and not file_access.has_landlock():
         pytest.skip("this kernel has no Landlock")
