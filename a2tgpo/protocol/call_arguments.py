@@ -25,8 +25,8 @@ class ArgumentError(ValueError):
 def argument_text(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
     """Return the text that a tool gets for `arguments`.
 
-    If the tool has one parameter, and it is a text, the tool gets this text without spaces around it. Other tools get
-    all arguments as a JSON object.
+    A tool with one parameter, which is a text, gets this text without blank lines around it. Other tools get all
+    arguments as a JSON object.
 
     Args:
         parameters: the tool's parameters, as a JSON schema of type object.
@@ -47,7 +47,8 @@ def argument_text(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -
     (only, *others) = properties or [""]
     if others or properties.get(only, {}).get("type") != "string":
         return dump_json(arguments)
-    text = str(arguments.get(only, "")).strip()
+    text = str(arguments.get(only, "")).strip("\r\n").rstrip()
+    text = text if "\n" in text else text.strip()  # the indent of a program's first line matters
     if not text:
         raise ArgumentError(f"the argument {only!r} is empty")
     return text

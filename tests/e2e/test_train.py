@@ -11,11 +11,26 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from a2tgpo.config.load import load_config
+from a2tgpo.config.run import RunConfig
+from a2tgpo.data.demonstrations import DemonstratedCall, Demonstration
+from a2tgpo.data.question_set import parse_question
+from a2tgpo.environment.tool import function_schema
+from a2tgpo.environment.tools.search import Search
+from a2tgpo.protocol.build import build_protocol
+from a2tgpo.protocol.protocol import AgentProtocol
 from a2tgpo.record.rollout_files import read_step, recorded_steps
+from a2tgpo.search.bm25 import Bm25Index
+from a2tgpo.search.corpus import load_corpus
+from a2tgpo.search.passage import format_passage
+from a2tgpo.trajectory import Trajectory
+
+from worlds.tiny_model import build_model, build_tokenizer, texts_of
 
 ROOT = Path(__file__).parents[2]
-CONFIG = "configs/quickstart.yaml"
+CONFIG, CHAT_CONFIG = "configs/quickstart.yaml", "configs/quickstart_chat.yaml"
 SMALL = [
     "rollout.prompts_per_step=4",
     "rollout.group_size=4",
@@ -256,3 +271,90 @@ def test_other_layouts_take_the_same_first_step(tmp_path, warm_model, undisturbe
         assert mine.get(name) == theirs.get(name), name
     for name in ("update/loss", "update/grad_norm", "entropy/mean", "advantage/max", "gain/turn_1_mean"):
         assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-5), name
+
+
+TWINS = {"Denmark": "Norway", "Austria": "Peru", "Japan": "Italy", "Spain": "Kenya"}
+THOUGHT = "<think> I can answer now. </think>"
+CAPITALS = dict(zip(TWINS, ("Copenhagen", "Vienna", "Tokyo", "Madrid"), strict=True))
+
+
+@pytest.fixture(scope="module")
+def chat_run(tmp_path_factory) -> Path:
+    """Two steps in the chat protocol; the model was taught to make two calls in its first turn, then to answer."""
+    folder = tmp_path_factory.mktemp("chat")
+    questions = [
+        {"id": one, "question": f"What is the capital of {one}, and of {two}?", "answers": [CAPITALS[one]]}
+        for one, two in TWINS.items()
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    config = load_config(ROOT / CHAT_CONFIG)
+    protocol = taught_to_call_twice(folder / "model", questions, config)
+    assert protocol.tools == ("search",)
+    settings = [f"data.{name}={folder / 'questions.jsonl'}" for name in ("train", "test")]
+    settings += [f"model.path={folder / 'model'}", f"run.root={folder}", "run.steps=2"]
+    result = start(CHAT_CONFIG, *settings, *SMALL, "evaluation.at_start=false", "checkpoint.every=0")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder / "quickstart_chat"
+
+
+def taught_to_call_twice(out: Path, questions: list[dict], config: RunConfig) -> AgentProtocol:
+    """Write a tiny model that knows the questions' dialogues by heart; returns its protocol."""
+    tokenizer = build_tokenizer(texts_of(ROOT / "artifacts/worldqa"), protocol="chat")
+    index = Bm25Index(load_corpus(str(ROOT / config.search.corpus)))
+    protocol = build_protocol(config, tokenizer, schemas=[function_schema("search", Search)], date=None)
+    rows = []
+    for number, question in enumerate(questions):
+        queries = [f"capital of {land}" for land in (question["id"], TWINS[question["id"]])]
+        answer = question["answers"][0]
+        calls = tuple(
+            DemonstratedCall(
+                tool="search",
+                arguments={"query": query},
+                result=format_passage(1, index.search(query, 1)[0][0]),
+            )
+            for query in queries
+        )
+        shown = Demonstration(
+            question=parse_question(question, "here", default_id="0"),
+            turns=(("<think> First, the capital. </think>", None), (f"{THOUGHT} \\boxed{{{answer}}}", None)),
+            calls=(calls, ()),
+        )
+        rows.append(protocol.demonstrate(shown, prompt_index=number))
+    model = build_model(len(tokenizer), seed=0)
+    teach(model, rows)
+    tokenizer.save_pretrained(out)
+    model.save_pretrained(out)
+    return protocol
+
+
+def teach(model: torch.nn.Module, rows: list[Trajectory]) -> None:
+    """Train on all tokens of `rows`, until the model writes them by heart."""
+    longest = max(row.num_tokens for row in rows)
+    tokens = torch.tensor([[*row.tokens, *[0] * (longest - row.num_tokens)] for row in rows])
+    targets = torch.tensor([[*row.tokens, *[-100] * (longest - row.num_tokens)] for row in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
+    for _ in range(150):
+        logits = model(tokens).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.2, loss.item()
+
+
+def test_a_run_in_the_chat_protocol_trains_on_turns_with_two_calls_at_once(chat_run):
+    steps = metrics_of(chat_run)
+    assert [record["step"] for record in steps] == [1, 2]
+    for record in steps:
+        assert record["tools/calls_per_turn"] > 1.5 and record["update/grad_norm"] > 0
+        assert record["gap/train_engine_abs_max"] < 1e-3, "trainer and engine disagree"
+        assert 0 < record["gain/engine_trainer_gap_max"] < 1e-3, (
+            "gains are scored elsewhere than in the trainer"
+        )
+    turns = [turn for step in (1, 2) for record in rollouts_of(chat_run, step) for turn in record["turns"]]
+    twice = [turn for turn in turns if len(turn["calls"]) == 2]
+    assert len(twice) > 16
+    for turn in twice:
+        assert turn["observation_text"].startswith("<|user|><tool_response>\n")
+        assert turn["observation_text"].endswith("\n</tool_response><|end|><|assistant|>")
+        assert turn["observation_text"].count("<tool_response>") == 2 and turn["text"].endswith("<|end|>")

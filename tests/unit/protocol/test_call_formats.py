@@ -160,7 +160,8 @@ QUERY = {"type": "object", "properties": {"query": {"type": "string"}}, "require
 
 
 def test_a_tool_with_one_text_gets_the_text_and_any_other_tool_gets_json():
-    assert argument_text({"query": " a\nb "}, QUERY) == "a\nb"
+    assert argument_text({"query": " a b \n"}, QUERY) == "a b"
+    assert argument_text({"query": "\n  for a in b:\n    a\n "}, QUERY) == "  for a in b:\n    a"
     given = {"name": "é", "limit": 3, "deep": None}
     assert json.loads(argument_text(given, PLACE)) == given
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch._inductor.config
+from chat_models import qwen_tokenizer
 from safetensors.torch import save_file
 from tiny_models import build_model, build_tokenizer, save_tiny
 from transformers import AutoModelForCausalLM
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.protocol.formats.hermes import FORMAT as HERMES
 from a2tgpo.rollout.engine_output import ScoreOutput
 
 BLOCK = 32
@@ -302,3 +304,22 @@ def test_a_sleeping_engine_takes_no_requests_until_both_parts_are_woken(engine):
     engine.wake("kv_cache")
     submit(engine, "a", [5], seed=0)
     assert len(drain(engine)["a"].tokens) > 0
+
+
+WELL_FORMED = [
+    [("search", {"query": "capital of France"})],
+    [("search", {"query": 'the "old" town \\ 東京\n'}), ("place", {"name": "b", "limit": 3, "deep": None})],
+    [("a", {}), ("b", {"x": [1, 2.5, {"y": True}]}), ("c", {"z": ""})],
+]
+
+
+@pytest.mark.parametrize("text", ["", "I look."])
+@pytest.mark.parametrize("calls", WELL_FORMED)
+def test_calls_are_read_as_vllms_own_parser_reads_them(calls, text):
+    from vllm.tool_parsers import ToolParserManager
+
+    written = HERMES.write(text, calls)
+    parser = ToolParserManager.get_tool_parser("hermes")(qwen_tokenizer())
+    theirs = parser.extract_tool_calls(written, None)
+    assert [(call.function.name, json.loads(call.function.arguments)) for call in theirs.tool_calls] == calls
+    assert [(call.name, call.arguments) for call in HERMES.find_calls(written)] == calls
