@@ -85,9 +85,11 @@ setup(
             "transformer-engine-torch==2.20.2",
             "cuda-toolkit[cccl,crt,nvcc]",  # of torch's own CUDA: headers for Transformer Engine, nvcc at run time
         ],
+        "math": ["math-verify>=0.9,<1"],  # the reward `math`
         "web": WEB,
         "mcp": MCP,
         "dev": [
+            "math-verify>=0.9,<1",
             *WEB,
             *MCP,
             "pytest>=9,<10",

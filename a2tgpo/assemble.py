@@ -35,6 +35,9 @@ from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.protocol.build import build_protocol
 from a2tgpo.protocol.protocol import AgentProtocol
 from a2tgpo.record.profiler import check_profiling
+from a2tgpo.reward.episode import reader_of
+from a2tgpo.reward.load import build_rewards, need_answers
+from a2tgpo.reward.pool import RewardPool
 from a2tgpo.reward.score import TrajectoryReward
 from a2tgpo.rollout.engine_share import settle_engine_share
 from a2tgpo.rollout.group_rollout import GroupRollout
@@ -73,6 +76,8 @@ class RunParts:
     toolset: Toolset
     rollout: GroupRollout
     reward: TrajectoryReward
+    reward_pool: RewardPool
+    """Runs the rewards."""
     startup: dict[str, float]
     """Maps `time/startup_STAGE_s` to the seconds that this process took for each stage of the build."""
 
@@ -83,8 +88,9 @@ class RunParts:
         return TokenDistribution(temperature=temperature, num_ids=self.engine.num_token_ids)
 
     def close(self) -> None:
-        """Stop the tools and the engine, but not the process group."""
+        """Stop the tools, the rewards and the engine, but not the process group."""
         self.rollout.close()
+        self.reward_pool.close()
         self.toolset.close()
         self.engine.close()
 
@@ -102,13 +108,15 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
     """
     config.check_training()
     check_profiling(config.profile)
+    rewards = build_rewards(config)
+    with_answers = need_answers(config, rewards)
     timers = StageTimers()
     engine_group = build_engine_group(config, groups)
     with timers.stage("startup_data"):
         hf_config = load_hf_config(config.model.path)
         check_positions(config.model.path, hf_config, config.max_model_len)
-        mix = load_question_mix(config.data.train_files)
-        test_questions = load_evaluation_sets(config)
+        mix = load_question_mix(config.data.train_files, need_answers=with_answers)
+        test_questions = load_evaluation_sets(config, need_answers=with_answers)
     with timers.stage("startup_tools"):
         toolset = build_tools(config)
     with timers.stage("startup_data"):
@@ -164,6 +172,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         toolset=toolset,
         rollout=build_rollout(config, engine_group, engine=engine, toolset=toolset, protocol=protocol),
         reward=build_reward(config, protocol),
+        reward_pool=RewardPool(rewards, config.reward),
         startup=timers.take(),
     )
 
@@ -216,11 +225,11 @@ def build_rollout(
 
 
 def build_reward(config: RunConfig, protocol: AgentProtocol) -> TrajectoryReward:
-    """Build the object that scores trajectories that were played with `protocol`."""
+    """Build the object that sets the rewards of trajectories that were played with `protocol`."""
     return TrajectoryReward(
+        reader=reader_of(protocol),
         measure=config.rollout.gain.measure,
-        format=protocol.format,
-        overlong=config.reward,
+        config=config.reward,
         max_response_tokens=config.rollout.max_response_tokens,
     )
 

@@ -13,6 +13,7 @@ from a2tgpo.batch.exchange import exchange
 from a2tgpo.collect.bank import RolloutBank
 from a2tgpo.collect.rewarded_rollout import RewardedRollout
 from a2tgpo.collect.step import StepRollout
+from a2tgpo.collect.unjudged import require_verdicts, split
 from a2tgpo.evaluate.evaluate import evaluate
 from a2tgpo.lifecycle.stop_request import StopAgreed, StopRequest
 from a2tgpo.lifecycle.watchdog import Watchdog
@@ -77,8 +78,11 @@ class Trainer:
             RewardedRollout(
                 parts.rollout,
                 parts.reward,
+                parts.reward_pool,
                 seed=parts.config.run.seed,
+                score_gain=parts.config.algorithm.turn_signal == "gain",
                 should_stop=self.early_stop.should_stop,
+                engine_group=parts.engine_group,
             ),
             parts.train_prompts,
             parts.state,
@@ -167,10 +171,13 @@ class Trainer:
         with self.timers.stage("exchange"):
             self.early_stop.agree_before("score", "update", is_interrupted=played is None)
             assert played is not None, "an interrupted rollout ends the run"
-            trajectories = exchange(
-                played.trajectories,
-                self.parts.groups,
-                prompts_per_minibatch=self.config.update.prompts_per_minibatch,
+            require_verdicts(played.trajectories, max_share=self.config.reward.max_failed_share)
+            trajectories, unjudged = split(
+                exchange(
+                    played.trajectories,
+                    self.parts.groups,
+                    prompts_per_minibatch=self.config.update.prompts_per_minibatch,
+                )
             )
         with self.timers.stage("advantage"):
             table, advantages, clip_scales = step_advantages(trajectories, self.config, self.parts.groups)
@@ -222,6 +229,7 @@ class Trainer:
             advantages,
             clip_scales,
             ratios,
+            unjudged=unjudged,
             engine_metrics=engine_metrics,
             learning_metrics=learning_metrics,
             seconds=seconds | {"time/step_s": time.monotonic() - start},
@@ -240,6 +248,7 @@ class Trainer:
                 self.parts.engine_group,
                 num_samples=self.config.evaluation.samples,
                 seed=self.config.run.seed,
+                rewards=self.parts.reward_pool,
                 stop=self.early_stop.request,
             )
         self.recorder.record_evaluation(self.step, scores, self.timers.take())

@@ -47,7 +47,7 @@ class Prompt:
     """The question's id in its data set."""
     question: str
     answers: tuple[str, ...]
-    """The gold answer and its aliases; never empty."""
+    """The gold answer and its aliases. Empty if the question has none (see `load_questions`)."""
     tokens: tuple[int, ...]
     """Token ids of the rendered prompt, including the header that precedes the policy's text."""
     hops: int = 0
@@ -89,6 +89,8 @@ class Turn:
     info_gain: float | None = None
     """The information gain P_t - P_{t-1}, or the same difference of log-probs. None for a final turn, and if the gain
     could not be computed."""
+    score: float | None = None
+    """How much a process turn increased the chance of success, as a reward or a tool judged it; None if unknown."""
     version: int = 0
     """Version of the weights that sampled this turn: the number of their training steps."""
 
@@ -101,6 +103,10 @@ class Turn:
     def is_process(self) -> bool:
         """Whether the turn ended with tool calls and received an observation."""
         return bool(self.calls)
+
+    def worth(self, turn_signal: str) -> float | None:
+        """Return the information gain, or the score, as `turn_signal` (`algorithm.turn_signal`) says."""
+        return self.info_gain if turn_signal == "gain" else self.score
 
     @property
     def query(self) -> str | None:
@@ -133,7 +139,14 @@ class Trajectory:
     `rollout.multi_turn`). "" until it ends."""
     baseline_prob: float | None = None
     """P_0, the length-normalised probability of the gold answer directly after the prompt."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Value of each reward and of its parts, by name. The format gate does not change these values."""
+    task_reward: float = 0.0
+    """Weighted sum of the rewards, or the reward of a wrong format; without a length penalty."""
     outcome_reward: float = 0.0
+    """`task_reward` with the length penalty."""
+    reward_error: str | None = None
+    """Why a reward could not judge the trajectory, in one line. A step does not train on such a trajectory."""
     exact_match: float = 0.0
     """Exact match of the extracted answer, even if the response's format is wrong."""
     format_ok: bool = False

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from scored import EM
 from transformers import PreTrainedTokenizerBase
 
 from a2tgpo.collect.rewarded_rollout import RewardedRollout
+from a2tgpo.config.reward import RewardConfig
 from a2tgpo.config.rollout import GainConfig
 from a2tgpo.data.template import PromptTemplate
 from a2tgpo.protocol.tags import TagProtocol
+from a2tgpo.reward.episode import reader_of
+from a2tgpo.reward.pool import RewardPool
 from a2tgpo.reward.score import TrajectoryReward
+from a2tgpo.reward.total import judge
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.group_rollout import GroupRollout
@@ -38,11 +43,12 @@ def run(
 ) -> tuple[list[Trajectory], RolloutCounts]:
     """The scored trajectories by prompt and sample, and the counts; `settings` are those of `GroupRollout.play`."""
     counts = RolloutCounts()
-    reward = TrajectoryReward(measure=measure, format=rollout.protocol.format)
+    reward = TrajectoryReward(measure=measure, reader=reader_of(rollout.protocol))
     playing = rollout.play(prompts, seed=seed, version=version, counts=counts, **settings)
     trajectories = []
     for done in rollout.finished(playing, should_stop=should_stop):
-        reward.score(done.trajectory, done.turn_texts, done.prompt.answers, done.context_logprobs)
+        episode = reward.begin(done.trajectory, done.prompt, done.turn_texts, done.context_logprobs)
+        reward.finish(done.trajectory, judge(EM, episode, format_gate=True))
         trajectories.append(done.trajectory)
     return sorted(trajectories, key=lambda t: (t.prompt_index, t.sample_index)), counts
 
@@ -56,5 +62,5 @@ def run_on(
 
 
 def rewarded(rollout: GroupRollout, *, should_stop: Callable[[], bool] | None = None) -> RewardedRollout:
-    reward = TrajectoryReward(measure="probability", format=rollout.protocol.format)
-    return RewardedRollout(rollout, reward, seed=0, should_stop=should_stop)
+    reward, pool = TrajectoryReward(reader=reader_of(rollout.protocol)), RewardPool(EM, RewardConfig())
+    return RewardedRollout(rollout, reward, pool, seed=0, should_stop=should_stop)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from a2tgpo.evaluate.answer_log import Key
     from a2tgpo.evaluate.evaluate import Answer
     from a2tgpo.lifecycle.stop_request import StopRequest
+    from a2tgpo.reward.pool import RewardPool
     from a2tgpo.serve.player import Player
 
 Result = TypeVar("Result")
@@ -80,14 +81,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def load_sets(text: str, config: RunConfig, *, limit: int) -> dict[str, list[Question]]:
+def load_sets(
+    text: str, config: RunConfig, *, limit: int, need_answers: bool = True
+) -> dict[str, list[Question]]:
     """Return {name: questions} for the value of --sets.
 
     Raises:
         ConfigError: if a question file is bad, or if two sets share a name.
     """
     if not text:
-        sets = load_evaluation_sets(config, is_whole=True)
+        sets = load_evaluation_sets(config, is_whole=True, need_answers=need_answers)
         if not config.evaluation.sets:
             sets = {set_name(Path(config.data.test)): sets["test"]}
         return {name: questions[: limit or None] for name, questions in sets.items()}
@@ -100,7 +103,9 @@ def load_sets(text: str, config: RunConfig, *, limit: int) -> dict[str, list[Que
         require(
             name not in sets, "--sets", part, f"a name other than {name!r}, which is taken; write NAME=FILE"
         )
-        sets[name] = load_questions(expand(file, "--sets"), key="--sets")[: limit or None]
+        sets[name] = load_questions(expand(file, "--sets"), key="--sets", need_answers=need_answers)[
+            : limit or None
+        ]
     return sets
 
 
@@ -112,10 +117,15 @@ def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
     from a2tgpo.evaluate.evaluation_settings import evaluation_settings
     from a2tgpo.lifecycle.stop_request import StopAgreed, StopRequest
     from a2tgpo.parallel.initialize import shutdown
+    from a2tgpo.reward.load import build_rewards
+    from a2tgpo.reward.pool import RewardPool
     from a2tgpo.serve.player import load_saved, open_player
 
     config, model = load_saved(args.config, args.overrides, args.checkpoint)
-    sets = load_sets(args.sets, config, limit=args.limit)
+    rewards = build_rewards(config)
+    sets = load_sets(
+        args.sets, config, limit=args.limit, need_answers=any(named.needs_answers for named in rewards)
+    )
     num_samples = config.evaluation.samples if args.samples is None else args.samples
     out = args.out or Path(config.run.root) / config.run.name / "evaluation" / model.label
     partial = out.with_name(f"{out.name}.partial")
@@ -126,10 +136,11 @@ def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
         stop_signal.kept = f"{len(known)} answers of earlier starts are kept in {partial}"
     player = open_player(config, groups, model)
     prompts = prompt_sets(player, sets)
+    pool = RewardPool(rewards, config.reward)
     stop = StopRequest(stop_signal, margin_s=config.checkpoint.margin_s, outage=player.rollout.outage)
     stop_signal.begin_training()
     try:
-        greedy, sampled = play(player, prompts, num_samples, known=known, partial=partial, stop=stop)
+        greedy, sampled = play(player, prompts, num_samples, pool, known=known, partial=partial, stop=stop)
     except StopAgreed:
         if groups.rank == 0:
             total = sum(map(len, prompts.values())) * (1 + num_samples)
@@ -139,6 +150,7 @@ def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
         if groups.rank == 0:
             write_report(out, config, model, greedy, sampled)
             shutil.rmtree(partial, ignore_errors=True)
+    pool.close()
     player.close()
     # Wait for all ranks, because a launcher ends the other ranks when one rank exits with a code other than 0.
     dist.barrier()
@@ -181,6 +193,7 @@ def play(
     player: Player,
     sets: dict[str, PromptSet],
     num_samples: int,
+    rewards: RewardPool,
     *,
     known: dict[Key, Answer],
     partial: Path,
@@ -214,6 +227,7 @@ def play(
                         engine_group=engine_group,
                         known=known,
                         log=log,
+                        rewards=rewards,
                         stop=stop,
                         bar=bar,
                     )

@@ -33,17 +33,17 @@ import uvicorn
 from a2tgpo.config.expand import path_argument, text_argument
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.exit_codes import START_AGAIN
+from a2tgpo.net.token import read_token
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.bound_socket import bind
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.dense import DenseServing
 from a2tgpo.search.encoder import DTYPES
-from a2tgpo.search.http_client import HttpSearch
+from a2tgpo.search.http_client import TOKEN_VARIABLE, HttpSearch
 from a2tgpo.search.http_server import MAX_TOP_K, build_app
 from a2tgpo.search.index_folder import SearchIndex, load_index
 from a2tgpo.search.server_address import write_address
 from a2tgpo.search.shards import ShardedIndex
-from a2tgpo.search.token import read_token
 
 LISTEN_BACKLOG = 4096
 """Maximum number of connections that wait to be accepted, large enough for a burst of clients."""
@@ -180,7 +180,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     options = parse_arguments()
     try:
-        token = read_token(options.token_file, key="--token-file")
+        token = read_token(options.token_file, key="--token-file", variable=TOKEN_VARIABLE)
         bound = bind(options.host, options.port)
         index, num_passages = open_index(options, token)
     except ConfigError as error:

@@ -99,8 +99,8 @@ def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: thre
     import uvicorn
 
     from a2tgpo.data.tokenizer import load_tokenizer
+    from a2tgpo.net.token import read_token
     from a2tgpo.protocol.build import build_protocol
-    from a2tgpo.search.token import read_token
     from a2tgpo.serve.chat_api import build_app
     from a2tgpo.serve.inbox import Inbox
 
@@ -117,7 +117,7 @@ def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: thre
         name=config.run.name,
         temperature=config.rollout.temperature,
         max_prompt_tokens=config.data.max_prompt_tokens,
-        token=read_token(args.token_file, key="--token-file") if args.token_file else None,
+        token=read_token(args.token_file, key="--token-file", variable="") if args.token_file else None,
     )
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=int(GRACE_S)))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

@@ -39,7 +39,10 @@ def render_trajectory(record: dict, paint: Painter, *, with_prompt: bool) -> str
     head = [
         f"{record['prompt_id']} #{record['sample_index']}",
         *([f"{record['hops']} hops"] if record["hops"] else []),
-        paint(f"reward {reward:+.2f}", "green" if reward > 0 else "red"),
+        paint("no reward", "red")
+        if record.get("reward_error")
+        else paint(f"reward {reward:+.2f}", "green" if reward > 0 else "red"),
+        *(f"{name} {value:.2f}" for name, value in (record.get("rewards") or {}).items() if name != "em"),
         f"EM {record['exact_match']:.0f}",
         "format ok" if record["format_ok"] else paint("format broken", "red"),
         f"stopped: {record['stop_reason']}",

@@ -22,5 +22,5 @@ def grpo_outcome(
         dp_group=dp_group,
         by_std=config.normalize_by_std,
         sample_std=True,
-        keep_single=True,
+        keep_single=table.keep_single,
     )

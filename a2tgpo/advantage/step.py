@@ -23,6 +23,9 @@ def step_advantages(
         num_prompts=config.rollout.prompts_per_step,
         max_turns=config.rollout.max_turns,
         failed_calls=config.algorithm.failed_calls,
+        turn_signal=config.algorithm.turn_signal,
+        # In a larger group, a trajectory is alone only if rewards could not judge the others.
+        keep_single=config.rollout.group_size == 1,
     )
     result = compute_advantages(table, config.algorithm, dp_group=groups.dp_group)
     # The final turn gets gain 0, so its scale is 1.

@@ -28,6 +28,9 @@ class TurnTable:
     """Number of prompts in the whole batch, over all ranks."""
     trajectories: Sequence[Trajectory]
     """[N]."""
+    keep_single: bool = True
+    """Whether GRPO's outcome advantage of a trajectory that is alone in its group is the outcome itself. If False,
+    the advantage is 0."""
 
     @property
     def max_turns(self) -> int:
@@ -68,17 +71,26 @@ class TurnAdvantages:
 
 
 def build_turn_table(
-    trajectories: Sequence[Trajectory], *, num_prompts: int, max_turns: int, failed_calls: str = "neutral"
+    trajectories: Sequence[Trajectory],
+    *,
+    num_prompts: int,
+    max_turns: int,
+    failed_calls: str = "neutral",
+    turn_signal: str = "gain",
+    keep_single: bool = True,
 ) -> TurnTable:
     """Return the turn table of this rank's trajectories.
 
     Args:
         max_turns: number of columns T, equal on all ranks. No trajectory may have more process turns.
-        failed_calls: value of `algorithm.failed_calls`. With neutral, a turn whose tool call failed has no gain.
+        failed_calls: value of `algorithm.failed_calls`. If it is neutral, a turn whose tool call failed has no gain.
+        turn_signal: value of `algorithm.turn_signal`. If it is scores, the scores of the turns take the place of the
+            gains.
+        keep_single: value of `TurnTable.keep_single`.
     """
     rows = [
         [
-            None if turn.tool_failed and failed_calls == "neutral" else turn.info_gain
+            None if turn.tool_failed and failed_calls == "neutral" else turn.worth(turn_signal)
             for turn in t.process_turns
         ]
         for t in trajectories
@@ -100,4 +112,5 @@ def build_turn_table(
         has_gain=has_gain,
         num_prompts=num_prompts,
         trajectories=trajectories,
+        keep_single=keep_single,
     )

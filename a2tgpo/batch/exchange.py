@@ -28,7 +28,10 @@ def exchange(
         The trajectories of this rank's data-parallel replica, sorted by (prompt_index, sample_index).
     """
     world = world_group()
-    own = [(t.prompt_index, t.sample_index, t.num_tokens) for t in trajectories]
+    # The step does not train on a trajectory without a reward, so its length does not count.
+    own = [
+        (t.prompt_index, t.sample_index, t.num_tokens if t.reward_error is None else 0) for t in trajectories
+    ]
     listed = sorted(item for part in all_gather_object(own, world) for item in part)
     assert len({item[:2] for item in listed}) == len(listed), "two engines played the same rollout"
     destination: dict[tuple[int, int], int] = {}

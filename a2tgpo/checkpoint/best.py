@@ -64,7 +64,9 @@ class BestCheckpoint:
         if self._metric == "none":
             return False
         of_set, slash, name = self._metric.rpartition("/")
-        score, error = scores[self._metric], scores[f"{of_set}{slash}standard_error_{name}"]
+        # A reward has no score if it could not judge any answer.
+        score = scores.get(self._metric, math.nan)
+        error = scores.get(f"{of_set}{slash}standard_error_{name}", math.nan)
         if not math.isfinite(score):
             return False
         if self._best and score - self._best.score <= math.hypot(error, self._best.standard_error):

@@ -26,6 +26,7 @@ from a2tgpo.collect.carried_pool import Carried
 from a2tgpo.collect.state import RolloutSnapshot, RolloutState
 from a2tgpo.collect.step import PlayedStep
 from a2tgpo.config.run import RunConfig
+from a2tgpo.config.user_files import file_digests
 from a2tgpo.io.atomic_file import atomic_file
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.fingerprint import weights_fingerprint
@@ -109,11 +110,13 @@ class RolloutBank:
     def put(self, step: int, played: PlayedStep) -> None:
         """Store the rollouts that the caller played because `take` returned None.
 
-        If the write fails, a warning is logged, the metric `rollout/not_banked` is counted, and the run continues.
+        Rollouts that a reward could not judge are not stored, so that the next start asks the reward again. If the
+        write fails, a warning is logged, the metric `rollout/not_banked` is counted, and the run continues.
         """
         share, group = RankShare(self._key, played.metrics), self._engine_group.group
         ranks = gather_object(share, group) if group else [share]
-        if not self._engine_group.is_leader:
+        has_all_rewards = all(t.reward_error is None for t in played.trajectories)
+        if not (self._engine_group.is_leader and has_all_rewards):
             return
         state = self._state.snapshot()
         banked = BankedStep(
@@ -181,5 +184,6 @@ def _config_key(config: RunConfig, questions: str, groups: ParallelGroups) -> st
     sections = dataclasses.asdict(config)
     for name in ("run", "guard", "watchdog", "evaluation", "checkpoint", "warmstart", "refit"):
         del sections[name]
-    text = json.dumps([sections, config.run.seed, questions, groups.rank, groups.world_size], sort_keys=True)
+    values = [sections, file_digests(config), config.run.seed, questions, groups.rank, groups.world_size]
+    text = json.dumps(values, sort_keys=True)
     return f"config {hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}"

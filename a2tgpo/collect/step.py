@@ -144,7 +144,8 @@ class StepRollout:
         metrics.add("sampling/surplus_groups", selection.num_surplus, 1)
         metrics.add("sampling/unfilled_groups", selection.num_unfilled, 1)
         if self._engine_group.is_leader:
-            metrics.add("sampling/reward_all_mean", sum(t.outcome_reward for t in played), len(played))
+            judged = [t.outcome_reward for t in played if t.reward_error is None]
+            metrics.add("sampling/reward_all_mean", sum(judged), len(judged))
             metrics.add("sampling/format_error_rate_all", sum(not t.format_ok for t in played), len(played))
         return take_groups(played, selection.groups)
 
@@ -194,12 +195,16 @@ class StepRollout:
 
 
 def informative_groups(trajectories: Sequence[Trajectory]) -> dict[int, bool]:
-    """Return {prompt index: whether the prompt's group is informative}."""
-    rewards: dict[int, set[float | None]] = {}
+    """Return whether each group is informative, by prompt index.
+
+    A group is informative if its rewards, before a length penalty, are not all equal. Trajectories without a reward
+    do not count.
+    """
+    rewards: dict[int, set[float]] = {}
     for trajectory in trajectories:
-        # All ill-formed responses earn the same reward, whatever their answers are.
-        reward = trajectory.exact_match if trajectory.format_ok else None
-        rewards.setdefault(trajectory.prompt_index, set()).add(reward)
+        values = rewards.setdefault(trajectory.prompt_index, set())
+        if trajectory.reward_error is None:
+            values.add(trajectory.task_reward)
     return {index: len(values) > 1 for index, values in rewards.items()}
 
 
@@ -270,6 +275,10 @@ def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
     metrics.add("tools/empty_queries", counts.empty_queries, 0)
     metrics.add("tools/truncated_observations", counts.truncated_observations, 0)
     for name, number in counts.tool_counts.items():
+        metrics.add(name, number, 0)
+    metrics.add("reward/failed", counts.failed_rewards, 0)
+    metrics.add_max("reward/wait_s", counts.reward_wait_s)
+    for name, number in counts.reward_counts.items():
         metrics.add(name, number, 0)
     metrics.add("gain/scored_tokens", counts.scored_tokens, 0)
     # The engine computes the scaffold, the gold answer, and the part of the context that its KV cache lacks.

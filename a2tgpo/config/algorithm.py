@@ -48,6 +48,10 @@ class AlgorithmConfig:
     limit."""
     aggregation: Aggregation = "seq-mean-token-mean"
     """How the losses of all tokens become one number; see loss.policy_loss."""
+    turn_signal: Literal["gain", "scores"] = "gain"
+    """What a process turn is worth. gain: its information gain. scores: the score that a reward or a tool gave the
+    turn (docs/rewards.md); the gold answer is then not scored, and questions need no answers. A turn without a score
+    is neutral."""
     failed_calls: Literal["neutral", "count"] = "neutral"
     """neutral: a turn with a failed tool call has no gain and no place in its turn group. count: the turn counts like
     any other."""

@@ -1,7 +1,7 @@
 """Settings of the evaluations during training, and the question sets of every evaluation."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,9 +66,9 @@ class EvaluationConfig:
             for name, value in (self.sets or {"test": test}).items()
         }
 
-    def score_names(self) -> list[str]:
-        """Return the names of the scores that `checkpoint.best_by` may name."""
-        names = [*SCORES, *sampled_scores(self.samples)]
+    def score_names(self, rewards: Iterable[str]) -> list[str]:
+        """Return the names of the scores that `checkpoint.best_by` may name, with those of the `rewards`."""
+        names = list(dict.fromkeys([*SCORES, *sampled_scores(self.samples), *rewards]))
         return [*names, *(f"{of_set}/{name}" for of_set in self.sets if len(self.sets) > 1 for name in names)]
 
 

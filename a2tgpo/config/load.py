@@ -34,6 +34,7 @@ FILE_SUFFIXES = (".yaml", ".yml")
 # YAML 1.1 reads 1e-6 as a text because it has no dot.
 _FLOAT_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _LISTS = (tuple[str, ...], tuple[int, ...])
+_NUMBERS = tuple[float, ...]
 _RULES = {
     bool: "true or false",
     int: "an integer",
@@ -43,6 +44,7 @@ _RULES = {
     str | dict: "a text, or a mapping like {name: value}",
     tuple[str, ...]: "a list of texts",
     tuple[int, ...]: "a list of integers",
+    _NUMBERS: "a list of finite numbers",
 }
 
 
@@ -235,6 +237,9 @@ def _typed(value: Any, key: str, source: str) -> Any:
     typed: Any
     if kind is float:
         typed = _number(value)
+    elif kind == _NUMBERS:
+        numbers = [_number(item) for item in value] if isinstance(value, list) else [None]
+        typed = None if None in numbers else tuple(numbers)
     elif kind in _LISTS:
         is_list = isinstance(value, list) and all(type(item) is get_args(kind)[0] for item in value)
         typed = tuple(value) if is_list else None

@@ -8,6 +8,7 @@ from a2tgpo.config.data import CHAT_INSTRUCTIONS, SEARCH_INSTRUCTIONS, DataConfi
 from a2tgpo.config.evaluation import EvaluationConfig
 from a2tgpo.config.expand import Expanded
 from a2tgpo.config.guard import GuardConfig
+from a2tgpo.config.judge import JudgeConfig
 from a2tgpo.config.mcp import McpConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
@@ -85,9 +86,10 @@ class CheckpointConfig:
     """A run in a Slurm job stops in time to save before the job's end (SLURM_JOB_END_TIME). It reserves the time of
     the longest update and save so far, plus this many seconds."""
     best_by: str = "em"
-    """Held-out score that decides which checkpoint is the best: em, em_format_gated or f1. With evaluation.samples,
-    mean_at_K and pass_at_K are allowed, too. SET/em is the score of one of evaluation.sets. The weights of the best
-    checkpoint are kept. none: no checkpoint is the best."""
+    """Held-out score that decides which checkpoint is the best: em, em_format_gated, f1, reward (the weighted sum of
+    the rewards), or the name of a reward of reward.names. With evaluation.samples, mean_at_K and pass_at_K are
+    allowed, too. SET/em is the score of one of evaluation.sets. The weights of the best checkpoint are kept. none: no
+    checkpoint is the best."""
 
     def __post_init__(self) -> None:
         for name in ("every", "keep_every", "keep_gb", "keep_previous", "margin_s"):
@@ -114,6 +116,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     refit: RefitConfig = field(default_factory=RefitConfig)
@@ -136,7 +139,7 @@ class RunConfig:
             self.data.test,
             "a question file; it may be left out if evaluation.sets names files",
         )
-        scores = self.evaluation.score_names()
+        scores = self.evaluation.score_names(("reward", *self.reward.labels))
         require(
             self.checkpoint.best_by in (*scores, "none"),
             "checkpoint.best_by",
@@ -155,6 +158,8 @@ class RunConfig:
             self.update.prompts_per_minibatch,
             f"a divisor of rollout.prompts_per_step ({self.rollout.prompts_per_step})",
         )
+        if "judge" in self.reward.names:
+            self.judge.require_server(timeout_s=self.reward.timeout_s)
         require(
             self.reward.overlong_buffer_tokens < self.rollout.max_response_tokens,
             "reward.overlong_buffer_tokens",
@@ -175,6 +180,12 @@ class RunConfig:
             self.rollout.partial.tokens_per_step,
             "0 without algorithm.correction, since an earlier policy sampled the turns of earlier steps; "
             "set algorithm.correction.kind=truncate or mask",
+        )
+        require(
+            self.rollout.gain.verify_every == 0 or self.algorithm.turn_signal == "gain",
+            "rollout.gain.verify_every",
+            self.rollout.gain.verify_every,
+            "0 with algorithm.turn_signal=scores, which scores no gold answers",
         )
         require(
             self.rollout.gain.verify_every == 0 or self.parallel.context == 1,

@@ -23,13 +23,15 @@ class QuestionMix:
     """Weight of each file, as in `data.train`."""
 
 
-def load_question_mix(files: Mapping[str, float], *, key: str = "data.train") -> QuestionMix:
+def load_question_mix(
+    files: Mapping[str, float], *, key: str = "data.train", need_answers: bool = True
+) -> QuestionMix:
     """Return the questions of all `files`, which map each path to its weight.
 
     Raises:
         ConfigError: with a one-line message, if a file cannot be read, or if two files have the same set name.
     """
-    sets = {file: load_questions(file, key=key) for file in files}
+    sets = {file: load_questions(file, key=key, need_answers=need_answers) for file in files}
     if len(sets) > 1:
         names = set_names(list(files), key)
         sets = {

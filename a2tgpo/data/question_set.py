@@ -31,7 +31,7 @@ class Question:
     """The whole record of the file as JSON, for rewards and tools."""
 
 
-def load_questions(path: str, *, key: str = "data.train") -> list[Question]:
+def load_questions(path: str, *, key: str = "data.train", need_answers: bool = True) -> list[Question]:
     """Return every question of a JSONL or Parquet file, in file order.
 
     A record has a question (see `question_of`) and answers (see `answers_of`). The record may also have `id` (a text
@@ -40,6 +40,7 @@ def load_questions(path: str, *, key: str = "data.train") -> list[Question]:
 
     Args:
         key: the configuration key that names `path`, for error messages.
+        need_answers: whether a record without answers is malformed.
 
     Raises:
         ConfigError: with a one-line message, if the file cannot be read, if a record is malformed, or if the file has
@@ -47,7 +48,7 @@ def load_questions(path: str, *, key: str = "data.train") -> list[Question]:
     """
     questions: list[Question] = []
     for index, (where, record) in enumerate(read_records(Path(path), key=key)):
-        questions.append(parse_question(record, where, default_id=str(index)))
+        questions.append(parse_question(record, where, default_id=str(index), need_answers=need_answers))
     if not questions:
         raise ConfigError(f"{key}: {path} has no question; give a file with at least one")
     ids = unique_ids([question.id for question in questions], [question.source for question in questions])
@@ -57,13 +58,40 @@ def load_questions(path: str, *, key: str = "data.train") -> list[Question]:
     ]
 
 
-def parse_question(record: dict, where: str, *, default_id: str) -> Question:
+def parse_question(record: dict, where: str, *, default_id: str, need_answers: bool = True) -> Question:
     """Return the question in `record`, which must not have null fields.
 
     Raises:
         ConfigError: with a message that starts with `where`, if the record is malformed.
     """
-    name, answers = answers_of(record, where)
+    identity = whole_number(record.get("id", default_id))
+    if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
+        raise ConfigError(f"{where}: `id` is {identity!r:.60}; allowed: a text or an integer")
+    hops = whole_number(record.get("hops", 0))
+    if isinstance(hops, bool) or not isinstance(hops, int) or hops < 0:
+        raise ConfigError(f"{where}: `hops` is {hops!r:.60}; allowed: an integer >= 0")
+    return Question(
+        id=str(identity),
+        question=question_of(record, where),
+        answers=_golds(record, where, need_answers=need_answers),
+        hops=hops,
+        source=source_of(record),
+        record=_as_json(record, where),
+    )
+
+
+def _golds(record: dict, where: str, *, need_answers: bool) -> tuple[str, ...]:
+    """Return the gold answers of a record; none if the record has none and `need_answers` is False."""
+    try:
+        name, answers = answers_of(record, where)
+    except ConfigError as error:
+        if not need_answers:
+            return ()
+        raise ConfigError(
+            f"{error}; only algorithm.turn_signal=scores with rewards that read no answers needs none"
+        ) from None
+    if not need_answers and answers == []:
+        return ()
     if isinstance(answers, str) and name in _ONE_OR_MANY:
         answers = [answers]
     if not isinstance(answers, list | tuple):
@@ -76,20 +104,7 @@ def parse_question(record: dict, where: str, *, default_id: str) -> Question:
         raise ConfigError(
             f"{where}: `{name}` is {list(answers)!r:.60}; allowed: at least one answer, none of them empty"
         )
-    identity = whole_number(record.get("id", default_id))
-    if isinstance(identity, bool) or not isinstance(identity, str | int) or identity == "":
-        raise ConfigError(f"{where}: `id` is {identity!r:.60}; allowed: a text or an integer")
-    hops = whole_number(record.get("hops", 0))
-    if isinstance(hops, bool) or not isinstance(hops, int) or hops < 0:
-        raise ConfigError(f"{where}: `hops` is {hops!r:.60}; allowed: an integer >= 0")
-    return Question(
-        id=str(identity),
-        question=question_of(record, where),
-        answers=golds,
-        hops=hops,
-        source=source_of(record),
-        record=_as_json(record, where),
-    )
+    return golds
 
 
 def _as_json(record: dict, where: str) -> str:

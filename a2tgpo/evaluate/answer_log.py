@@ -23,6 +23,16 @@ GREEDY, SAMPLE = "greedy", "sample"
 SETTINGS = "settings.json"
 SYNC_S = 10.0
 """Seconds between two syncs to disk. A power cut loses the answers since the last sync."""
+ADDED = {
+    "reward.format_gate": True,
+    "reward.names": "em",
+    "reward.weights": "",
+    "rollout.call_format": "auto",
+    "rollout.max_calls_per_turn": 4,
+    "rollout.protocol": "tags",
+    "rollout.strict_format": True,
+}
+"""Settings that evaluations of earlier versions did not record, and the values that these evaluations had."""
 Key = tuple[str, str, str, int]
 """Identifies an answer: name of the data set, `GREEDY` or `SAMPLE`, question id, sample index."""
 
@@ -88,7 +98,8 @@ def open_log(folder: Path, settings: Mapping[str, Any]) -> dict[Key, Answer]:
             write_json(path, dict(settings))
             return found
         begun = with_new_names(json.loads(path.read_text(encoding="utf-8")))
-        _require_equal(folder, begun, json.loads(json.dumps(dict(settings))))
+        added = {name: value for name, value in ADDED.items() if name in settings}
+        _require_equal(folder, added | begun, json.loads(json.dumps(dict(settings))))
         return found
     except ConfigError:
         raise

@@ -12,6 +12,7 @@ from a2tgpo.evaluate.evaluate import Answer, answer_questions
 from a2tgpo.lifecycle.stop_request import StopRequest
 from a2tgpo.parallel.collectives import all_gather_object, world_group
 from a2tgpo.parallel.engine_group import EngineGroup
+from a2tgpo.reward.pool import RewardPool
 from a2tgpo.rollout.group_rollout import GroupRollout, RolloutInterruptedError
 
 
@@ -24,6 +25,7 @@ def answer_sets(
     engine_group: EngineGroup,
     known: Mapping[Key, Answer],
     log: AnswerLog | None,
+    rewards: RewardPool,
     stop: StopRequest,
     bar: tqdm,
 ) -> dict[str, list[Answer]]:
@@ -36,6 +38,7 @@ def answer_sets(
         engine_group: the ranks that share this rank's engine.
         known: the answers that exist already, equal on all ranks. Their questions are not played again.
         log: the answer log of this engine. It is None unless this rank is the leader of its engine.
+        rewards: computes the scores of the answers, on the leader of each engine.
         stop: reports a requested stop, which interrupts the evaluation.
         bar: shows the progress of this engine, which is about that of all engines.
 
@@ -61,6 +64,7 @@ def answer_sets(
                 num_samples=num_samples,
                 seed=seed,
                 skip=found.keys(),
+                rewards=rewards if engine_group.is_leader else None,
                 should_stop=stop.should_stop,
             ):
                 mine.append(answer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 
@@ -13,13 +13,16 @@ from a2tgpo.evaluate.sets import EvaluationSets
 from a2tgpo.lifecycle.stop_request import StopRequest
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.engine_group import ALONE, EngineGroup
-from a2tgpo.protocol.protocol import ResponseFormat
-from a2tgpo.reward.outcome import score_answer
+from a2tgpo.reward.answer_match import exact_match, f1_score
+from a2tgpo.reward.episode import Episode, reader_of
+from a2tgpo.reward.pool import RewardPool
 from a2tgpo.rollout.group_rollout import Finished, GroupRollout, RolloutInterruptedError
 from a2tgpo.trajectory import Prompt
 
-_SQUARE = "square of "
-"""Marks the name of each metric that sums the squares of a score."""
+_SQUARE, _NUMBER = "square of ", "number of "
+"""Marks in the names of metrics that sum the squares of a score, and that count the score's values."""
+WAIT_S = 1.0
+"""Seconds for which an interruption may have to wait while rewards are being computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,9 @@ class Answer:
     format_ok: bool
     tool_calls: int
     stop_reason: str
+    scores: dict[str, float] = field(default_factory=dict)
+    """The values of the run's rewards and of their parts by name, and as `reward` their weighted sum. Empty if no
+    rewards were computed, or if a reward could not judge the answer."""
 
     @property
     def exact_match_gated(self) -> float:
@@ -55,6 +61,7 @@ def evaluate(
     *,
     num_samples: int = 0,
     seed: int = 0,
+    rewards: RewardPool | None = None,
     stop: StopRequest | None = None,
 ) -> dict[str, float]:
     """Answer every question greedily and, if requested, `num_samples` more times, and return metrics.
@@ -64,6 +71,7 @@ def evaluate(
     Args:
         num_samples: number of further answers to draw per question, at `rollout.temperature`.
         seed: seed of the draws.
+        rewards: the rewards that the answers get as additional scores. None: no additional scores.
         stop: reports a requested stop, which interrupts the evaluation. If None, nothing interrupts the evaluation.
 
     Returns:
@@ -71,7 +79,8 @@ def evaluate(
         format does not change it), em_format_gated and f1 and, with samples, mean_at_K and pass_at_k.
         standard_error_SCORE is the standard error of SCORE. Other metrics are format_ok_rate, tool_calls,
         num_questions, and em_N_hops, the em over the questions with N hops. If there are several sets, the map also
-        has SET/METRIC for each set and metric.
+        has SET/METRIC for each set and metric. With `rewards`, the scores include those in
+        `Answer.scores` of the greedy answers.
 
     Raises:
         StopAgreed: on all ranks, if the evaluation was interrupted.
@@ -82,7 +91,12 @@ def evaluate(
     should_stop = stop.should_stop if stop else None
     is_interrupted = False
     try:
-        for answer in answer_questions(rollout, prompts, should_stop=should_stop):
+        for answer in answer_questions(
+            rollout,
+            prompts,
+            rewards=rewards if engine_group.is_leader else None,
+            should_stop=should_stop,
+        ):
             greedy[answer.question_id] = answer
         if num_samples:
             drawn = answer_questions(
@@ -111,15 +125,18 @@ def answer_questions(
     num_samples: int = 0,
     seed: int = 0,
     skip: Container[tuple[int, int]] = (),
+    rewards: RewardPool | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[Answer]:
     """Play the questions of `prompts` on this rank's engine, and yield each answer as soon as it is complete.
 
-    All ranks of the engine must iterate in the same way. The iteration raises the errors of `GroupRollout.finished`.
+    All ranks of the engine must iterate in the same way. The iteration raises the errors of `GroupRollout.finished`
+    and of `RewardPool.take`.
 
     Args:
         num_samples: the number of answers to draw per question at `rollout.temperature`. 0 means one greedy answer.
         skip: pairs (index of the prompt, sample index) of answers that exist already.
+        rewards: computes the scores of the answers. None on ranks that are not the leader of their engine.
         should_stop: returns whether to interrupt the rollout (see `GroupRollout.finished`).
     """
     playing = rollout.play(
@@ -131,27 +148,45 @@ def answer_questions(
         score_gain=False,
         skip=skip,
     )
-    for done in rollout.finished(playing, should_stop=should_stop):
-        yield _judge(done, rollout.protocol.format)
+    reader, unjudged = reader_of(rollout.protocol), dict[int, Answer]()
+    try:
+        for done in rollout.finished(playing, should_stop=should_stop):
+            episode = reader.read(done.trajectory, done.prompt, done.turn_texts, is_evaluation=True)
+            answer = _answer(done, episode)
+            if rewards is None:
+                yield answer
+            else:
+                unjudged[rewards.submit(episode)] = answer
+                yield from _judged(rewards, unjudged, timeout_s=0.0)
+        while rewards is not None and unjudged:
+            yield from _judged(rewards, unjudged, timeout_s=WAIT_S)
+            if unjudged and should_stop is not None and should_stop():
+                raise RolloutInterruptedError
+    finally:
+        if rewards is not None:
+            rewards.drop_all()
 
 
-def _judge(done: Finished, response: ResponseFormat) -> Answer:
-    prompt, trajectory = done.prompt, done.trajectory
-    answer = response.answer_of(trajectory, done.turn_texts)
-    format_ok = answer is not None and response.is_well_formed(trajectory, done.turn_texts)
-    outcome = score_answer(answer, prompt.answers, format_ok=format_ok)
+def _judged(rewards: RewardPool, unjudged: dict[int, Answer], *, timeout_s: float) -> Iterator[Answer]:
+    """Remove from `unjudged` the answers that have been judged, and yield these answers with their scores."""
+    for key, verdict in rewards.take(timeout_s=timeout_s):
+        scores = {} if verdict.error is not None else verdict.rewards | {"reward": verdict.total}
+        yield replace(unjudged.pop(key), scores=scores)
+
+
+def _answer(done: Finished, episode: Episode) -> Answer:
     return Answer(
-        question_id=prompt.id,
-        question=prompt.question,
-        golds=prompt.answers,
-        hops=prompt.hops,
-        sample_index=trajectory.sample_index,
-        answer=answer,
-        exact_match=outcome.exact_match,
-        f1=outcome.f1,
-        format_ok=format_ok,
-        tool_calls=trajectory.num_process_turns,
-        stop_reason=trajectory.stop_reason,
+        question_id=episode.question_id,
+        question=episode.question,
+        golds=episode.answers,
+        hops=done.prompt.hops,
+        sample_index=episode.sample_index,
+        answer=episode.answer,
+        exact_match=0.0 if episode.answer is None else exact_match(episode.answer, episode.answers),
+        f1=0.0 if episode.answer is None else f1_score(episode.answer, episode.answers),
+        format_ok=episode.format_ok,
+        tool_calls=done.trajectory.num_process_turns,
+        stop_reason=episode.stop_reason,
     )
 
 
@@ -160,16 +195,17 @@ def _with_standard_errors(metrics: dict[str, float]) -> dict[str, float]:
 
     The standard error is sqrt((mean of squares - square of mean) / n).
     """
-    found = {name: value for name, value in metrics.items() if _SQUARE not in name}
+    found = {name: value for name, value in metrics.items() if _SQUARE not in name and _NUMBER not in name}
     for square in (name for name in metrics if _SQUARE in name):
         prefix, _, score = square.partition(_SQUARE)
         variance = max(0.0, metrics[square] - metrics[prefix + score] ** 2)  # rounding may give less than 0
-        found[f"{prefix}standard_error_{score}"] = math.sqrt(variance / metrics[f"{prefix}num_questions"])
+        found[f"{prefix}standard_error_{score}"] = math.sqrt(variance / metrics[f"{prefix}{_NUMBER}{score}"])
     return found
 
 
 def _scores(answer: Answer) -> dict[str, float]:
-    return {"em": answer.exact_match, "em_format_gated": answer.exact_match_gated, "f1": answer.f1}
+    own = {"em": answer.exact_match, "em_format_gated": answer.exact_match_gated, "f1": answer.f1}
+    return answer.scores | own
 
 
 def _sampled_scores(answers: Sequence[Answer]) -> dict[str, float]:
@@ -185,6 +221,7 @@ def _add(sums: MetricSums, prefix: str, answer: Answer, scores: Mapping[str, flo
     for name, score in scores.items():
         sums.add(f"{prefix}{name}", score, 1)
         sums.add(f"{prefix}{_SQUARE}{name}", score**2, 1)
+        sums.add(f"{prefix}{_NUMBER}{name}", 1, 0)
     sums.add(f"{prefix}format_ok_rate", answer.format_ok, 1)
     sums.add(f"{prefix}tool_calls", answer.tool_calls, 1)
     if answer.hops:

@@ -9,6 +9,7 @@ from typing import Any
 
 from a2tgpo.config.load import flat_config
 from a2tgpo.config.run import RunConfig
+from a2tgpo.config.user_files import file_digests
 from a2tgpo.data.question_set import Question
 
 _DECIDING = (
@@ -25,6 +26,9 @@ _DECIDING = (
     "python.packages",
     "python.stateful",
     "python.timeout_s",
+    "reward.format_gate",
+    "reward.names",
+    "reward.weights",
     "rollout.call_format",
     "rollout.dtype",
     "rollout.max_calls_per_turn",
@@ -47,6 +51,7 @@ _DECIDING = (
     "web.top_k",
 )
 """Keys of the settings that decide the answers. The layout and `search.url` may change between two starts."""
+_OF_JUDGE = ("judge.max_tokens", "judge.model", "judge.pattern", "judge.scores")
 
 
 def evaluation_settings(
@@ -60,7 +65,9 @@ def evaluation_settings(
     """
     flat = flat_config(config)
     questions = {f"questions of {name}": _fingerprint(members) for name, members in sets.items()}
-    return {"weights": weights, **questions, **{key: flat[key] for key in _DECIDING}}
+    keys = _DECIDING + (_OF_JUDGE if "judge" in config.reward.names else ())
+    decided = {key: flat[key] for key in keys}
+    return {"weights": weights, **questions, **decided, **file_digests(config)}
 
 
 def _fingerprint(questions: Sequence[Question]) -> str:

@@ -40,6 +40,7 @@ def to_scalars(summary: dict) -> dict[str, float]:
     """Return the numbers of the summary as scalars for TensorBoard, each with the name `SET/score`."""
     scalars: dict[str, float] = {}
     for name, scores in {**summary["sets"], AVERAGE: summary[AVERAGE]}.items():
+        scalars |= {f"{name}/{reward}": value for reward, value in scores["rewards"].items()}
         scalars |= {f"{name}/{score}": scores[score] for score in SCORES}
         for kind in ("exact_match", "format_gated") if "pass_at" in scores else ():
             by_k = scores["pass_at"][kind]
@@ -60,6 +61,10 @@ def to_markdown(summary: dict, *, title: str, notes: Sequence[str]) -> str:
             ],
         )
     )
+    rewards = list(dict.fromkeys(reward for s in rows.values() for reward in s["rewards"]))
+    if rewards:
+        body = [[name, *(_shown(s["rewards"].get(reward)) for reward in rewards)] for name, s in rows.items()]
+        lines += ["", "## Rewards", "", markdown_table(["set", *rewards], body)]
     sampled = {name: s["pass_at"] for name, s in rows.items() if "pass_at" in s}
     if sampled:
         ks = list(next(iter(sampled.values()))["exact_match"])
@@ -93,6 +98,10 @@ def to_markdown(summary: dict, *, title: str, notes: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _scores(answers: Sequence[Answer]) -> dict:
     count = len(answers)
     sums = {
@@ -103,7 +112,17 @@ def _scores(answers: Sequence[Answer]) -> dict:
         "format_ok_rate": sum(answer.format_ok for answer in answers),
         "tool_calls": sum(answer.tool_calls for answer in answers),
     }
-    return {"num_questions": count, **{name: value / count for name, value in sums.items()}}
+    means = {name: value / count for name, value in sums.items()}
+    return {"num_questions": count, **means, "rewards": _rewards(answers)}
+
+
+def _rewards(answers: Sequence[Answer]) -> dict[str, float]:
+    """Return the mean of each reward over the answers that the reward judged."""
+    found: dict[str, list[float]] = {}
+    for answer in answers:
+        for name, score in answer.scores.items():
+            found.setdefault(name, []).append(score)
+    return {name: sum(scores) / len(scores) for name, scores in found.items()}
 
 
 def _breakdowns(answers: Sequence[Answer]) -> dict:

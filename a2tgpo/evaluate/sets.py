@@ -56,11 +56,14 @@ class EvaluationSets:
         return found
 
 
-def load_evaluation_sets(config: RunConfig, *, is_whole: bool = False) -> dict[str, list[Question]]:
+def load_evaluation_sets(
+    config: RunConfig, *, is_whole: bool = False, need_answers: bool = True
+) -> dict[str, list[Question]]:
     """Return the questions of each held-out set of `config`, by the name of the set.
 
     Args:
         is_whole: whether to return all questions of each set, whatever its limit for evaluations during training is.
+        need_answers: whether a question without answers is an error.
 
     Raises:
         ConfigError: with a one-line message, if a file cannot be read.
@@ -68,7 +71,7 @@ def load_evaluation_sets(config: RunConfig, *, is_whole: bool = False) -> dict[s
     found = {}
     for name, of_set in config.evaluation.files(config.data.test).items():
         key = f"evaluation.sets.{name}" if config.evaluation.sets else "data.test"
-        questions = load_questions(of_set.file, key=key)
+        questions = load_questions(of_set.file, key=key, need_answers=need_answers)
         limit = 0 if is_whole else of_set.max_questions
         found[name] = stratified_subset(questions, limit or len(questions))
     return found

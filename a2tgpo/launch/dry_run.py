@@ -25,6 +25,8 @@ from a2tgpo.parallel.initialize import shutdown
 from a2tgpo.plan.advice import faults
 from a2tgpo.plan.report import plan_text
 from a2tgpo.protocol.build import build_protocol
+from a2tgpo.reward.load import build_rewards, need_answers
+from a2tgpo.reward.pool import RewardPool
 from a2tgpo.run.date import read_date
 from a2tgpo.run.resume import check_resume, find_record, require_same_run, trained_so_far
 from a2tgpo.run.rules import TRAINING
@@ -39,6 +41,9 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
     """
     check_resume(resume)
     config.check_training()
+    rewards = build_rewards(config)
+    with_answers = need_answers(config, rewards)
+    RewardPool(rewards, config.reward).close()
     folder = Path(config.run.root) / config.run.name
     if resume != "none" and (done := trained_so_far(folder)):
         require_same(folder, config, TRAINING, accept=accept_changes, done=done)
@@ -50,8 +55,8 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
     hf_config = load_hf_config(config.model.path)
     check_layout(hf_config, config.parallel, config.model.fp8)
     check_positions(config.model.path, hf_config, config.max_model_len)
-    mix = load_question_mix(config.data.train_files)
-    test_sets = load_evaluation_sets(config, is_whole=True)
+    mix = load_question_mix(config.data.train_files, need_answers=with_answers)
+    test_sets = load_evaluation_sets(config, is_whole=True, need_answers=with_answers)
     toolset = build_tools(config)
     toolset.close()
     template = build_protocol(

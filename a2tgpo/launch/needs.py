@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from a2tgpo.config.run import RunConfig
+from a2tgpo.config.user_files import user_files
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.plan.dimensions import ModelDimensions, read_dimensions
 from a2tgpo.plan.storage import Kept, checkpoint_bytes, kept_bytes, most_kept, weights_bytes
@@ -135,6 +136,9 @@ def training_inputs(config: RunConfig, *, resume: str) -> dict[str, str]:
             paths["search.corpus"] = config.search.corpus
         elif config.search.token_file:
             paths["search.token_file"] = config.search.token_file
+    paths |= user_files(config)
+    if "judge" in config.reward.names and config.judge.token_file:
+        paths["judge.token_file"] = config.judge.token_file
     if resume not in ("auto", "none"):
         paths["--resume"] = resume
     return paths

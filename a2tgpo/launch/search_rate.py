@@ -23,7 +23,8 @@ def search_shortfall(config: RunConfig, *, num_gpus: int) -> tuple[str, bool]:
         return "", False
     try:
         plan, _, _ = plan_of_run(config, num_gpus=num_gpus)
-        questions = load_question_mix(config.data.train_files).questions[:NUM_QUERIES]
+        mix = load_question_mix(config.data.train_files, need_answers=False)
+        questions = mix.questions[:NUM_QUERIES]
         demand = plan.searches
         burst = measure_burst(config.search, [q.question for q in questions], clients=demand.at_once)
     except ConfigError:

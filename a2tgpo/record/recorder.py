@@ -16,7 +16,7 @@ from a2tgpo.metrics.slow_ranks import SlowRanks
 from a2tgpo.metrics.writer import MetricWriter
 from a2tgpo.parallel.collectives import all_gather_object, broadcast_object, world_group
 from a2tgpo.parallel.groups import ParallelGroups
-from a2tgpo.record.rollout_metrics import add_rollout_metrics
+from a2tgpo.record.rollout_metrics import SIGNAL_METRICS, add_rollout_metrics, with_deviations
 from a2tgpo.record.rollout_record import as_text, to_record
 from a2tgpo.record.rollout_summary import best_and_worst, gains_by_turn, gather_summaries, gather_texts
 from a2tgpo.record.rollout_writer import RolloutWriter
@@ -41,6 +41,7 @@ class Recorder:
         num_texts: int,
         slow_ranks: SlowRanks,
         ratio_noise: RatioNoise,
+        turn_signal: str = "gain",
     ):
         self.writer = writer
         self._rollouts = RolloutWriter(
@@ -51,6 +52,7 @@ class Recorder:
         self._num_texts = num_texts
         self._slow_ranks = slow_ranks
         self._ratio_noise = ratio_noise
+        self._turn_signal = turn_signal
 
     def record_step(
         self,
@@ -61,6 +63,7 @@ class Recorder:
         clip_scales: torch.Tensor,
         ratios: torch.Tensor,
         *,
+        unjudged: Sequence[Trajectory] = (),
         engine_metrics: MetricSums,
         learning_metrics: MetricSums,
         seconds: dict[str, float],
@@ -70,6 +73,8 @@ class Recorder:
         Args:
             trajectories: this replica's share of the step. The trajectories are the rows of `table`, `advantages`,
                 `clip_scales` and `ratios` [N, T + 1].
+            unjudged: this replica's trajectories on which the step does not train, because a reward could not judge
+                them. Only the records contain them.
             engine_metrics: metrics of this rank's engine, which are reduced over the world.
             learning_metrics: metrics of this replica's trajectories, which are reduced over the data-parallel group.
             seconds: wall time of each stage on this rank as `time/STAGE_s`, and of the step as `time/step_s`.
@@ -77,14 +82,16 @@ class Recorder:
         Returns:
             All metrics of the step except `seconds`. They are equal on all ranks.
         """
-        add_rollout_metrics(learning_metrics, trajectories)
+        add_rollout_metrics(learning_metrics, trajectories, turn_signal=self._turn_signal)
         add_advantage_metrics(learning_metrics, table, advantages, clip_scales)
         return_free_memory()
         engine_metrics.add_max("memory/host_gib", resident_bytes() / 2**30)
         if failures := self._rollouts.take_failures():
             engine_metrics.add("rollout/not_recorded", failures, 0)
         world = world_group()
-        metrics = engine_metrics.reduce(world) | learning_metrics.reduce(self._groups.dp_group)
+        metrics = engine_metrics.reduce(world) | with_deviations(
+            learning_metrics.reduce(self._groups.dp_group)
+        )
         metrics["speed/tokens_per_s"] = metrics["speed/sampled_tokens"] / seconds["time/step_s"]
         # Broadcast the result, because all ranks must decide on exactly equal values.
         metrics = broadcast_object(metrics, world, source=0)
@@ -93,27 +100,37 @@ class Recorder:
         spread, slow_line = self._slow_ranks.compare(all_gather_object(seconds, world))
         if self._groups.is_replica_first:
             turn_values = {"advantage": advantages.advantages, "clip_scale": clip_scales, "ratio": ratios}
-            self._record_rollouts(step, trajectories, turn_values)
+            self._record_rollouts(step, trajectories, turn_values, unjudged)
         self.writer.log(step, metrics | seconds | spread)
         for line in filter(None, (noise_line, slow_line)):
             self.writer.print(f"step {step}: {line}")
         return metrics
 
     def _record_rollouts(
-        self, step: int, trajectories: Sequence[Trajectory], turn_values: dict[str, torch.Tensor]
+        self,
+        step: int,
+        trajectories: Sequence[Trajectory],
+        turn_values: dict[str, torch.Tensor],
+        unjudged: Sequence[Trajectory],
     ) -> None:
         """Start writing this replica's rollouts. On rank 0, also show rollouts of all replicas in TensorBoard."""
 
         def text_of(row: int) -> str:
             return as_text(to_record(trajectories[row], turn_values, row, tokenizer=self._tokenizer))
 
-        summaries = gather_summaries(trajectories, self._groups)
+        summaries = gather_summaries(trajectories, self._groups, turn_signal=self._turn_signal)
         chosen = best_and_worst(summaries, self._num_texts)
         texts = gather_texts(chosen, trajectories, text_of, self._groups)
-        self._rollouts.start(step, trajectories, turn_values)
+        missing = (0, 0, 0, len(unjudged))  # rows of NaN, which a record shows as null
+        padded = {
+            name: torch.nn.functional.pad(values, missing, value=torch.nan)
+            for name, values in turn_values.items()
+        }
+        self._rollouts.start(step, [*trajectories, *unjudged], padded)
         if self.writer.enabled:
+            signal = SIGNAL_METRICS[self._turn_signal]
             for turn_index, gains in gains_by_turn(summaries).items():
-                self.writer.log_histogram(step, f"gain/turn_{turn_index}", gains)
+                self.writer.log_histogram(step, f"{signal}/turn_{turn_index}", gains)
             for name, text in texts.items():
                 self.writer.log_text(step, f"rollout/{name}", text)
 

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.trajectory import Trajectory
 
 PROBLEMS = {"malformed": "malformed_calls", "unknown_tool": "unknown_tools", "excess": "excess_calls"}
 """Name of the metric that counts the calls with each kind of problem (`Call.problem_kind`)."""
+SIGNAL_METRICS = {"gain": "gain", "scores": "turn_score"}
+"""Prefix of the metrics of what turns are worth, by `algorithm.turn_signal`."""
+_SQUARE = "square of "
+"""Prefix of the names of metrics that sum the squares of a reward."""
 
 
-def add_rollout_metrics(metrics: MetricSums, trajectories: Sequence[Trajectory]) -> None:
-    """Add sums and counts of `trajectories`. Reduce `metrics` only over ranks with different trajectories."""
+def add_rollout_metrics(
+    metrics: MetricSums, trajectories: Sequence[Trajectory], *, turn_signal: str = "gain"
+) -> None:
+    """Add sums and counts of `trajectories`. Reduce `metrics` only over ranks with different trajectories.
+
+    Args:
+        turn_signal: value of `algorithm.turn_signal`.
+    """
     count = len(trajectories)
     metrics.add("reward/mean", sum(t.outcome_reward for t in trajectories), count)
+    for name in sorted({name for t in trajectories for name in t.rewards}):
+        values = [t.rewards[name] for t in trajectories if name in t.rewards]
+        metrics.add(f"reward/{name}_mean", sum(values), len(values))
+        metrics.add(f"{_SQUARE}reward/{name}", sum(value**2 for value in values), len(values))
     metrics.add("reward/em", sum(t.exact_match for t in trajectories), count)
     metrics.add("reward/format_error_rate", sum(not t.format_ok for t in trajectories), count)
     metrics.add("turns/process_turns", sum(t.num_process_turns for t in trajectories), count)
@@ -38,10 +53,20 @@ def add_rollout_metrics(metrics: MetricSums, trajectories: Sequence[Trajectory])
     for prompt_hops in sorted({t.hops for t in trajectories}):
         members = [t for t in trajectories if t.hops == prompt_hops]
         metrics.add(f"reward/em_{prompt_hops}_hops", sum(t.exact_match for t in members), len(members))
+    name = SIGNAL_METRICS[turn_signal]
     for trajectory in trajectories:
         for turn_index, turn in enumerate(trajectory.process_turns, start=1):
-            if turn.info_gain is not None:
-                metrics.add(f"gain/turn_{turn_index}_mean", turn.info_gain, 1)
-                metrics.add(f"gain/turn_{turn_index}_positive", turn.info_gain > 0, 1)
-    missing = sum(turn.info_gain is None for turn in process_turns)
-    metrics.add("gain/missing_rate", missing, len(process_turns))
+            if (worth := turn.worth(turn_signal)) is not None:
+                metrics.add(f"{name}/turn_{turn_index}_mean", worth, 1)
+                metrics.add(f"{name}/turn_{turn_index}_positive", worth > 0, 1)
+    missing = sum(turn.worth(turn_signal) is None for turn in process_turns)
+    metrics.add(f"{name}/missing_rate", missing, len(process_turns))
+
+
+def with_deviations(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return reduced `metrics` with the standard deviation of each reward in place of the mean of its squares."""
+    found = {name: value for name, value in metrics.items() if not name.startswith(_SQUARE)}
+    for name in (name.removeprefix(_SQUARE) for name in metrics if name.startswith(_SQUARE)):
+        variance = metrics[f"{_SQUARE}{name}"] - metrics[f"{name}_mean"] ** 2
+        found[f"{name}_std"] = math.sqrt(max(0.0, variance))  # rounding may give less than 0
+    return found

@@ -47,6 +47,8 @@ def as_text(record: dict) -> str:
     ]
     for number, turn in enumerate(record["turns"], start=1):
         gain = "" if turn["info_gain"] is None else f"gain {turn['info_gain']:+.4f}, "
+        if turn["score"] is not None:
+            gain += f"score {turn['score']:+.4f}, "
         lines.append(f"--- turn {number} ({gain}advantage {turn['advantage']:+.3f})")
         lines.append(turn["text"] + turn["observation_text"])
     return "\n".join(lines)

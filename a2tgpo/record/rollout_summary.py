@@ -18,11 +18,11 @@ class RolloutSummary(msgspec.Struct, frozen=True, array_like=True):
     sample_index: int
     reward: float
     gains: tuple[float | None, ...]
-    """Gains of the trajectory's process turns. None: the gain was not computed."""
+    """Gains, or scores, of the trajectory's process turns. None: the gain was not computed."""
 
     @classmethod
-    def of(cls, trajectory: Trajectory) -> RolloutSummary:
-        gains = tuple(turn.info_gain for turn in trajectory.process_turns)
+    def of(cls, trajectory: Trajectory, turn_signal: str = "gain") -> RolloutSummary:
+        gains = tuple(turn.worth(turn_signal) for turn in trajectory.process_turns)
         return cls(trajectory.prompt_index, trajectory.sample_index, trajectory.outcome_reward, gains)
 
     @property
@@ -31,9 +31,11 @@ class RolloutSummary(msgspec.Struct, frozen=True, array_like=True):
         return self.reward, sum(gain or 0.0 for gain in self.gains)
 
 
-def gather_summaries(trajectories: Sequence[Trajectory], groups: ParallelGroups) -> list[RolloutSummary]:
+def gather_summaries(
+    trajectories: Sequence[Trajectory], groups: ParallelGroups, *, turn_signal: str = "gain"
+) -> list[RolloutSummary]:
     """Return the summaries of all replicas by prompt and sample. The first rank of every replica must call this."""
-    own = msgspec.msgpack.encode([RolloutSummary.of(trajectory) for trajectory in trajectories])
+    own = msgspec.msgpack.encode([RolloutSummary.of(trajectory, turn_signal) for trajectory in trajectories])
     parts = all_gather_object(own, groups.dp_group)
     summaries = [s for part in parts for s in msgspec.msgpack.decode(part, type=list[RolloutSummary])]
     return sorted(summaries, key=lambda summary: (summary.prompt_index, summary.sample_index))

@@ -64,13 +64,17 @@ def _slim(record: dict, decode: Decode | None) -> dict:
     )
     return {
         **{name: record[name] for name in kept.split()},
+        "rewards": record.get("rewards") or {},
+        "reward_error": record.get("reward_error"),
         "question": _question(record["prompt_text"]),
         "turns": [_slim_turn(turn, decode) for turn in record["turns"]],
     }
 
 
 def _slim_turn(turn: dict, decode: Decode | None) -> dict:
-    kept = "query tool tool_failed info_gain answer_prob advantage clip_scale ratio text observation_text"
+    kept = (
+        "query tool tool_failed info_gain score answer_prob advantage clip_scale ratio text observation_text"
+    )
     slim = {name: turn.get(name) for name in kept.split()} | {"num_tokens": len(turn["tokens"])}
     if len(calls := turn.get("calls") or []) > 1:
         slim["query"] = "; ".join(call["arguments"] for call in calls)

@@ -1,4 +1,4 @@
-"""Compute a trajectory's outcome reward and the information gain of each of its process turns."""
+"""Set the fields of a trajectory for its gains, its answer and its reward."""
 
 from __future__ import annotations
 
@@ -6,54 +6,67 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from a2tgpo.config.reward import RewardConfig
-from a2tgpo.protocol.protocol import ResponseFormat
-from a2tgpo.protocol.tag_format import TagFormat
+from a2tgpo.reward.answer_match import exact_match
+from a2tgpo.reward.episode import Episode, EpisodeReader
 from a2tgpo.reward.info_gain import answer_logprob, answer_probability, info_gains
-from a2tgpo.reward.outcome import score_answer
 from a2tgpo.reward.overlong import overlong_penalty
-from a2tgpo.trajectory import Trajectory
+from a2tgpo.reward.total import Verdict
+from a2tgpo.trajectory import Prompt, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryReward:
-    """Compute the reward of a trajectory and the gains of its turns."""
+    """Scores trajectories that have ended: `begin` as soon as one ends, and `finish` once its episode is judged."""
 
-    measure: str
+    reader: EpisodeReader
+    measure: str = "probability"
     """Value of `rollout.gain.measure`."""
-    format: ResponseFormat = field(default_factory=TagFormat)
-    """Finds the answer in a response, and judges the response's format."""
-    overlong: RewardConfig = field(default_factory=RewardConfig)
-    """Settings of the penalty for long responses. The penalty does not change exact match or format."""
+    config: RewardConfig = field(default_factory=RewardConfig)
+    """The section `reward`."""
     max_response_tokens: int = 0
     """Value of `rollout.max_response_tokens`."""
 
-    def score(
+    def begin(
         self,
         trajectory: Trajectory,
+        prompt: Prompt,
         turn_texts: Sequence[str],
-        answers: Sequence[str],
         context_logprobs: Sequence[list[list[float]] | None],
-    ) -> None:
-        """Set the fields of `trajectory` for its reward, exact match, format, answer probabilities and gains.
+    ) -> Episode:
+        """Set exact match, format, answer probabilities and gains, and return the episode for the rewards.
 
         Args:
             turn_texts: the policy's text of each turn.
-            answers: the gold answer and its aliases.
             context_logprobs: the value of `Finished.context_logprobs`.
         """
-        answer = self.format.answer_of(trajectory, turn_texts)
-        format_ok = answer is not None and self.format.is_well_formed(trajectory, turn_texts)
-        outcome = score_answer(answer, answers, format_ok=format_ok)
-        trajectory.outcome_reward = outcome.reward + overlong_penalty(
+        episode = self.reader.read(trajectory, prompt, turn_texts)
+        has_answer = episode.answer is not None
+        trajectory.exact_match = exact_match(episode.answer or "", episode.answers) if has_answer else 0.0
+        trajectory.format_ok = episode.format_ok
+        if context_logprobs:
+            self._set_gains(trajectory, context_logprobs)
+        return episode
+
+    def finish(self, trajectory: Trajectory, verdict: Verdict) -> None:
+        """Set the reward of `trajectory`, or the reason why it has none."""
+        trajectory.reward_error = verdict.error
+        if verdict.error is not None:
+            return
+        trajectory.rewards = verdict.rewards
+        trajectory.task_reward = verdict.total
+        trajectory.outcome_reward = verdict.total + overlong_penalty(
             trajectory.num_tokens - len(trajectory.prompt_tokens),
             max_tokens=self.max_response_tokens,
-            buffer_tokens=self.overlong.overlong_buffer_tokens,
-            penalty=self.overlong.overlong_penalty,
+            buffer_tokens=self.config.overlong_buffer_tokens,
+            penalty=self.config.overlong_penalty,
         )
-        trajectory.exact_match = outcome.exact_match
-        trajectory.format_ok = outcome.format_ok
-        if not context_logprobs:
-            return
+        if verdict.turn_scores is not None:
+            for turn, score in zip(trajectory.process_turns, verdict.turn_scores, strict=True):
+                turn.score = score if score is not None else turn.score  # a tool may have scored the turn
+
+    def _set_gains(
+        self, trajectory: Trajectory, context_logprobs: Sequence[list[list[float]] | None]
+    ) -> None:
         logprobs = [None if aliases is None else answer_logprob(aliases) for aliases in context_logprobs]
         trajectory.baseline_prob = answer_probability(logprobs[0])
         gains = info_gains(logprobs, measure=self.measure)

@@ -29,6 +29,12 @@ class RolloutCounts:
     """Number of tokens of all scoring requests, including the prefixes."""
     score_cached_tokens: int = 0
     """Number of tokens of scoring requests that were in the prefix cache."""
+    failed_rewards: int = 0
+    """Number of trajectories that a reward could not judge."""
+    reward_wait_s: float = 0.0
+    """Seconds that the rollout waited for rewards after its last trajectory had ended."""
+    reward_counts: Counter[str] = field(default_factory=Counter)
+    """Counts of the rewards themselves (see `RewardPool.take_counts`)."""
     tool_wait_s: float = 0.0
     """Seconds in which the engine was idle because all trajectories waited for a tool."""
     outage_s: float = 0.0

@@ -132,6 +132,7 @@ class GroupRollout:
         budgets: Sequence[int | None],
         seed: int,
         version: int,
+        score_gain: bool = True,
         counts: RolloutCounts | None = None,
     ) -> tuple[list[CarriedGroup], Playing]:
         """Begin or continue the unfinished trajectories of `groups`.
@@ -143,8 +144,8 @@ class GroupRollout:
             groups: the groups that this engine plays. They are not changed.
             budgets: for each group, the number of tokens after which a trajectory begins no further turn in this
                 call. None means that the trajectory is played to its end.
-            seed, version, counts: as in `play`. While the weights are the same as when a group began, the group
-                draws the same samples as in `play`.
+            seed, version, score_gain, counts: as in `play`. While the weights are the same as when a group began,
+                the group draws the same samples as in `play`.
 
         Returns:
             The continued groups, and an iterator like that of `play`. The trajectories of these groups grow while
@@ -152,7 +153,7 @@ class GroupRollout:
         """
         live: list[LiveTrajectory] = []
         played: list[CarriedGroup] = []
-        prompt_groups = self._groups([group.prompt for group in groups], score_gain=True)
+        prompt_groups = self._groups([group.prompt for group in groups], score_gain=score_gain)
         for group, shared, budget in zip(groups, prompt_groups, budgets, strict=True):
             shared.begun = group.begun
             members = group.trajectories or [
@@ -164,7 +165,7 @@ class GroupRollout:
         sampling = Sampling(
             temperature=self._config.temperature, top_p=self._config.top_p, seed=seed, version=version
         )
-        return played, self._play(live, sampling, score_gain=True, counts=counts or RolloutCounts())
+        return played, self._play(live, sampling, score_gain=score_gain, counts=counts or RolloutCounts())
 
     def finished(
         self, playing: Playing, *, should_stop: Callable[[], bool] | None = None

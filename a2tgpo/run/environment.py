@@ -10,12 +10,17 @@ import shlex
 import sys
 from collections.abc import Mapping
 
+from a2tgpo.config.user_files import PREFIX
 from a2tgpo.run.rules import Changes, changes
 from a2tgpo.run.versions import UNCOMMITTED, UNKNOWN, code_fingerprint, commit_line, package_versions
 
 
-def describe_environment() -> str:
-    """Return user, time, place, command, package versions and code of this process, one per line as `NAME VALUE`."""
+def describe_environment(files: Mapping[str, str] | None = None) -> str:
+    """Return user, time, place, command, package versions and code of this process, one per line as `NAME VALUE`.
+
+    Args:
+        files: digests of the user's files (`config.user_files.file_digests`).
+    """
     lines = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "user": _user(),
@@ -26,6 +31,7 @@ def describe_environment() -> str:
         **package_versions(),
         "commit": commit_line(),
         "code": code_fingerprint(),
+        **(files or {}),
     }
     return "".join(f"{name} {' '.join(value.splitlines())}\n" for name, value in lines.items())
 
@@ -36,12 +42,13 @@ def parse_environment(text: str) -> dict[str, str]:
 
 
 def environment_changes(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[Changes, Changes]:
-    """Return two maps of changes in packages and code: the refused changes, and the changes that are only reported.
+    """Return two maps of changed packages, code and user's files: refused changes, and changes that are reported.
 
     Code is compared by content, so a commit that changes no executed file is not a change. A change of code is only
     reported if the last start had uncommitted changes or no checkout.
     """
-    packages = changes(before, {name: now[name] for name in package_versions()})
+    compared = [*package_versions(), *(name for name in now if name.startswith(PREFIX))]
+    packages = changes(before, {name: now[name] for name in compared})
     if before.get("code", now["code"]) == now["code"]:
         return packages, {}
     was, is_now = before.get("commit", UNKNOWN), now["commit"]

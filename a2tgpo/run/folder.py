@@ -4,6 +4,7 @@ The folder `ROOT/NAME/` contains
 - config.yaml, the resolved configuration of the last start;
 - config.N.yaml and env.N.txt, the configuration and the environment of the N-th start;
 - date.txt, the date that the prompts give as today's date;
+- plugins/, copies of the user's own rewards and tools (`run.plugins`);
 - metrics.jsonl and tensorboard/, the metrics;
 - rollouts/step_N/, the recorded rollouts (`record.rollout_files`);
 - checkpoints/step_N/ and checkpoints/best.json;
@@ -104,6 +105,7 @@ class RunFolder:
                 ratio=self._config.watchdog.slow_ratio, steps=self._config.watchdog.slow_steps
             ),
             ratio_noise=RatioNoise(self._config),
+            turn_signal=self._config.algorithm.turn_signal,
         )
 
     @property

@@ -44,18 +44,9 @@ TRAINING = Rules(
         f"{section}."
         for section in (
             *("run", "model", "data", "tools", "search", "calculator", "python", "web", "visit", "mcp"),
-            *(
-                "cluster",
-                "parallel",
-                "rollout",
-                "reward",
-                "algorithm",
-                "update",
-                "refit",
-                "guard",
-                "watchdog",
-            ),
-            *("profile", "evaluation", "checkpoint"),
+            *("cluster", "parallel", "rollout", "reward", "judge", "algorithm", "update", "refit"),
+            *("guard", "watchdog", "profile"),
+            *("evaluation", "checkpoint"),
         )
     ),
     free=(
@@ -73,6 +64,9 @@ TRAINING = Rules(
         *("search.url", "search.token_file", "search.request_timeout_s", "search.max_attempts"),
         *("search.break_after", "search.break_s", "search.max_shortfall"),
         *("web.token_file", "web.request_timeout_s", "web.max_attempts", "visit.timeout_s", "mcp.timeout_s"),
+        *("judge.url", "judge.token_file", "judge.timeout_s", "judge.max_attempts", "judge.cache"),
+        "judge.max_calls_per_step",
+        *("reward.num_workers", "reward.timeout_s", "reward.max_failed_share"),
         *("tools.max_concurrent_calls", "tools.call_timeout_s", "tools.on_outage", "tools.outage_limit_s"),
     ),
 )

@@ -14,9 +14,11 @@ import yaml
 
 from a2tgpo.config.load import dump_config
 from a2tgpo.config.run import RunConfig
+from a2tgpo.config.user_files import file_digests
 from a2tgpo.io.atomic_file import write_text
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.run.environment import describe_environment, environment_changes, parse_environment
+from a2tgpo.run.plugins import keep_files
 from a2tgpo.run.rules import Changes, Rules, changes_since, describe_changes
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ def difference(folder: Path, config: RunConfig, rules: Rules) -> Difference:
             f"{path}: not a readable configuration; replace it by {folder}/config.N.yaml of the last start"
         ) from None
     before = _last_environment(folder)
-    now = parse_environment(describe_environment())
+    now = parse_environment(describe_environment(file_digests(config)))
     refused, reported = environment_changes(before, now) if before else ({}, {})
     for key, pair in settings.items():
         (reported if rules.is_free(key, config) else refused)[key] = pair
@@ -90,7 +92,8 @@ def record_start(folder: Path, config: RunConfig) -> None:
     number = number_of_starts(folder) + 1
     text = dump_config(config)
     write_text(folder / f"config.{number}.yaml", text)
-    write_text(folder / f"env.{number}.txt", describe_environment())
+    write_text(folder / f"env.{number}.txt", describe_environment(file_digests(config)))
+    keep_files(folder, config)
     write_text(folder / CONFIG_FILE, text)
 
 

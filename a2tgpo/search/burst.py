@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from a2tgpo.config.search import SearchConfig
+from a2tgpo.net.token import read_token
 from a2tgpo.search.errors import SearchError
-from a2tgpo.search.http_client import HttpSearch
+from a2tgpo.search.http_client import TOKEN_VARIABLE, HttpSearch
 from a2tgpo.search.server_address import ServerAddress
-from a2tgpo.search.token import read_token
 
 MAX_CLIENTS = 256
 """Most clients. With more threads, this process would be the bottleneck."""
@@ -54,7 +54,7 @@ def measure_burst(
         max_connections=clients,
         break_after=2**31,
         break_s=1.0,
-        token=read_token(config.token_file, key="search.token_file"),
+        token=read_token(config.token_file, key="search.token_file", variable=TOKEN_VARIABLE),
     )
     turns, lock = itertools.cycle(queries), threading.Lock()
     answered_at: list[float] = []

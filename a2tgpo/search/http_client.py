@@ -8,27 +8,19 @@ import functools
 import json
 import secrets
 import threading
-import time
 from collections.abc import Sequence
 
-import httpx
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    stop_after_attempt,
-    wait_exponential_jitter,
-)
+from tenacity import RetryCallState
 
-from a2tgpo.search.circuit_breaker import CircuitBreaker
+from a2tgpo.net.circuit_breaker import CircuitBreaker
+from a2tgpo.net.post import PostError, new_client, post_json, retrying
 from a2tgpo.search.errors import SearchError, SearchUnavailableError
 from a2tgpo.search.passage import Passage, parse_contents
 from a2tgpo.search.server_address import ServerAddress
-from a2tgpo.search.token import TOKEN_VARIABLE
 
+TOKEN_VARIABLE = "A2TGPO_SEARCH_TOKEN"
 TOKEN_HINT = f"search.token_file, or {TOKEN_VARIABLE} in the environment"
 MAX_RESPONSE_BYTES = 10 * 2**20
-_RETRIED_STATUS = frozenset({408, 425, 429})
 _STATUS_OF_THE_QUERY = frozenset({400, 413, 414, 422})
 """Statuses with which the server refuses one query, but may answer the next query."""
 
@@ -73,15 +65,7 @@ class HttpSearch:
         self._max_attempts = max_attempts
         self._first_wait_s = first_wait_s
         self._lock = threading.Lock()
-        self._client = httpx.Client(
-            # Retrieval servers are local, so ignore proxies from the environment.
-            trust_env=False,
-            timeout=timeout_s,
-            # One compressed chunk of zstd can expand to gigabytes.
-            headers={"Accept-Encoding": "identity"}
-            | ({} if token is None else {"Authorization": f"Bearer {token}"}),
-            limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
-        )
+        self._client = new_client(timeout_s=timeout_s, max_connections=max_connections, token=token)
 
     def search(self, query: str, top_k: int) -> list[tuple[Passage, float]]:
         """Return at most `top_k` passages with their scores, best first. A score is 0.0 if the server sends none.
@@ -99,15 +83,14 @@ class HttpSearch:
             with self._lock:
                 self.num_refused += 1
             raise SearchUnavailableError(f"{self.url} has not answered for a while; not queried")
-        retrying = Retrying(
-            stop=stop_after_attempt(self._max_attempts),
-            wait=wait_exponential_jitter(initial=self._first_wait_s, max=8, jitter=self._first_wait_s),
-            retry=retry_if_exception_type(_TransientError),
-            before_sleep=self._count_retry,
-            reraise=True,
+        attempts = retrying(
+            _TransientError,
+            max_attempts=self._max_attempts,
+            first_wait_s=self._first_wait_s,
+            before_retry=self._count_retry,
         )
         try:
-            found = retrying(self._ask, queries, top_k)
+            found = attempts(self._ask, queries, top_k)
         except _TransientError:
             self._breaker.failed()
             self._follow()
@@ -157,46 +140,22 @@ class HttpSearch:
             ) from None
 
     def _post(self, payload: dict) -> bytes:
-        deadline = time.monotonic() + self._timeout_s
         try:
-            with self._client.stream("POST", self.url, json=payload) as response:
-                if response.status_code != 200:
-                    # Redirects are not followed, because they would turn the POST into a GET.
-                    raise self._refusal(response)
-                return self._read(response, deadline)
-        except httpx.TimeoutException:
-            raise self._late() from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise _TransientError(f"{self.url} cannot be reached ({reason:.120})") from None
+            return post_json(
+                self._client, self.url, payload, timeout_s=self._timeout_s, max_bytes=MAX_RESPONSE_BYTES
+            )
+        except PostError as error:
+            raise _search_error(error) from None
 
-    def _read(self, response: httpx.Response, deadline: float) -> bytes:
-        body = bytearray()
-        for chunk in response.iter_raw():
-            body += chunk
-            if len(body) > MAX_RESPONSE_BYTES:
-                raise SearchError(
-                    f"{self.url} sent more than {MAX_RESPONSE_BYTES // 2**20} MiB for one request"
-                )
-            # httpx limits the time of each read. A server that sends single bytes would never exceed this limit.
-            if time.monotonic() > deadline:
-                raise self._late()
-        return bytes(body)
 
-    def _late(self) -> SearchError:
-        return _TransientError(
-            f"{self.url} did not answer within {self._timeout_s:g} s", may_be_the_query=True
-        )
-
-    def _refusal(self, response: httpx.Response) -> SearchError:
-        status = response.status_code
-        hint = f"; give its token: {TOKEN_HINT}" if status == 401 else ""
-        message = f"{self.url} answered HTTP {status} {response.reason_phrase:.60}{hint}"
-        if status in _STATUS_OF_THE_QUERY:
-            return SearchError(message)
-        if status >= 500 or status in _RETRIED_STATUS:
-            return _TransientError(message, may_be_the_query=status == 500)
-        return SearchUnavailableError(message)
+def _search_error(error: PostError) -> SearchError:
+    hint = f"; give its token: {TOKEN_HINT}" if error.status == 401 else ""
+    message = f"{error}{hint}"
+    if error.is_too_large or error.status in _STATUS_OF_THE_QUERY:
+        return SearchError(message)
+    if error.is_transient:
+        return _TransientError(message, may_be_the_query=error.is_late or error.status == 500)
+    return SearchUnavailableError(message)
 
 
 def _parse_answer(body: bytes, num_queries: int) -> list[list[tuple[Passage, float]]]:

@@ -4,14 +4,14 @@ from typing import Protocol
 
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.net.token import read_token
 from a2tgpo.search.answer_cache import AnswerCache
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.errors import SearchError, SearchUnavailableError
-from a2tgpo.search.http_client import HttpSearch
+from a2tgpo.search.http_client import TOKEN_VARIABLE, HttpSearch
 from a2tgpo.search.passage import Passage
 from a2tgpo.search.server_address import ServerAddress
-from a2tgpo.search.token import read_token
 
 __all__ = ["CachedSearch", "SearchError", "SearchTool", "build_search"]
 
@@ -109,7 +109,7 @@ def build_search(
         max_connections=max_connections,
         break_after=config.break_after,
         break_s=config.break_s,
-        token=read_token(config.token_file, key="search.token_file"),
+        token=read_token(config.token_file, key="search.token_file", variable=TOKEN_VARIABLE),
     )
     if probe:
         try:

@@ -99,6 +99,8 @@ def reject(record: Mapping[str, Any], filters: Filters) -> str:
     turns = record["turns"]
     if record["stop_reason"] != "answer" or not turns or turns[-1]["query"] is not None:
         return "without an answer"
+    if record.get("reward_error"):
+        return "without a reward"
     if filters.needs_format and not record["format_ok"]:
         return "broken format"
     if filters.needs_exact_match and record["exact_match"] != 1:

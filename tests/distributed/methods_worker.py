@@ -37,6 +37,8 @@ from a2tgpo.metrics.guards import Guards
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.protocol.build import build_protocol
+from a2tgpo.reward.load import build_rewards
+from a2tgpo.reward.pool import RewardPool
 from a2tgpo.run.folder import RunFolder
 from a2tgpo.trainer import Trainer
 from a2tgpo.update.optimizer import build_optimizer
@@ -76,6 +78,7 @@ def of_method(parts: RunParts, config: RunConfig) -> RunParts:
             sampler=PromptSampler(len(parts.train_prompts), config.rollout.prompts_per_step, config.run.seed)
         ),
         reward=build_reward(config, protocol),
+        reward_pool=RewardPool(build_rewards(config), config.reward),
         rollout=build_rollout(
             config,
             parts.engine_group,
@@ -135,6 +138,7 @@ def main() -> None:
         method = of_method(parts, load_config(path, [*overrides, f"run.name={name}"]))
         results[name] = train(method, start)
         method.rollout.close()
+        method.reward_pool.close()
         if groups.rank == 0:
             print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
     if groups.rank == 0:

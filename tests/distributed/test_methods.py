@@ -11,12 +11,14 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import yaml
 from held_memory import held
+from stub_judge import Reply, StubJudge, chat
 from tiny_models import CAPITALS, taught_folder
 
 from a2tgpo.record.rollout_files import read_step, recorded_steps
@@ -46,6 +48,9 @@ DYNAMIC = ("dapo", "dapo_one_draw")
 WITH_REFERENCE = ("grpo", "grpo_k2", "grpo_tight", "masked", "cool")
 WITH_ADAPTIVE_CLIP = ("a2tgpo", "a2tgpo_released", "truncated")
 LONG, LONG_STEPS, WARM_STEPS = "long", 24, 12
+JUDGED, SCORED = "judged", "scored"
+LAST_REPLY = 6
+"""Number of requests after which the judge is gone."""
 
 pytestmark = pytest.mark.distributed
 
@@ -75,6 +80,22 @@ def launched(tmp_path_factory) -> dict[str, Run]:
     root = tmp_path_factory.mktemp("methods")
     config = write_inputs(root)
     overrides = {name: [str(PRESETS[preset]), *settings] for name, (preset, *settings) in RUNS.items()}
+    server = dying_judge()
+    overrides[JUDGED] = [
+        str(PRESETS["a2tgpo"]),
+        "reward.names=[judge, em]",
+        "reward.weights=[1, 0]",
+        "reward.max_failed_share=1",
+        f"judge.url={server.url}",
+        "judge.model=stub",
+        "judge.max_attempts=1",
+    ]
+    (root / "progress.py").write_text(TURN_SCORES)
+    overrides[SCORED] = [
+        str(PRESETS["a2tgpo"]),
+        f"reward.names=[em, {root / 'progress.py'}:progress]",
+        "algorithm.turn_signal=scores",
+    ]
     overrides[LONG] = [str(PRESETS["a2tgpo"]), f"run.steps={LONG_STEPS}"]
     (root / "overrides.json").write_text(json.dumps(overrides))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -85,10 +106,34 @@ def launched(tmp_path_factory) -> dict[str, Run]:
         timeout=600,
     )
     assert result.returncode == 0, result.stderr[-4000:]
+    assert len(server.asked) == LAST_REPLY
     # dapo_one_draw leaves places unfilled in both of its steps.
     assert result.stderr.count("after 1 draws (rollout.max_draws=1)") == 1
     trained = json.loads((root / "runs/trained.json").read_text())
     return {name: Run(root / "runs" / name, trained[name]) for name in overrides}
+
+
+def dying_judge() -> StubJudge:
+    """A judge that answers `LAST_REPLY` requests and then hangs up on everybody."""
+    asked = itertools.count(1)
+
+    def script(prompt: str, before: int) -> Reply:
+        assert before == 0, f"asked twice: {prompt}"
+        if next(asked) >= LAST_REPLY:
+            threading.Thread(target=server.close).start()
+        return chat("correct" if len(prompt) % 2 else "incorrect")
+
+    server = StubJudge(script)
+    return server
+
+
+TURN_SCORES = """
+from a2tgpo.reward.episode import Score
+
+def progress(episode):
+    scores = [len(turn.observation) for turn in episode.turns if turn.calls]
+    return Score(value=0.0, parts={"calls": len(scores)}, turn_scores=scores)
+"""
 
 
 def write_inputs(root: Path) -> Path:
@@ -313,3 +358,50 @@ def test_steps_leave_nothing_behind_in_memory(launched):
         assert grown["tensors"] < 4, grown
         assert grown["bytes"] < 2**20, grown
         assert grown["files"] == 0, grown
+
+
+def test_a_run_goes_on_when_its_judge_is_gone_and_leaves_out_what_was_not_judged(launched):
+    run = launched[JUDGED]
+    assert [record["step"] for record in run.steps] == [1, 2]
+    unjudged = [[r for r in records if r["reward_error"] is not None] for records in run.rollouts]
+    assert [len(records) for records in unjudged] == [record["reward/failed"] for record in run.steps]
+    assert unjudged[0] and unjudged[1]
+    assert all("/chat/completions" in r["reward_error"] for r in itertools.chain.from_iterable(unjudged))
+    assert all(turn["advantage"] is None for records in unjudged for r in records for turn in r["turns"])
+    assert all(len(records) == GROUPS_PER_STEP * GROUP_SIZE for records in run.rollouts)
+    assert sum(record["judge/calls"] for record in run.steps) >= LAST_REPLY
+    assert run.trained["largest_change"] > 0 and run.trained["equal_on_all_ranks"]
+
+
+def test_a_group_is_normalised_over_the_members_that_were_judged(launched):
+    run = launched[JUDGED]
+    for records, metrics in zip(run.rollouts, run.steps, strict=True):
+        judged = [r for r in records if r["reward_error"] is None]
+        for index in {r["prompt_index"] for r in judged}:
+            members = [r for r in judged if r["prompt_index"] == index]
+            rewards = [r["outcome_reward"] for r in members]
+            mean = sum(rewards) / len(rewards)
+            std = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / len(rewards) + 1e-8)
+            for r in members:
+                expected = (r["outcome_reward"] - mean) / (std + 1e-6) if len(members) > 1 else 0.0
+                assert r["turns"][-1]["advantage"] == pytest.approx(expected, abs=1e-5) or is_process(r)
+        values = [r["rewards"]["judge"] for r in judged]
+        assert metrics["reward/judge_mean"] == pytest.approx(sum(values) / len(values))
+        assert set(values) <= {0.0, 1.0}
+
+
+def is_process(record: dict) -> bool:
+    """Whether the rollout ended with a tool call."""
+    return bool(record["turns"][-1]["calls"])
+
+
+def test_scores_of_turns_take_the_place_of_gains(launched):
+    run = launched[SCORED]
+    turns = [turn for records in run.rollouts for r in records for turn in r["turns"] if turn["calls"]]
+    assert turns and all(turn["info_gain"] is None for turn in turns)
+    assert all(turn["score"] == len(turn["observation_text"]) > 0 for turn in turns)
+    for record in run.steps:
+        assert record["turn_score/missing_rate"] == 0 and record["turn_score/turn_1_mean"] > 0
+        assert not any(name.startswith("gain/turn") for name in record) and record["gain/scored_tokens"] == 0
+        assert record["reward/progress.calls_mean"] == pytest.approx(record["turns/process_turns"])
+    assert run.trained["largest_change"] > 0

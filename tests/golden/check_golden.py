@@ -23,9 +23,14 @@ from a2tgpo.loss.adaptive_clip import clip_scale
 from a2tgpo.loss.aggregate import token_weights
 from a2tgpo.loss.kl import kl_penalty
 from a2tgpo.loss.policy_loss import LossInputs, policy_loss
+from a2tgpo.protocol.tag_format import TagFormat
+from a2tgpo.reward.answer_match import f1_score
+from a2tgpo.reward.episode import EpisodeReader
 from a2tgpo.reward.info_gain import answer_probability, info_gains, mean_logprob
-from a2tgpo.reward.outcome import score_response
-from a2tgpo.trajectory import Call, LogProbs, TokenIds, Trajectory, Turn
+from a2tgpo.reward.load import NamedReward
+from a2tgpo.reward.methods.em import ExactMatch
+from a2tgpo.reward.total import judge
+from a2tgpo.trajectory import Call, LogProbs, Prompt, TokenIds, Trajectory, Turn
 
 ADVANTAGE_OF_MODE = {
     "turn-group-v1d": "turn_group",
@@ -125,24 +130,44 @@ def check_gains(golden: dict) -> Iterator[Check]:
         )
 
 
+def scores(response: str, golds: tuple[str, ...]) -> tuple[str | None, bool, float, float, float]:
+    """Answer, format, reward, EM and F1 of a whole response."""
+    trajectory = Trajectory(
+        prompt_index=0,
+        prompt_id="",
+        sample_index=0,
+        prompt_tokens=TokenIds(),
+        turns=[Turn(tokens=TokenIds(), rollout_logprobs=LogProbs())],
+        stop_reason="",
+    )
+    prompt = Prompt(index=0, id="", question="", answers=golds, tokens=())
+    episode = EpisodeReader(format=TagFormat(opening_tags=""), decode=str).read(
+        trajectory, prompt, [response]
+    )
+    em = NamedReward(label="em", weight=1.0, reward=ExactMatch(), path=Path())
+    verdict = judge([em], episode, format_gate=True)
+    f1 = 0.0 if episode.answer is None else f1_score(episode.answer, golds)
+    return episode.answer, episode.format_ok, verdict.total, verdict.rewards["em"], f1
+
+
 def check_rewards(golden: dict) -> Iterator[Check]:
     for case in golden["cases"]:
         if any(flag.startswith("quirk") for flag in case.get("flags") or []):
             continue
-        score = score_response(case["response"], case["golds"])
+        answer, format_ok, reward, match, f1 = scores(case["response"], tuple(case["golds"]))
         train, ungated = case["expect_train"], case["expect_eval"]
         wrong = [
-            score.format_ok != train["format_ok"],
-            score.format_ok and score.answer != train["answer"],
-            score.answer is not None and score.answer != ungated["answer"],
-            (score.answer is None) != (ungated["score"] == -1.0),
+            format_ok != train["format_ok"],
+            format_ok and answer != train["answer"],
+            answer is not None and answer != ungated["answer"],
+            (answer is None) != (ungated["score"] == -1.0),
         ]
         yield (
             case["name"],
             max(
-                abs(score.reward - train["score"]),
-                abs(score.exact_match - ungated["em"]),
-                abs(score.f1 - ungated["f1"]),
+                abs(reward - train["score"]),
+                abs(match - ungated["em"]),
+                abs(f1 - ungated["f1"]),
                 float(any(wrong)),
             ),
         )

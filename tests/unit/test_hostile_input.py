@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from scored import score_response
 
 from a2tgpo.config.load import dump_config, load_config
 from a2tgpo.config.run import RunConfig
@@ -19,7 +20,6 @@ from a2tgpo.data.question_set import load_questions
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.protocol.tag_format import judged_text
 from a2tgpo.protocol.tag_syntax import SEARCH_CALLS
-from a2tgpo.reward.outcome import score_response
 from a2tgpo.search import http_client
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.passage import parse_contents

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "a2tgpo"
 
 ORDER = (
-    *("io", "trajectory", "config", "parallel", "metrics", "lifecycle"),
+    *("io", "trajectory", "config", "parallel", "metrics", "lifecycle", "net"),
     *("data", "protocol", "reward", "search", "batch", "environment", "loss", "advantage"),
     *("model", "memory", "plan", "rollout", "record", "update", "refit", "checkpoint"),
     *("evaluate", "collect", "run", "warmstart", "assemble", "trainer", "serve", "launch"),

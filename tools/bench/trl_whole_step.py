@@ -30,7 +30,10 @@ from a2tgpo.data.template import PromptSet, PromptTemplate, today
 from a2tgpo.environment.tool import ToolError, build_tools
 from a2tgpo.protocol.build import build_protocol
 from a2tgpo.protocol.protocol import CallResult
+from a2tgpo.reward.episode import reader_of
+from a2tgpo.reward.load import build_rewards
 from a2tgpo.reward.score import TrajectoryReward
+from a2tgpo.reward.total import judge
 from a2tgpo.trajectory import LogProbs, Prompt, TokenIds, Trajectory, Turn
 
 
@@ -94,6 +97,7 @@ class Player:
         self._toolset = build_tools(config)
         self._search: Any = self._toolset.tools["search"]
         self._protocol = build_protocol(config, tokenizer, schemas=self._toolset.schemas, date=today())
+        self._rewards = build_rewards(config)
         self.num_sampled = self.num_tokens = 0
 
     def play(self, numbers: list[str], trainer: TimedTrainer) -> dict[str, list | None]:
@@ -119,9 +123,10 @@ class Player:
                 for i, tokens in zip(live, sampled, strict=True)
                 if self._goes_on(played[i], texts[i], tokens)
             ]
-        reward = TrajectoryReward(measure="probability", format=self._protocol.format)
+        reward = TrajectoryReward(reader=reader_of(self._protocol))
         for trajectory, text in zip(played, texts, strict=True):
-            reward.score(trajectory, text, self._prompts[int(trajectory.prompt_id)].answers, [])
+            episode = reward.begin(trajectory, self._prompts[int(trajectory.prompt_id)], text, [])
+            reward.finish(trajectory, judge(self._rewards, episode, format_gate=True))
         self.num_sampled = sum(t.num_sampled_tokens for t in played)
         self.num_tokens = sum(t.num_tokens for t in played)
         return {

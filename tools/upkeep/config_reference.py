@@ -110,7 +110,13 @@ def _kind(kind: Any) -> str:
     """Return the text for a setting's type. For a choice, the text lists the allowed values."""
     if get_origin(kind) is Literal:
         return " \\| ".join(f"`{choice}`" for choice in get_args(kind))
-    names = {dict: "mapping", str | dict: "str or mapping", tuple[str, ...]: "list", tuple[int, ...]: "list"}
+    names = {
+        dict: "mapping",
+        str | dict: "str or mapping",
+        tuple[str, ...]: "list",
+        tuple[int, ...]: "list",
+        tuple[float, ...]: "list of numbers",
+    }
     return names.get(kind) or kind.__name__
 
 

@@ -210,3 +210,31 @@ def test_groups_known_by_a_key_are_numbered_without_gaps():
 def test_a_group_index_out_of_range_is_refused():
     with pytest.raises(ValueError, match="outside"):
         normalize_groups(torch.ones(1).double(), torch.tensor([3]), num_groups=3, dp_group=None)
+
+
+@given(rollouts)
+def test_scores_of_turns_that_equal_the_gains_give_equal_advantages(items):
+    layout = {"num_prompts": 4, "max_turns": 6}
+    gained = [make_trajectory(*item) for item in items]
+    scored = [make_trajectory(*item) for item in items]
+    for turn in (turn for t in scored for turn in t.turns):
+        turn.score, turn.info_gain = turn.info_gain, None
+    for name in advantage_names():
+        config = AlgorithmConfig(advantage=name)
+        tables = (
+            build_turn_table(gained, **layout),
+            build_turn_table(scored, **layout, turn_signal="scores"),
+        )
+        one, two = (compute_advantages(table, config, dp_group=None) for table in tables)
+        assert torch.equal(one.advantages, two.advantages)
+        assert torch.equal(one.normalized_gain, two.normalized_gain)
+    neutral = build_turn_table(gained, **layout, turn_signal="scores")
+    assert not neutral.has_gain.any()
+
+
+def test_a_trajectory_whose_group_lost_all_others_has_no_outcome_advantage():
+    alone = [make_trajectory(0, [], 1.0)]
+    for keep_single, expect in ((True, 1.0 / (1 + 1e-6)), (False, 0.0)):
+        table = build_turn_table(alone, num_prompts=1, max_turns=1, keep_single=keep_single)
+        result = compute_advantages(table, AlgorithmConfig(advantage="grpo"), dp_group=None)
+        assert result.advantages[0, 0].item() == pytest.approx(expect)

@@ -185,6 +185,7 @@ def test_a_run_that_its_guards_stop_is_evaluated_first_where_that_is_due(world, 
         "rollout": SimpleNamespace(answer_tokens=None, outage=Outage(limit_s=1)),
         "reward": None,
         "train_prompts": SimpleNamespace(questions=[]),
+        "reward_pool": None,
     }
     parts: Any = SimpleNamespace(**{**vars(run.parts), "config": config, **no_answers})
     guards = Guards(GuardConfig(stop_after=4), clip_low=0.1, clip_high=0.1)

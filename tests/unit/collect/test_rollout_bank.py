@@ -17,6 +17,7 @@ from a2tgpo.collect.bank import RolloutBank, drop_covered
 from a2tgpo.collect.carried_pool import Carried, Entry
 from a2tgpo.collect.state import RolloutState
 from a2tgpo.collect.step import PlayedStep
+from a2tgpo.config.reward import RewardConfig
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.config.run import CheckpointConfig
 from a2tgpo.metrics.reduce import MetricSums
@@ -95,6 +96,27 @@ def test_what_is_carried_over_is_put_back_with_the_step(world, tmp_path):
 def test_another_step_or_configuration_plays_anew(world, tmp_path, banked):
     assert Start(world, tmp_path).take(step=2) is None
     assert Start(world, tmp_path, rollout=RolloutConfig(temperature=0.9)).take() is None
+
+
+def test_an_edited_reward_file_plays_anew(world, tmp_path):
+    file = tmp_path / "my.py"
+    file.write_text("def f(episode): return 1\n")
+    reward = RewardConfig(names=(f"{file}:f",))
+    first = Start(world, tmp_path, reward=reward)
+    assert first.take() is None
+    first.bank.put(3, PlayedStep(trajectories=played(), metrics=MetricSums()))
+    assert Start(world, tmp_path, reward=reward).take() is not None
+    file.write_text("def f(episode): return 2\n")
+    assert Start(world, tmp_path, reward=reward).take() is None
+
+
+def test_rollouts_without_a_verdict_are_not_banked(world, tmp_path):
+    first = Start(world, tmp_path)
+    assert first.take() is None
+    (unjudged,) = played()
+    unjudged.reward_error = "judge: no verdict"
+    first.bank.put(3, PlayedStep(trajectories=[*played(), unjudged], metrics=MetricSums()))
+    assert Start(world, tmp_path).take() is None
 
 
 def test_other_weights_play_anew_also_where_one_bit_differs(world, tmp_path, banked):

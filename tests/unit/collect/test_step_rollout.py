@@ -34,6 +34,7 @@ def trajectory(group: int, sample: int, reward: float = 0.0) -> Trajectory:
         turns=[],
         stop_reason="answer",
         outcome_reward=reward,
+        task_reward=reward,
         exact_match=max(reward, 0.0),
         format_ok=reward >= 0,
     )
@@ -122,8 +123,22 @@ def test_a_group_is_informative_unless_all_its_rewards_are_equal():
 def test_a_length_penalty_makes_no_group_informative():
     trajectories = [trajectory(0, sample, reward) for sample, reward in enumerate((-1.0, -1.0, -1.0))]
     trajectories[1].outcome_reward -= 0.25
-    trajectories[2].exact_match = 1.0  # a right answer in an ill-formed response is worth as little
     assert informative_groups(trajectories) == {0: False}
+
+
+def test_a_trajectory_without_a_verdict_makes_no_group_informative():
+    trajectories = [trajectory(0, sample, reward) for sample, reward in enumerate((1.0, 0.0, 1.0))]
+    assert informative_groups(trajectories) == {0: True}
+    trajectories[1].reward_error = "judge: no verdict"
+    assert informative_groups(trajectories) == {0: False}
+    assert informative_groups(trajectories[1:2]) == {0: False}
+
+
+def test_any_reward_that_differs_makes_a_group_informative():
+    trajectories = [trajectory(0, sample, reward) for sample, reward in enumerate((0.5, 0.25))]
+    for each in trajectories:
+        each.exact_match, each.format_ok = 0.0, True
+    assert informative_groups(trajectories) == {0: True}
 
 
 class ScriptedRollout:
@@ -146,7 +161,7 @@ class ScriptedRollout:
             for sample in range(2):
                 made = trajectory(prompt.index, sample, -1.0)
                 if int(prompt.id) > 1:
-                    made.outcome_reward = made.exact_match = float(sample)
+                    made.outcome_reward = made.task_reward = made.exact_match = float(sample)
                     made.format_ok = True
                 played.append(made)
         return played

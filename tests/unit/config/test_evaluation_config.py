@@ -77,7 +77,7 @@ def test_the_best_checkpoint_may_be_chosen_by_any_score(load, best_by):
         ),
         (
             ["data.train=t", "data.test=t", "checkpoint.best_by=pass_at_2"],
-            "em | em_format_gated | f1 | none",
+            "em | em_format_gated | f1 | reward | none",
         ),
     ],
 )

@@ -132,9 +132,9 @@ def test_presets_write_out_all_that_tells_methods_apart():
     keys = {name: flat_keys(yaml.safe_load(path.read_text())) for name, path in PRESETS.items()}
     assert all(written == keys["a2tgpo"] for written in keys.values())
     fields = {f"algorithm.{field.name}" for field in dataclasses.fields(AlgorithmConfig)}
-    # How engine and trainer are reconciled depends on the engine, and what keeps the entropy up on the run; any
-    # method may have both.
-    of_the_run = tuple(f"algorithm.{name}" for name in ("correction", "entropy_", "clip_cov_"))
+    # How engine and trainer are reconciled depends on the engine, the signal of a turn on the task, what keeps the
+    # entropy up on the run; any method may have all of them.
+    of_the_run = tuple(f"algorithm.{name}" for name in ("correction", "turn_signal", "entropy_", "clip_cov_"))
     of_methods = {field for field in fields if not field.startswith(of_the_run)}
     assert {key for key in keys["a2tgpo"] if key.startswith("algorithm.")} == of_methods
 

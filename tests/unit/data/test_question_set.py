@@ -227,3 +227,13 @@ def test_ids_that_repeat_are_made_unique_and_no_other_changes():
     assert unique_ids(["a", "a", "b"], ["s", "t", "t"]) == ["s/a", "t/a", "b"]
     assert unique_ids(["a", "a", "a#2", "a"], [""] * 4) == ["a", "a#3", "a#2", "a#4"]
     assert unique_ids(["a", "a"], ["s", "s"]) == ["s/a", "s/a#2"]
+
+
+def test_answers_may_be_missing_where_nothing_reads_them(tmp_path):
+    path = tmp_path / "open.jsonl"
+    records = [{"question": "Write a poem."}, {"question": "Sort.", "answers": []}, GOOD]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = load_questions(str(path), need_answers=False)
+    assert [question.answers for question in found] == [(), (), ("Paris", "Paris, France")]
+    with pytest.raises(ConfigError, match=r"line 1: `answers` is missing; .*algorithm.turn_signal=scores"):
+        load_questions(str(path))

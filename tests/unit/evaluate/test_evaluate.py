@@ -3,10 +3,12 @@
 import math
 import statistics
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from played import tags
 from rendered_sets import rendered_sets
+from scored import EM, score, tag_reader
 from scripted_search import ScriptedSearch, toolset_of
 from tiny_models import prompt_ids, taught_folder
 from transformers import AutoTokenizer
@@ -15,7 +17,9 @@ from a2tgpo.config.reward import RewardConfig
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.evaluate.evaluate import answer_questions, evaluate
 from a2tgpo.parallel.engine_group import EngineGroup
-from a2tgpo.protocol.tag_format import TagFormat
+from a2tgpo.reward.episode import RewardError, Score
+from a2tgpo.reward.load import NamedReward
+from a2tgpo.reward.pool import RewardPool
 from a2tgpo.reward.score import TrajectoryReward
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.trajectory import Call, Prompt, Trajectory, Turn
@@ -105,6 +109,32 @@ def test_an_engines_further_ranks_count_nothing(rollout, prompts):
     assert evaluate(rollout, rendered_sets(test=prompts[:2]), EngineGroup(rank=1)) == {"num_questions": 0.0}
 
 
+class Calls:
+    """A tenth per tool call; no verdict on questions about Italy. It knows an evaluation from a training step."""
+
+    def score(self, episode):
+        assert episode.is_evaluation
+        if "Italy" in episode.question:
+            raise RewardError("no verdict on Italy")
+        return Score(value=sum(len(turn.calls) for turn in episode.turns) / 10, parts={"one": 1})
+
+
+def test_rewards_of_the_run_are_further_scores_of_the_answers_that_they_judged(rollout, prompts):
+    calls = NamedReward(label="calls", weight=2.0, reward=Calls(), path=Path(__file__))
+    pool = RewardPool([*EM, calls], RewardConfig())
+    sets = rendered_sets(test=prompts)
+    plain, metrics = evaluate(rollout, sets), evaluate(rollout, sets, rewards=pool)
+    assert metrics | plain == metrics
+    judged = [0.1, 0.1, 0.2, 0.0]
+    assert metrics["calls"] == pytest.approx(sum(judged) / 4) and metrics["calls.one"] == 1
+    assert metrics["standard_error_calls"] == pytest.approx(statistics.pstdev(judged) / math.sqrt(4))
+    totals = [1 + 0.2, 1 + 0.2, 0.4, -1.0]  # the last response has a wrong format
+    assert metrics["reward"] == pytest.approx(sum(totals) / 4)
+    answers = list(answer_questions(rollout, prompts, rewards=pool))
+    pool.close()
+    assert [answer.scores for answer in answers if "Italy" in answer.question] == [{}]
+
+
 def test_an_answer_that_exists_is_not_played_again(rollout, prompts):
     def play(**settings):
         answers = answer_questions(rollout, prompts, num_samples=3, seed=5, **settings)
@@ -138,9 +168,8 @@ ANSWERED = "<answer> \\boxed{Paris} </answer>"
 def test_gains_and_reward_are_filled_in():
     trajectory = trajectory_of(2)
     logprobs = [[[-2.0, -4.0]], [[-1.0, -1.0]], [[0.0, -1.0]]]
-    TrajectoryReward(measure="probability").score(
-        trajectory, [SEARCHED, SEARCHED, ANSWERED], ["paris"], logprobs
-    )
+    reward = TrajectoryReward(reader=tag_reader())
+    score(reward, trajectory, [SEARCHED, SEARCHED, ANSWERED], ["paris"], logprobs)
     assert (trajectory.outcome_reward, trajectory.exact_match, trajectory.format_ok) == (1.0, 1.0, True)
     assert trajectory.baseline_prob == pytest.approx(math.exp(-3))
     assert [turn.answer_prob for turn in trajectory.turns] == [
@@ -156,9 +185,8 @@ def test_gains_and_reward_are_filled_in():
 def test_a_missing_score_leaves_its_two_gains_empty_and_shifts_none():
     trajectory = trajectory_of(3)
     logprobs = [[[-3.0]], None, [[-2.0]], [[-1.0]]]
-    TrajectoryReward(measure="log_probability").score(
-        trajectory, [SEARCHED] * 3 + [ANSWERED], ["Rome"], logprobs
-    )
+    reward = TrajectoryReward(reader=tag_reader(), measure="log_probability")
+    score(reward, trajectory, [SEARCHED] * 3 + [ANSWERED], ["Rome"], logprobs)
     assert [turn.info_gain for turn in trajectory.turns] == [None, None, 1.0, None]
     assert trajectory.turns[0].answer_prob is None
 
@@ -168,8 +196,8 @@ def test_a_length_penalty_counts_observations_and_changes_the_reward_alone():
         2
     )  # 2 x (1 sampled + 1 observed) + 1 sampled; the prompt's token does not count
     overlong = RewardConfig(overlong_buffer_tokens=4, overlong_penalty=0.5)
-    reward = TrajectoryReward(measure="probability", overlong=overlong, max_response_tokens=7)
-    reward.score(trajectory, [SEARCHED, SEARCHED, ANSWERED], ["paris"], [])
+    reward = TrajectoryReward(reader=tag_reader(), config=overlong, max_response_tokens=7)
+    score(reward, trajectory, [SEARCHED, SEARCHED, ANSWERED], ["paris"])
     assert (trajectory.outcome_reward, trajectory.exact_match, trajectory.format_ok) == (0.75, 1.0, True)
 
 
@@ -191,14 +219,14 @@ def test_a_length_penalty_counts_observations_and_changes_the_reward_alone():
 )
 def test_a_thought_that_the_prompt_opens_counts_for_the_format(opening_tags, first, last, format_ok):
     trajectory = trajectory_of(1)
-    reward = TrajectoryReward(measure="probability", format=TagFormat(opening_tags=opening_tags))
-    reward.score(trajectory, [first, last], ["Paris"], [])
+    reward = TrajectoryReward(reader=tag_reader(opening_tags=opening_tags))
+    score(reward, trajectory, [first, last], ["Paris"])
     assert (trajectory.format_ok, trajectory.exact_match) == (format_ok, 1.0)
     assert trajectory.outcome_reward == (1.0 if format_ok else -1.0)
 
 
 def test_an_unanswered_search_is_a_format_error():
     trajectory = trajectory_of(0)
-    TrajectoryReward(measure="probability").score(trajectory, [SEARCHED], ["Paris"], [])
+    score(TrajectoryReward(reader=tag_reader()), trajectory, [SEARCHED], ["Paris"])
     assert (trajectory.outcome_reward, trajectory.format_ok) == (-1.0, False)
     assert trajectory.baseline_prob is None

@@ -1,5 +1,6 @@
 """Tables of an evaluation, against counting by hand."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -65,3 +66,13 @@ def test_the_page_has_a_row_per_set_and_breakdown():
     page = to_markdown(summarize({"a|b": [answer("1", hops=2)]}, {}), title="T", notes=["n"])
     assert "| a\\|b | 1 | 1.000 |" in page and "| average | 1 | 1.000 |" in page
     assert "By number of tool calls" in page and "By number of hops" in page and "pass@" not in page
+
+
+def test_rewards_are_averaged_over_the_answers_that_they_judged():
+    judged = [dataclasses.replace(answer(str(n)), scores={"judge": float(n)}) for n in range(3)]
+    summary = summarize({"mine": [*judged, answer("3")], "other": [answer("0")]}, {})
+    assert summary["sets"]["mine"]["rewards"] == {"judge": 1.0}
+    assert to_scalars(summary)["mine/judge"] == 1.0 and "other/judge" not in to_scalars(summary)
+    page = to_markdown(summary, title="t", notes=[])
+    assert "## Rewards" in page and "| mine | 1.000 |" in page and "| other | - |" in page
+    assert "## Rewards" not in to_markdown(summarize({"a": [answer("0")]}, {}), title="t", notes=[])

@@ -1,8 +1,8 @@
 import pytest
+from scored import score_response
 
 from a2tgpo.protocol.tag_format import extract_answer, is_well_formed, judged_text
 from a2tgpo.reward.answer_match import exact_match, f1_score, normalize_answer
-from a2tgpo.reward.outcome import score_response
 
 ANSWER = "<think> so </think> <answer> \\boxed{Paris} </answer>"
 

@@ -218,3 +218,20 @@ def test_a_job_that_is_started_again_does_not_begin_anew_or_accept_changes_again
     assert seen() == ("none", True, ["run.steps=3"])
     kept.touch()
     assert seen() == ("auto", False, ["run.steps=3"])
+
+
+def test_a_file_of_the_user_is_kept_and_a_changed_one_is_refused(tmp_path) -> None:
+    reward = tmp_path / "my.py"
+    reward.write_text("def f(episode): return 1\n")
+    overrides = [f"reward.names=[em, {reward}:f]"]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    started(folder, *overrides)
+    config = load_config(QUICKSTART, overrides)
+    assert difference(folder, config, TRAINING).refused == {}
+    reward.write_text("def f(episode): return 2\n")
+    (key, (before, now)), *others = difference(folder, config, TRAINING).refused.items()
+    assert key == "file:reward.names[1]" and before != now and not others
+    started(folder, *overrides)
+    kept = [path.read_text() for path in folder.glob("plugins/my.*.py")]
+    assert sorted(kept) == ["def f(episode): return 1\n", "def f(episode): return 2\n"]

@@ -11,7 +11,7 @@ from a2tgpo.config.search import SearchConfig
 from a2tgpo.environment.tool import Toolset
 from a2tgpo.environment.tools.search import Search
 from a2tgpo.io.errors import ConfigError
-from a2tgpo.search.circuit_breaker import CircuitBreaker
+from a2tgpo.net.circuit_breaker import CircuitBreaker
 from a2tgpo.search.errors import SearchError, SearchUnavailableError
 from a2tgpo.search.http_client import MAX_RESPONSE_BYTES, HttpSearch
 from a2tgpo.search.passage import Passage

@@ -14,9 +14,9 @@ from fastapi.testclient import TestClient
 
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.net.token import read_token
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
-from a2tgpo.search.token import read_token
 from a2tgpo.search.tool import build_search
 
 SERVER = Path(__file__).parents[3] / "tools" / "retrieval_server.py"
@@ -209,7 +209,7 @@ def guarded(corpus, tmp_path):
         Bm25Index(load_corpus(corpus)),
         num_passages=200,
         default_top_k=3,
-        token=read_token(str(token_file), key="x"),
+        token=read_token(str(token_file), key="x", variable=""),
         max_requests_per_s=5,
     )
     return TestClient(app), token_file
@@ -269,5 +269,5 @@ def test_what_is_no_token_is_refused_without_being_shown(tmp_path, content):
     path = tmp_path / "token"
     path.write_text(content)
     with pytest.raises(ConfigError, match="has no token") as caught:
-        read_token(str(path), key="search.token_file")
+        read_token(str(path), key="search.token_file", variable="")
     assert not content or content not in str(caught.value)

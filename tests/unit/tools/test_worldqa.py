@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 from prepare_data import prepare
+from scored import score_response
 
 from a2tgpo.data.demonstrations import load_demonstrations
 from a2tgpo.data.question_set import load_questions
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.protocol.tag_format import judged_text
 from a2tgpo.protocol.tag_syntax import SEARCH_CALLS
-from a2tgpo.reward.outcome import score_response
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.passage import format_passage

@@ -1,4 +1,4 @@
-"""Read a retrieval server's bearer token from a file or the environment. No message shows the token."""
+"""Read a server's bearer token from a file or the environment. No message shows the token."""
 
 import os
 import re
@@ -6,21 +6,20 @@ from pathlib import Path
 
 from a2tgpo.io.errors import ConfigError
 
-TOKEN_VARIABLE = "A2TGPO_SEARCH_TOKEN"
 _TOKEN = re.compile(r"[!-~]{8,4096}")
 
 
-def read_token(path: str, *, key: str) -> str | None:
+def read_token(path: str, *, key: str, variable: str) -> str | None:
     """Return the token in the file `path`, without surrounding spaces.
 
-    If `path` is empty, return the token in the environment variable TOKEN_VARIABLE; None if there is none.
+    If `path` is empty, return the token in the environment variable `variable`, or None if it is not set.
 
     Raises:
         ConfigError: with a one-line message that names `key`, if the file cannot be read or the token is not valid in
             an HTTP header.
     """
     if not path:
-        token, where = os.environ.get(TOKEN_VARIABLE, ""), f"environment variable {TOKEN_VARIABLE}"
+        token, where = os.environ.get(variable, ""), f"environment variable {variable}"
         if not token:
             return None
     else:

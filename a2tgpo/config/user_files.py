@@ -1,0 +1,37 @@
+"""The user's files whose content, and not only their path, decides the rollouts and their rewards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from a2tgpo.config.run import RunConfig
+from a2tgpo.io.user_code import digest, is_user_code
+
+PREFIX = "file:"
+MISSING = "missing"
+
+
+def user_files(config: RunConfig) -> dict[str, str]:
+    """Return the path of each file, by the setting that names the file."""
+    specs = {"reward.names": config.reward.names, "tools.names": config.tools.names}
+    files = {
+        f"{key}[{place}]": spec.rpartition(":")[0]
+        for key, names in specs.items()
+        for place, spec in enumerate(names)
+        if is_user_code(spec)
+    }
+    if "judge" in config.reward.names and config.judge.prompt_file:
+        files["judge.prompt_file"] = config.judge.prompt_file
+    return files
+
+
+def file_digests(config: RunConfig) -> dict[str, str]:
+    """Return the digest of each file, or `MISSING`, by `PREFIX` and the setting that names the file."""
+    return {PREFIX + key: _digest(path) for key, path in user_files(config).items()}
+
+
+def _digest(path: str) -> str:
+    try:
+        return digest(Path(path).expanduser())
+    except OSError:
+        return MISSING

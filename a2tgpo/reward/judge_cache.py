@@ -1,0 +1,81 @@
+"""Replies of a judge by the digest of the request, in memory and on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+class JudgeCache:
+    """Stores replies, so that no request is sent twice. Many threads may use it at the same time.
+
+    Args:
+        folder: the folder of the files; every process reads the files of all, and appends to its own file. None:
+            the replies are only in memory.
+        name: name of this process's file.
+    """
+
+    def __init__(self, folder: Path | None, name: str):
+        self._path = None if folder is None else folder / f"{name}.jsonl"
+        self._is_first = True
+        self._lock = threading.Lock()
+        self._replies: dict[str, Future[str]] = {}
+        self.num_hits = 0
+        """Number of calls of `get` that sent no request."""
+        for path in sorted(folder.glob("*.jsonl")) if folder is not None else ():
+            self._read(path)
+
+    def get(self, key: str, ask: Callable[[], str]) -> str:
+        """Return the reply with the digest `key`; if there is none, get it from `ask`, and store it.
+
+        If several threads want the same reply, only one of them calls `ask`. An exception of `ask` is raised in all
+        these threads, and nothing is stored.
+        """
+        with self._lock:
+            waiting = self._replies.get(key)
+            self.num_hits += waiting is not None
+            if waiting is None:
+                mine: Future[str] = Future()
+                self._replies[key] = mine
+        if waiting is not None:
+            return waiting.result()
+        try:
+            reply = ask()
+        except BaseException as error:
+            with self._lock:
+                del self._replies[key]
+            mine.set_exception(error)
+            raise
+        mine.set_result(reply)
+        self._append(key, reply)
+        return reply
+
+    def _read(self, path: Path) -> None:
+        for line in path.read_bytes().splitlines():
+            try:
+                key, reply = json.loads(line)
+            except ValueError:  # a process that was killed left half a line
+                continue
+            found: Future[str] = Future()
+            found.set_result(reply)
+            self._replies[key] = found
+
+    def _append(self, key: str, reply: str) -> None:
+        if self._path is None:
+            return
+        # The line before may be half a line of a process that was killed.
+        line = b"\n" * self._is_first + json.dumps([key, reply]).encode() + b"\n"
+        with self._lock:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self._path, "ab") as stream:
+                    stream.write(line)
+                self._is_first = False
+            except OSError as error:
+                logger.warning("could not store a judge's reply: %s (%s)", error.strerror, self._path)

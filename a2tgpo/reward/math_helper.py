@@ -1,0 +1,58 @@
+"""The program of a helper process of the reward `math`: it compares an answer with gold answers.
+
+It prints "ready". Then it reads lines [answer, [gold, ...]] as JSON, and prints "true" or "false" for each of them.
+The kernel ends the process if a line takes too long. A signal handler in Python could not interrupt a calculation
+with large numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import resource
+import signal
+import sys
+
+START_S, COMPARE_S = 60, 3
+"""Seconds in which the process must have started, and in which it must have compared one answer."""
+MEMORY_BYTES = 4 * 2**30
+"""Largest address space of the process."""
+
+
+def are_equal(answer: str, golds: list[str]) -> bool:
+    """Return whether `answer` is equal to one of `golds`."""
+    from math_verify import verify
+
+    found = _parsed(answer)
+    return any(verify(_parsed(gold), found, timeout_seconds=None) for gold in golds)
+
+
+def _parsed(text: str) -> list:
+    from math_verify import parse
+
+    return parse(f"${text.strip().strip('$')}$", parsing_timeout=None)
+
+
+def main() -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(START_S)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    logging.disable(logging.CRITICAL)  # math-verify warns that it has no time limit of its own
+    are_equal("1", ["1"])  # imports math-verify
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        print("ready", file=answers, flush=True)
+        signal.alarm(0)
+        for line in sys.stdin:
+            signal.alarm(COMPARE_S)
+            try:
+                equal = are_equal(*json.loads(line))
+            except Exception:  # math-verify can fail in many ways on text that is no mathematics
+                equal = False
+            signal.alarm(0)
+            print(json.dumps(equal), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Whether the answer is mathematically equal to a gold answer, as the package math-verify decides.
+
+The answer and the gold answers are LaTeX or plain expressions. math-verify may need forever or all memory for an
+expression such as 9^{9^{9^9}}, and a thread cannot be stopped. Helper processes (`reward/math_helper.py`) therefore
+compare the answers. A helper that takes too long ends, and the answer counts as wrong.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import queue
+import subprocess
+import sys
+
+from a2tgpo.config.run import RunConfig
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.reward.episode import Episode, RewardError
+
+NUM_HELPERS = 4
+"""Most helper processes of a rank. A helper starts when all helpers that run are busy."""
+MODULE = "a2tgpo.reward.math_helper"
+
+
+class MathEquality:
+    needs_answers = True
+
+    def __init__(self) -> None:
+        self._helpers = [_Helper() for _ in range(NUM_HELPERS)]
+        self._free: queue.LifoQueue[_Helper] = queue.LifoQueue()
+        for helper in self._helpers:
+            self._free.put(helper)
+
+    def score(self, episode: Episode) -> float:
+        if episode.answer is None:
+            return 0.0
+        helper = self._free.get()
+        try:
+            return float(helper.are_equal(episode.answer, episode.answers))
+        finally:
+            self._free.put(helper)
+
+    def close(self) -> None:
+        for helper in self._helpers:
+            helper.end()
+
+
+class _Helper:
+    """A process that compares answers. It starts at the first comparison."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def are_equal(self, answer: str, golds: tuple[str, ...]) -> bool:
+        """Return whether `answer` equals one of `golds`, or False if the process ended because it took too long."""
+        process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            print(json.dumps([answer, golds]), file=process.stdin, flush=True)
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self.end()
+        return line == "true\n"
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _start(self) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._process = process
+        if process.stdout is None or process.stdout.readline() != "ready\n":
+            self.end()
+            raise RewardError(f"{MODULE} did not start")
+        return process
+
+
+def build(config: RunConfig) -> MathEquality:
+    if importlib.util.find_spec("math_verify") is None:
+        raise ConfigError(
+            "reward.names has 'math', but the package math-verify is not installed; install it with "
+            "pip install 'a2tgpo[math]'"
+        )
+    return MathEquality()

@@ -1,0 +1,102 @@
+"""The outcome reward of an episode: the weighted sum of its rewards, and the gate for a wrong format (Eq. 13-15)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from a2tgpo.io.user_code import fault_line
+from a2tgpo.reward.episode import Episode, RewardError, Score
+from a2tgpo.reward.load import NamedReward
+
+BAD_FORMAT_REWARD = -1.0
+
+
+class RewardFaultError(RuntimeError):
+    """A reward has a bug or hangs too often. The message is one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The outcome reward of an episode."""
+
+    total: float = 0.0
+    """The reward before a length penalty."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """The value of each reward by its label, and the parts of a reward as LABEL.PART. The format gate does not change
+    these values."""
+    turn_scores: tuple[float | None, ...] | None = None
+    """The score of each process turn, or None if no reward gives turn scores."""
+    error: str | None = None
+    """Why a reward could not judge the episode, in one line. None if all rewards judged it."""
+
+
+def judge(rewards: Sequence[NamedReward], episode: Episode, *, format_gate: bool) -> Verdict:
+    """Call all rewards, and return their verdict.
+
+    Args:
+        format_gate: value of `reward.format_gate`.
+
+    Raises:
+        RewardFaultError: a reward raised an exception other than `RewardError`, or returned an invalid value.
+    """
+    values: dict[str, float] = {}
+    turn_scores: tuple[float | None, ...] | None = None
+    total = 0.0
+    for named in rewards:
+        question = f"(question {episode.question_id!r:.60})"
+        try:
+            returned = named.reward.score(episode)
+        except RewardError as error:
+            return Verdict(error=f"{named.label}: {' '.join(str(error).split())}")
+        except Exception as error:
+            raise RewardFaultError(f"reward {fault_line(error, named.path)} {question}") from None
+        try:
+            score = _checked(returned, episode)
+        except ValueError as error:
+            raise RewardFaultError(f"reward {named.path.name} {named.label}: {error} {question}") from None
+        values[named.label] = score.value
+        values |= {f"{named.label}.{name}": value for name, value in score.parts.items()}
+        total += named.weight * score.value
+        turn_scores = _added(turn_scores, score.turn_scores, weight=named.weight)
+    if format_gate and not episode.format_ok:
+        total = BAD_FORMAT_REWARD
+    return Verdict(total=total, rewards=values, turn_scores=turn_scores)
+
+
+def _checked(returned: object, episode: Episode) -> Score:
+    """Return what a reward returned as a `Score` of floats. Raise ValueError if it is invalid."""
+    score = returned if isinstance(returned, Score) else Score(value=returned)  # type: ignore[arg-type]
+    value, parts = _number(score.value), {str(name): _number(part) for name, part in score.parts.items()}
+    turn_scores = score.turn_scores
+    if turn_scores is not None:
+        num_turns = sum(bool(turn.calls) for turn in episode.turns)
+        if len(turn_scores) != num_turns:
+            raise ValueError(
+                f"it returned {len(turn_scores)} turn_scores for {num_turns} turns with tool calls"
+            )
+        turn_scores = tuple(None if part is None else _number(part) for part in turn_scores)
+    return Score(value=value, parts=parts, turn_scores=turn_scores)
+
+
+def _number(value: object) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]  # bool, NumPy's numbers and tensors of one element included
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, str) or not math.isfinite(number):
+        raise ValueError(f"it returned {value!r:.80}, not a finite number or a Score")
+    return number
+
+
+def _added(
+    sums: tuple[float | None, ...] | None, scores: Sequence[float | None] | None, *, weight: float
+) -> tuple[float | None, ...] | None:
+    """Add the weighted turn scores of one reward to those of the rewards before it."""
+    if scores is None:
+        return sums
+    own = tuple(None if score is None else weight * score for score in scores)
+    if sums is None:
+        return own
+    return tuple(a if b is None else b if a is None else a + b for a, b in zip(sums, own, strict=True))

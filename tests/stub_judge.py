@@ -1,0 +1,78 @@
+"""A server with OpenAI's chat interface that says what its requests tell it to say, over real HTTP.
+
+    python stub_judge.py URL_FILE LOG_FILE
+
+Writes its address to URL_FILE, and one line per request to LOG_FILE.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+Reply = tuple[int, str, dict[str, str]]
+"""Status, body, headers."""
+
+
+def chat(text: str) -> Reply:
+    return 200, json.dumps({"choices": [{"message": {"content": text}}]}), {}
+
+
+class StubJudge:
+    """Answers each request with `script(prompt, times that this prompt was asked before)`."""
+
+    def __init__(self, script: Callable[[str, int], Reply]):
+        self.asked: list[dict] = []
+        self.tokens: set[str | None] = set()
+        lock, times = threading.Lock(), Counter[str]()
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(handler) -> None:
+                request = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+                prompt = request["messages"][0]["content"]
+                with lock:
+                    self.asked.append(request | {"path": handler.path})
+                    self.tokens.add(handler.headers.get("Authorization"))
+                    before, times[prompt] = times[prompt], times[prompt] + 1
+                status, body, headers = script(prompt, before)
+                handler.send_response(status)
+                for name, value in (headers | {"Content-Length": str(len(body.encode()))}).items():
+                    handler.send_header(name, value)
+                handler.end_headers()
+                handler.wfile.write(body.encode())
+
+            def log_message(handler, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def main() -> None:
+    url_file, log_file = map(Path, sys.argv[1:])
+    log, lock = log_file.open("a"), threading.Lock()
+
+    def script(prompt: str, before: int) -> Reply:
+        with lock:
+            print(json.dumps(prompt), file=log, flush=True)
+        return chat("correct" if len(prompt) % 2 else "incorrect")
+
+    url_file.write_text(StubJudge(script).url)
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
