@@ -72,7 +72,8 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
     guards = Guards(config.guard, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high)
     checkpoints = build_checkpoints(parts, folder, guards)
     watchdog.enter("restore")
-    step = checkpoints.restore(checkpoint, is_auto=args.resume == "auto")
+    with parts.phases.explain_shortage():
+        step = checkpoints.restore(checkpoint, is_auto=args.resume == "auto")
     watchdog.enter("")
     recorder = folder.recorder(parts.tokenizer, step=step)
     outage = parts.rollout.outage
