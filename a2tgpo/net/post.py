@@ -73,9 +73,17 @@ def new_client(
 
 
 def post_json(client: httpx.Client, url: str, payload: dict, *, timeout_s: float, max_bytes: int) -> bytes:
-    """Return the body of the answer.
+    """Return the body of the answer to a POST of `payload`. For the other arguments and the errors, see `fetch`."""
+    return fetch(client, "POST", url, timeout_s=timeout_s, max_bytes=max_bytes, json=payload)
+
+
+def fetch(
+    client: httpx.Client, method: str, url: str, *, timeout_s: float, max_bytes: int, **content: Any
+) -> bytes:
+    """Return the body of the answer to a request.
 
     Args:
+        content: arguments of `httpx.Client.stream`, such as `json` or `params`.
         timeout_s: longest time from sending the request to the last byte of the answer, seconds.
         max_bytes: largest size of the answer.
 
@@ -84,7 +92,7 @@ def post_json(client: httpx.Client, url: str, payload: dict, *, timeout_s: float
     """
     deadline = time.monotonic() + timeout_s
     try:
-        with client.stream("POST", url, json=payload) as response:
+        with client.stream(method, url, **content) as response:
             if response.status_code != 200:
                 # Redirects are not followed, because they would turn the POST into a GET.
                 raise _refusal(url, response)

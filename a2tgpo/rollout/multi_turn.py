@@ -297,6 +297,9 @@ class MultiTurnLoop:
             self._counts.hung_calls += result.is_late
             call = dataclasses.replace(call, failed=True)
         live.results[place] = CallResult(call=call, parts=result.parts, error=result.error)
+        if result.score is not None:
+            turn = live.trajectory.turns[-1]
+            turn.score = (turn.score or 0.0) + result.score
         live.num_open_calls -= 1
         if not live.num_open_calls:
             self._observe(live)

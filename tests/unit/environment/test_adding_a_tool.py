@@ -183,11 +183,12 @@ def test_the_documentation_names_every_tool():
         ("[search,search]", "is ['search', 'search']; allowed: at least one tool, each once"),
         (
             "[result]",
-            "is ['result']; allowed: a list of calculator | mcp | python | search | visit",
+            "is ['result']; allowed: a list of calculator | mcp | python | search | visit | web_search",
         ),
         (
             "[serch]",
-            "is ['serch']; allowed: a list of calculator | mcp | python | search | visit (nearest: search)",
+            "is ['serch']; allowed: a list of calculator | mcp | python | search | visit | web_search "
+            "(nearest: search)",
         ),
         ("[search,1]", "is ['search', 1]; allowed: a list of texts"),
         ("search", "is 'search'; allowed: a list of texts; write [search]"),

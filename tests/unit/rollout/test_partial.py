@@ -206,6 +206,9 @@ class NumberedSession:
         self.num_calls += 1
         return [f"Doc {self.num_calls} (Title: {text}) {text} is known."]
 
+    def score(self):
+        return self.num_calls / 10
+
     def close(self):
         self.tool.num_open -= 1
 
@@ -221,6 +224,8 @@ def test_going_on_repeats_the_calls_of_sessions_and_leaves_none_open(engine, eng
     assert max(t.num_process_turns for t in members(whole)) >= 2 and len(counted) >= 3
     for one, other in zip(members(pieces), members(whole), strict=True):
         assert (one.tokens, one.stop_reason) == (other.tokens, other.stop_reason)
+        scores = [turn.score for turn in one.process_turns]
+        assert scores == [number / 10 for number in range(1, len(scores) + 1)]
     assert all(counts.tool_counts == {"tools/open_sessions": 0} for counts in (whole_counts, *counted))
     assert tool.num_open == 0
     rollout.close()
