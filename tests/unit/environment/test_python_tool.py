@@ -1,5 +1,6 @@
 """The python tool really runs code, under every isolation that works on this machine."""
 
+import dataclasses
 import functools
 import os
 import re
@@ -49,6 +50,16 @@ def answer(sandbox, code, **settings):
     tool = Python(PythonConfig(**settings), sandbox)
     (text,) = tool.call(textwrap.dedent(code))
     return text
+
+
+def answer_at_deadline(sandbox, code, begins, **settings):
+    """The answer to code without end that has begun to print. A loaded machine may need a later deadline for that."""
+    text = ""
+    for timeout_s in (0.5, 4.0, 30.0):
+        text = answer(sandbox, code, timeout_s=timeout_s, **settings)
+        if text.startswith(begins):
+            break
+    return text.replace(f"more than {timeout_s:g} s", "its limit")
 
 
 def test_at_least_one_isolation_works_on_this_machine():
@@ -115,9 +126,8 @@ def test_an_endless_loop_and_an_endless_sleep_are_ended(sandbox):
         "print('begun')\nwhile True: pass",
         "print('begun', flush=True)\nimport time\ntime.sleep(99)",
     ):
-        assert answer(sandbox, code, timeout_s=0.5) == (
-            "begun\n\nError: the code ran for more than 0.5 s and was ended"
-        )
+        text = answer_at_deadline(sandbox, code, "begun")
+        assert text == "begun\n\nError: the code ran for its limit and was ended"
 
 
 def test_memory_past_its_limit_is_refused(sandbox):
@@ -126,7 +136,7 @@ def test_memory_past_its_limit_is_refused(sandbox):
 
 
 def test_output_without_end_is_bounded(sandbox):
-    text = answer(sandbox, "while True: print('y' * 99)", timeout_s=0.5, max_output_chars=1000)
+    text = answer_at_deadline(sandbox, "while True: print('y' * 99)", "y" * 99, max_output_chars=1000)
     assert len(text) < 1200
     assert text.startswith("y" * 99) and text.endswith("was ended") and "left out" in text
 
@@ -284,14 +294,16 @@ def await_end_of(marker: str) -> bool:
 
 
 def test_calls_of_a_session_share_variables_until_their_process_is_ended():
-    config = PythonConfig(stateful=True, timeout_s=1.0)
+    config = PythonConfig(stateful=True, timeout_s=30.0)
     session = PythonSession(config, sandbox_of("auto"))
     assert session.call("x = 41\ndef f(): return x + 1") == [NO_OUTPUT]
     assert session.call("f()") == ["42"]
     assert session.call("raise SystemExit") == [NO_OUTPUT]
     assert session.call("x") == ["41"]
+    session._config = dataclasses.replace(config, timeout_s=0.5)
     (late,) = session.call("while True: pass")
-    assert late == "Error: the code ran for more than 1 s and was ended; its variables are lost"
+    assert late == "Error: the code ran for more than 0.5 s and was ended; its variables are lost"
+    session._config = config
     assert session.call("x")[0].endswith("NameError: name 'x' is not defined")
     session.close()
 
