@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from clone import Clone, commands
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,46 +46,7 @@ def documented(section: str) -> list[list[str]]:
     """The words of every command of a section's first block in README."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").split(section + "\n")[1]
     block = re.search(r"^```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)[1]
-    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
-    return [words for words in lines if words]
-
-
-class Clone:
-    """The sources in a folder of their own, and commands run there as a user would type them."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        for name in ("a2tgpo", "configs", "launch", "tools"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        self.server: subprocess.Popen | None = None
-        self.address = ""
-        binaries = str(Path(sys.executable).parent)  # what `source .venv/bin/activate` does
-        self.environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        self.environment["PYTHONPATH"] = str(folder)  # as an editable install: the sources are found
-
-    def __call__(self, words: list[str], *, timeout: int = 300) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            words,
-            cwd=self.folder,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-        return done
-
-    def serve(self, words: list[str]) -> None:
-        self.server = subprocess.Popen(
-            words, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, text=True
-        )
-        self.address = re.search(r"http://\S+", self.server.stdout.readline()).group()
-
-    def stop_server(self) -> None:
-        self.server.terminate()
-        assert self.server.wait(timeout=30) == 0
-        self.server = None
+    return commands(block)
 
 
 def script_of(words: list[str]) -> str:
@@ -390,3 +351,40 @@ def test_a_mistake_is_one_line(work, trained, exported, mistake, monkeypatch, ca
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert not (work / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def own_task(path, work) -> Path:
+    """The worked example of docs/customize.md: its files beside the checkout, its commands typed there."""
+    page = (ROOT / "docs" / "customize.md").read_text(encoding="utf-8").split("## A task of your own")[1]
+    *files, typed = re.findall(r"^```\w*\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    folder = work.parent / "my_task"
+    folder.mkdir()
+    for name, text in zip(("questions.jsonl", "notes.py", "rewards.py", "task.yaml"), files, strict=True):
+        (folder / name).write_text(text)
+    for words in commands(typed):
+        path.clone(words)
+    return folder
+
+
+def test_a_task_of_the_users_own_files_trains_with_their_reward_tool_and_scores(own_task, work):
+    records = [json.loads(line) for line in (work / "runs/my_task/metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "reward/mean" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3]
+    assert all(0 < record["reward/brief_mean"] <= 1 for record in steps)
+    assert all(record["tools/open_sessions"] == 0 for record in steps)
+    assert sum(record.get("tools/search_calls", 0) for record in steps) > 0
+    assert any(record.get("turn_score/turn_1_mean", 0) != 0 for record in steps)
+    report = json.loads((work / "runs/my_task/evaluation/step_3/report.json").read_text())
+    assert report["average"]["num_questions"] == 4
+
+
+def test_a_changed_file_of_the_user_stops_the_next_start_in_one_line(own_task, path, work):
+    rewards = own_task / "rewards.py"
+    rewards.write_text(rewards.read_text().replace("0.25", "0.5"))
+    command = ["launch/local.sh", "-n", "1", "configs/quickstart.yaml", "../my_task/task.yaml", "run.steps=4"]
+    done = subprocess.run(
+        command, cwd=work, env=path.clone.environment, capture_output=True, text=True, check=False
+    )
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert done.returncode == 2 and len(errors) == 1 and "rewards.py" in errors[0]

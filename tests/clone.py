@@ -1,0 +1,55 @@
+"""A copy of the sources in a folder of its own, and commands typed there as a user would."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def commands(block: str) -> list[list[str]]:
+    """The words of every command of a block in a page."""
+    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
+    return [words for words in lines if words]
+
+
+class Clone:
+    """The sources in a folder of their own, and commands run there as a user would type them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in ("a2tgpo", "configs", "launch", "tools"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        self.server: subprocess.Popen | None = None
+        self.address = ""
+        binaries = str(Path(sys.executable).parent)  # what `source .venv/bin/activate` does
+        self.environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        self.environment["PYTHONPATH"] = str(folder)  # as an editable install: the sources are found
+
+    def __call__(self, words: list[str], *, timeout: int = 300) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            words,
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        return done
+
+    def serve(self, words: list[str]) -> None:
+        self.server = subprocess.Popen(
+            words, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, text=True
+        )
+        self.address = re.search(r"http://\S+", self.server.stdout.readline()).group()
+
+    def stop_server(self) -> None:
+        self.server.terminate()
+        assert self.server.wait(timeout=30) == 0
+        self.server = None
