@@ -35,6 +35,8 @@ class CallResult:
     """The parts of the tool's answer, the best part first. Empty if the call has no answer."""
     error: str | None = None
     """The reason for which the tool did not answer, in one line. None if it answered."""
+    score: float | None = None
+    """The score that the tool's session gave after the call. None if it gave none."""
 
 
 @dataclass(frozen=True, kw_only=True)

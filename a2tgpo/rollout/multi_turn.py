@@ -296,10 +296,9 @@ class MultiTurnLoop:
             self._counts.failed_calls += 1
             self._counts.hung_calls += result.is_late
             call = dataclasses.replace(call, failed=True)
-        live.results[place] = CallResult(call=call, parts=result.parts, error=result.error)
-        if result.score is not None:
-            turn = live.trajectory.turns[-1]
-            turn.score = (turn.score or 0.0) + result.score
+        live.results[place] = CallResult(
+            call=call, parts=result.parts, error=result.error, score=result.score
+        )
         live.num_open_calls -= 1
         if not live.num_open_calls:
             self._observe(live)
@@ -311,6 +310,8 @@ class MultiTurnLoop:
         self._counts.truncated_observations += observation.is_cut
         turn = live.trajectory.turns[-1]
         turn.calls = [result.call for result in live.results]
+        scores = [result.score for result in live.results if result.score is not None]
+        turn.score = sum(scores) if scores else None
         turn.observation_tokens = TokenIds(observation.tokens)
         live.tokens.extend(observation.tokens)
         if live.is_spent:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -222,11 +223,18 @@ def _session_answer(sessions: TrajectorySessions, name: str, tool: SessionTool, 
 
 
 def _checked(answer: SessionAnswer) -> SessionAnswer:
-    """Return the answer with a tuple of parts. Raise TypeError unless the parts are a non-empty list of texts."""
+    """Return the answer with a tuple of parts.
+
+    Raises:
+        TypeError: if the parts are not a non-empty list of texts, or if the score is not a finite number.
+    """
     parts = answer.parts
     if isinstance(parts, str) or not parts or not all(isinstance(part, str) for part in parts):
         raise TypeError(f"it returned {parts!r:.80}, not a list of at least one text")
-    return dataclasses.replace(answer, parts=tuple(parts))
+    score = answer.score
+    if score is not None and not (isinstance(score, int | float) and math.isfinite(score)):
+        raise TypeError(f"the score of its session is {score!r:.80}, not a finite number")
+    return dataclasses.replace(answer, parts=tuple(parts), score=None if score is None else float(score))
 
 
 def _fault(name: str, tool: AnyTool, error: Exception) -> str:

@@ -15,6 +15,7 @@ NOT_COMPARED = (
     "speed/",
     "rollout/tool_wait",
     "rollout/cached_prefix",
+    "reward/wait",
     "tools/outage",
     "search/",
     "checkpoint/failed",

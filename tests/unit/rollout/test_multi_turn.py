@@ -103,6 +103,41 @@ def sequence(trajectory):
     return tokens
 
 
+class ScoredSearch:
+    """The search tool with a session for each trajectory, which scores the calls 1, 2, ..."""
+
+    def __init__(self, search):
+        self.search = search
+
+    def open(self, record, question):
+        return ScoredSession(self.search)
+
+    def close(self):
+        """Nothing is held."""
+
+
+class ScoredSession:
+    def __init__(self, search):
+        self.search, self.num_calls = search, 0
+
+    def call(self, text):
+        self.num_calls += 1
+        return [passage.text for passage in self.search.search(text)]
+
+    def score(self):
+        return self.num_calls
+
+    def close(self):
+        """Nothing is held."""
+
+
+def test_the_score_of_a_session_becomes_that_of_the_turn(play, search):
+    (scored,), _ = play(["ruler of Japan?"], search, more_tools={"search": ScoredSearch(search)})
+    assert [turn.score for turn in scored.turns] == [1.0, 2.0, None]
+    (plain,), _ = play(["ruler of Japan?"], search)
+    assert [turn.score for turn in plain.turns] == [None, None, None]
+
+
 def test_search_answers_come_back_as_observations_and_the_answer_is_rewarded(play, search, tokenizer):
     (one, two), counts = play(["capital of France?", "ruler of Japan?"], search)
     assert texts(tokenizer, one) == [ASK.format("capital of France"), ANSWER.format("Paris")]

@@ -138,6 +138,15 @@ def test_calls_of_one_trajectory_run_one_after_another_in_their_order(pool_of, c
         assert results[key].parts == (str(text * (text + 1) // 2),)
 
 
+@pytest.mark.parametrize("score", [float("nan"), "good"])
+def test_a_score_that_is_no_finite_number_ends_the_run(pool_of, monkeypatch, score):
+    monkeypatch.setattr(CounterSession, "score", lambda session: score)
+    pool = pool_of()
+    pool.submit("counter", "1", pool.sessions_for(prompt()))
+    with pytest.raises(ToolFaultError, match=r"the score of its session is .*, not a finite number"):
+        collect(pool, 1)
+
+
 def test_other_tools_are_called_beside_a_session_and_have_no_score(pool_of, counter):
     pool = pool_of()
     sessions = pool.sessions_for(prompt())
