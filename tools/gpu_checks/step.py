@@ -78,7 +78,8 @@ def check_training_step(bench: Bench) -> None:
 def _profile_settings() -> dict[str, Any]:
     import torch
 
-    return {"profile": {"steps": [PROFILED], "memory": ["update"] if torch.cuda.is_available() else []}}
+    memory = ["update"] if torch.cuda.is_available() else []
+    return {"run": {"steps": PROFILED}, "profile": {"steps": [PROFILED], "memory": memory}}
 
 
 def _check_profile(bench: Bench, parts: Any, trainer: Any) -> None:
@@ -236,7 +237,7 @@ def write_run(bench: Bench, *settings: dict[str, Any]) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     on_gpu = torch.cuda.is_available()
     config: dict[str, Any] = {
-        "run": {"name": "gpu-check", "root": str(folder / "runs"), "steps": PROFILED},
+        "run": {"name": "gpu-check", "root": str(folder / "runs"), "steps": STEPS},
         "model": {"path": str(folder / "agent"), "dtype": "bfloat16" if on_gpu else "float32"},
         "data": {
             "train": str(folder / "questions.jsonl"),
