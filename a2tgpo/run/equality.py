@@ -18,6 +18,8 @@ NOT_COMPARED = (
     "reward/wait",
     "tools/outage",
     "search/",
+    "visit/",
+    "web_search/",
     "checkpoint/failed",
     "memory/",
     "refit/",
