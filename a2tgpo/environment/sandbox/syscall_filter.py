@@ -29,6 +29,10 @@ _REFUSED = {
             "lchown": 94,
             "fchownat": 260,
         },
+        **{"setxattr": 188, "lsetxattr": 189, "fsetxattr": 190},
+        **{"removexattr": 197, "lremovexattr": 198, "fremovexattr": 199},
+        **{"utime": 132, "utimes": 235, "futimesat": 261, "utimensat": 280},
+        **{"inotify_add_watch": 254, "fanotify_init": 300},
     },
     "aarch64": {
         **{"execve": 221, "execveat": 281, "unshare": 97, "setns": 268},
@@ -38,15 +42,20 @@ _REFUSED = {
         **{"add_key": 217, "request_key": 218, "keyctl": 219},
         **{"setpriority": 140, "ioprio_set": 30, "move_pages": 239, "migrate_pages": 238},
         **{"sched_setparam": 118, "sched_setscheduler": 119, "sched_setaffinity": 122, "sched_setattr": 274},
-        **{"fchmod": 52, "fchmodat": 53, "fchown": 55, "fchownat": 54},
+        **{"fchmod": 52, "fchmodat": 53, "fchown": 55, "fchownat": 54, "utimensat": 88},
+        **{"setxattr": 5, "lsetxattr": 6, "fsetxattr": 7},
+        **{"removexattr": 14, "lremovexattr": 15, "fremovexattr": 16},
+        **{"inotify_add_watch": 27, "fanotify_init": 262},
     },
 }
 """Numbers of the system calls that fail with EPERM, by architecture. These calls start programs or processes, reach
-other processes or the network, create objects that outlive the process, or change the rights of files.
+other processes or the network, create objects that outlive the process, or watch or change attributes of files, which
+Landlock does not protect.
 """
 _REFUSED_EVERYWHERE = {
     **{"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427},
     **{"pidfd_send_signal": 424, "pidfd_open": 434, "pidfd_getfd": 438, "fchmodat2": 452},
+    **{"process_madvise": 440, "setxattrat": 463, "removexattrat": 466, "file_setattr": 469},
 }
 _ON_ITSELF = {
     "x86_64": {"kill": 62, "tgkill": 234, "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "prlimit64": 302},
@@ -70,6 +79,8 @@ _REFUSED_OPERATIONS = {
 }
 """For each system call with refused operations: its number, the place of the operation among its arguments, and the
 operations that fail with EPERM."""
+_SOCKETPAIR = {"x86_64": 53, "aarch64": 199}
+_AF_UNIX, _SOCK_STREAM, _TYPE_MASK = 1, 1, 0xF
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE3 = 435
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -77,8 +88,8 @@ _CLONE_THREAD = 0x10000
 _X32_CALLS = 0x40000000
 """Numbers from here on belong to the x32 ABI of x86-64. There, the refused calls have other numbers."""
 
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NUMBER, _ARCH, _FIRST_ARGUMENT = 0, 4, 16
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
+_NUMBER, _ARCH, _FIRST_ARGUMENT, _SECOND_ARGUMENT = 0, 4, 16, 24
 _ALLOW, _KILL_PROCESS, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
 
@@ -91,7 +102,7 @@ def refused_calls(machine: str) -> dict[str, int]:
     """Return {name: number} of all system calls that the filter names. Raise KeyError for other machines."""
     numbers = _REFUSED[machine] | _REFUSED_EVERYWHERE | _ON_ITSELF[machine]
     numbers |= {name: by_machine[machine] for name, (by_machine, _, _) in _REFUSED_OPERATIONS.items()}
-    return numbers | {"clone": _CLONE[machine], "clone3": _CLONE3}
+    return numbers | {"socketpair": _SOCKETPAIR[machine], "clone": _CLONE[machine], "clone3": _CLONE3}
 
 
 def install_filter() -> None:
@@ -132,6 +143,11 @@ def _instructions(machine: str, pid: int) -> list[bytes]:
         means_itself = means_itself or [_op(_EQUAL, pid, 1, 0)]
         program += [_op(_EQUAL, number, 0, 3 + len(means_itself)), _op(_LOAD, _FIRST_ARGUMENT)]
         program += [*means_itself, _fail(errno.EPERM), _op(_RETURN, _ALLOW)]
+    # asyncio needs a pair of streams. A datagram socket could send to any socket in the file system.
+    program += [_op(_EQUAL, _SOCKETPAIR[machine], 0, 7)]
+    program += [_op(_LOAD, _FIRST_ARGUMENT), _op(_EQUAL, _AF_UNIX, 0, 3)]
+    program += [_op(_LOAD, _SECOND_ARGUMENT), _op(_AND, _TYPE_MASK), _op(_EQUAL, _SOCK_STREAM, 1, 0)]
+    program += [_fail(errno.EPERM), _op(_RETURN, _ALLOW)]
     return [*program, _op(_RETURN, _ALLOW)]
 
 

@@ -6,8 +6,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -234,6 +236,43 @@ def test_files_of_the_trainer_are_hidden(sandbox, tmp_path):
         """
     assert answer(sandbox, code) == NO_OUTPUT
     assert secret.read_text() == "a secret"
+
+
+def test_code_cannot_change_attributes_of_files_that_it_cannot_open(sandbox, tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.touch(0o600)
+    os.utime(secret, (1, 1))
+    everyone = "0200000001000600ffffffff04000600ffffffff20000600ffffffff"  # rw-rw-rw- as an access list
+    code = f"""
+        import os
+        for change in (
+            lambda: os.setxattr({str(secret)!r}, "system.posix_acl_access", bytes.fromhex({everyone!r})),
+            lambda: os.utime({str(secret)!r}, (5, 5)),
+        ):
+            try:
+                print("changed", change())
+            except OSError:
+                pass
+        """
+    assert answer(sandbox, code) == NO_OUTPUT
+    assert secret.stat().st_mode & 0o777 == 0o600 and secret.stat().st_mtime == 1
+
+
+def test_code_can_use_asyncio_but_no_datagrams_to_other_processes(sandbox):
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+        server.bind(f"{folder}/socket")
+        server.setblocking(False)
+        code = f"""
+            import asyncio, socket
+            asyncio.run(asyncio.sleep(0))
+            try:
+                socket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b"x", {folder + "/socket"!r})
+            except OSError:
+                print("refused")
+            """
+        assert answer(sandbox, code) == "refused"
+        with pytest.raises(BlockingIOError):
+            server.recv(1)
 
 
 def test_nothing_is_left_after_a_call(sandbox, tmp_path):
