@@ -26,8 +26,13 @@ def user_files(config: RunConfig) -> dict[str, str]:
 
 
 def file_digests(config: RunConfig) -> dict[str, str]:
-    """Return the digest of each file, or `MISSING`, by `PREFIX` and the setting that names the file."""
-    return {PREFIX + key: _digest(path) for key, path in user_files(config).items()}
+    """Return the digest of each file, or `MISSING`, by `digest_name`."""
+    return {digest_name(key, path): _digest(path) for key, path in user_files(config).items()}
+
+
+def digest_name(key: str, path: str) -> str:
+    """Return the name of a file's digest in records and messages: one word with the setting and the file's name."""
+    return f"{PREFIX}{key}={'_'.join(Path(path).name.split())}"
 
 
 def _digest(path: str) -> str:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from a2tgpo.config.run import RunConfig
-from a2tgpo.config.user_files import MISSING, PREFIX, file_digests, user_files
+from a2tgpo.config.user_files import MISSING, digest_name, file_digests, user_files
 
 FOLDER = "plugins"
 
@@ -18,7 +18,7 @@ def keep_files(folder: Path, config: RunConfig) -> None:
     """
     digests = file_digests(config)
     for key, name in user_files(config).items():
-        path, found = Path(name).expanduser(), digests[PREFIX + key]
+        path, found = Path(name).expanduser(), digests[digest_name(key, name)]
         if found != MISSING:
             copy = folder / FOLDER / f"{path.stem}.{found}{path.suffix}"
             copy.parent.mkdir(exist_ok=True)

@@ -231,7 +231,7 @@ def test_a_file_of_the_user_is_kept_and_a_changed_one_is_refused(tmp_path) -> No
     assert difference(folder, config, TRAINING).refused == {}
     reward.write_text("def f(episode): return 2\n")
     (key, (before, now)), *others = difference(folder, config, TRAINING).refused.items()
-    assert key == "file:reward.names[1]" and before != now and not others
+    assert key == "file:reward.names[1]=my.py" and before != now and not others
     started(folder, *overrides)
     kept = [path.read_text() for path in folder.glob("plugins/my.*.py")]
     assert sorted(kept) == ["def f(episode): return 1\n", "def f(episode): return 2\n"]
