@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,6 +18,8 @@ NO_PAGE = "The page is not available."
 NO_TEXT = "The page has no text."
 CUT = "\n... (the rest of the page is left out)"
 Extract = Callable[[bytes | str, str], str | None]
+_NOT_OF_PAGES = ("idna", "punycode")
+"""Codecs of host names. The first refuses `errors`, and the time of the second grows with the square of the size."""
 _HTML = ("text/html", "application/xhtml+xml")
 
 
@@ -81,7 +84,10 @@ class Visit:
     def _text(self, page: Page) -> str:
         if page.content_type in _HTML:
             assert self._extract is not None
-            text = self._extract(page.body if page.charset is None else _decoded(page), page.url) or ""
+            try:
+                text = self._extract(page.body if page.charset is None else _decoded(page), page.url) or ""
+            except Exception:  # the parsers are not made for every text that a server may send
+                raise PageError("the page cannot be parsed") from None
         elif page.content_type.startswith("text/"):
             text = _decoded(page)
         else:
@@ -126,7 +132,11 @@ def _extractor() -> Extract:
 
 
 def _decoded(page: Page) -> str:
+    """Return the text of a page in the charset that the server gave, or in UTF-8 if no page can have this charset."""
+    charset = page.charset or "utf-8"
     try:
-        return page.body.decode(page.charset or "utf-8", "replace")
-    except LookupError:  # a charset that does not exist
-        return page.body.decode("utf-8", "replace")
+        if codecs.lookup(charset).name not in _NOT_OF_PAGES:
+            return page.body.decode(charset, "replace")
+    except (LookupError, ValueError):  # a charset that does not exist, or that is no text encoding
+        pass
+    return page.body.decode("utf-8", "replace")

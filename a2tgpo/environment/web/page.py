@@ -93,7 +93,7 @@ class PageReader:
         response = self._client.send(request, stream=True)
         try:
             if response.status_code in _REDIRECTS and "location" in response.headers:
-                return urljoin(url, response.headers["location"])
+                return _target(url, response.headers["location"])
             if response.status_code >= 500 or response.status_code == 429:
                 raise ToolError(f"the server answered HTTP {response.status_code}")
             if response.status_code != 200:
@@ -146,3 +146,11 @@ class PageReader:
             return zlib.decompressobj(wbits=47).decompress(bytes(body), self._max_bytes)
         except zlib.error:
             raise PageError("the page is damaged") from None
+
+
+def _target(url: str, location: str) -> str:
+    """Return the address to which the page at `url` redirects."""
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        raise PageError("the page redirects to something that is not an address") from None

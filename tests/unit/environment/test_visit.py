@@ -53,6 +53,11 @@ class Pages(http.server.BaseHTTPRequestHandler):
                 self.redirect("/loop")
             case "/inside":
                 self.redirect(f"http://127.0.0.2:{port}/article")
+            case "/nowhere-near":
+                self.redirect("http://[")
+            case path if path.startswith("/charset/"):
+                charset = path.rpartition("/")[2]
+                self.send(f"text/plain; charset={charset}", b"\xc3\x84rger")
             case "/file":
                 self.redirect("file:///etc/passwd")
             case "/slow":
@@ -139,6 +144,8 @@ def test_a_page_is_answered_with_its_text_and_without_the_rest(tool_of, base, pa
         ("/loop", "Error: the address redirects more than 5 times"),
         ("/inside", "Error: the host 127.0.0.2 is not on the public internet"),
         ("/file", "Error: this is not an address; write http://... or https://..."),
+        ("/nowhere-near", "Error: the page redirects to something that is not an address"),
+        *((f"/charset/{charset}", "Ärger") for charset in ("idna", "punycode", "undefined", "hex", "none")),
     ],
 )
 def test_what_is_wrong_with_a_page_or_an_address_is_an_answer(tool_of, base, path, answer):
@@ -221,6 +228,12 @@ def test_long_pages_and_compressed_bombs_are_cut(tool_of, base):
     assert len(text) < 150 and text.endswith(CUT)
     (bomb,) = tool_of().call(base + "/bomb")
     assert len(bomb) < 9000
+
+
+def test_a_page_on_which_the_parser_fails_is_an_answer(tool_of, base):
+    tool = tool_of()
+    tool._extract = lambda body, url: [][0]
+    assert tool.call(base + "/article") == ["Error: the page cannot be parsed"]
 
 
 def test_recorded_pages_are_answered_without_the_server(tool_of, server, base, tmp_path):
