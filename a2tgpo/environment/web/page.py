@@ -6,11 +6,13 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.cookiejar import DefaultCookiePolicy
 from urllib.parse import urljoin, urlsplit
 
 import httpx
 
 from a2tgpo.environment.tool import ToolError
+from a2tgpo.environment.web.deadline import DeadlineTransport
 from a2tgpo.environment.web.public_address import NotPublicError, allowed_address
 
 MAX_REDIRECTS = 5
@@ -56,8 +58,10 @@ class PageReader:
             trust_env=False,
             timeout=timeout_s,
             headers={"User-Agent": _AGENT, "Accept": "text/html,text/plain", "Accept-Encoding": "gzip"},
-            limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=0),
+            transport=DeadlineTransport(max_connections=max_connections),
         )
+        # The answer to one trajectory must not depend on the pages that others have read.
+        self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))
 
     def read(self, url: str) -> Page:
         """Return the page at `url`.

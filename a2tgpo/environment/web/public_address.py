@@ -7,6 +7,8 @@ import socket
 from collections.abc import Callable
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_OF_CLOUDS = tuple(map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24", "fec0::/10")))
+"""Networks that clouds use for services of their own, such as metadata, although `is_global` may call them public."""
 
 
 class NotPublicError(ValueError):
@@ -47,4 +49,5 @@ def is_public(address: str) -> bool:
 
 
 def _is_global(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+    is_inside = any(ip in network for network in _OF_CLOUDS)
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not is_inside

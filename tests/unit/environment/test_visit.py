@@ -28,6 +28,7 @@ class Pages(http.server.BaseHTTPRequestHandler):
     """Answers by path; keeps the paths and the Host headers that it was asked."""
 
     asked: list
+    cookies: list
 
     def do_GET(self):
         self.asked.append((self.path, self.headers["Host"]))
@@ -64,6 +65,15 @@ class Pages(http.server.BaseHTTPRequestHandler):
                 for _ in range(100):
                     self.wfile.write(b" ")
                     time.sleep(0.05)
+            case "/slow-header":
+                self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+                with contextlib.suppress(ConnectionError):
+                    for _ in range(600):
+                        self.wfile.write(b"x")
+                        time.sleep(0.05)
+            case "/cookie":
+                self.cookies.append(self.headers["Cookie"])
+                self.send("text/plain", b"seen", ("Set-Cookie", "seen=1; Path=/"))
             case "/broken":
                 self.send_error(503)
             case _:
@@ -88,7 +98,7 @@ class Pages(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    handler = type("Own", (Pages,), {"asked": []})
+    handler = type("Own", (Pages,), {"asked": [], "cookies": []})
     server = http.server.ThreadingHTTPServer(("0.0.0.0", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
@@ -186,7 +196,7 @@ def test_by_default_only_public_addresses_are_visited(tool_of, server, base):
     [
         *("10.1.2.3", "127.0.0.1", "169.254.169.254", "172.16.0.1", "192.168.1.1", "100.64.0.1", "0.0.0.0"),
         *("224.0.0.1", "240.0.0.1", "::1", "fe80::1%eth0", "fd00::1", "::ffff:10.0.0.1", "2002:7f00:1::"),
-        "64:ff9b::7f00:1",
+        *("64:ff9b::7f00:1", "168.63.129.16", "192.0.0.192", "fec0::1", "::ffff:168.63.129.16"),
     ],
 )
 def test_no_private_address_counts_as_public(address):
@@ -221,6 +231,20 @@ def test_a_server_that_does_not_answer_fails_the_call_in_time(tool_of, base):
         port = closed.getsockname()[1]
     with pytest.raises(ToolError, match="the server cannot be reached"):
         tool.call(f"http://127.0.0.1:{port}/")
+
+
+def test_a_header_that_arrives_byte_by_byte_fails_the_call_in_time(tool_of, base):
+    begin = time.monotonic()
+    with pytest.raises(ToolError, match=r"^the page did not arrive within 0\.5 s$"):
+        tool_of(timeout_s=0.5).call(base + "/slow-header")
+    assert time.monotonic() - begin < 20
+
+
+def test_a_page_is_read_without_the_cookies_of_earlier_calls(tool_of, server, base):
+    tool = tool_of()
+    tool.call(base + "/cookie")
+    tool.call(base + "/cookie")
+    assert server.RequestHandlerClass.cookies == [None, None]
 
 
 def test_long_pages_and_compressed_bombs_are_cut(tool_of, base):
