@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -63,9 +64,14 @@ def decode_object(text: str, start: int) -> tuple[Any, int]:
         ValueError: if there is no valid JSON value.
     """
     try:
-        return _DECODER.raw_decode(text, start)
+        value, end = _DECODER.raw_decode(text, start)
+        if "\\u" in text[start:end]:
+            dump_json(value).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:  # no tool, file or metric could hold such a text
+        raise ValueError("a text has half of a surrogate pair") from None
+    return value, end
 
 
 def read_call(text: str, value: Any, *, keys: Sequence[str]) -> WrittenCall:
@@ -110,4 +116,9 @@ def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse)
+def _finite(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _refuse(f"{digits:.40}")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse, parse_float=_finite)
