@@ -62,5 +62,8 @@ def run_on(
 
 
 def rewarded(rollout: GroupRollout, *, should_stop: Callable[[], bool] | None = None) -> RewardedRollout:
-    reward, pool = TrajectoryReward(reader=reader_of(rollout.protocol)), RewardPool(EM, RewardConfig())
+    reward, pool = (
+        TrajectoryReward(reader=reader_of(rollout.protocol)),
+        RewardPool(EM, RewardConfig(num_workers=1)),
+    )
     return RewardedRollout(rollout, reward, pool, seed=0, should_stop=should_stop)

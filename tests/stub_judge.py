@@ -1,22 +1,15 @@
-"""A server with OpenAI's chat interface that says what its requests tell it to say, over real HTTP.
-
-    python stub_judge.py URL_FILE LOG_FILE
-
-Writes its address to URL_FILE, and one line per request to LOG_FILE.
-"""
+"""A server with OpenAI's chat interface that replies as a script says, over real HTTP."""
 
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
-Reply = tuple[int, str, dict[str, str]]
-"""Status, body, headers."""
+Reply = tuple[int, str, dict[str, str]] | None
+"""Status, body, headers; None: the server hangs up."""
 
 
 def chat(text: str) -> Reply:
@@ -41,7 +34,11 @@ class StubJudge:
                     self.asked.append(request | {"path": handler.path})
                     self.tokens.add(handler.headers.get("Authorization"))
                     before, times[prompt] = times[prompt], times[prompt] + 1
-                status, body, headers = script(prompt, before)
+                reply = script(prompt, before)
+                if reply is None:
+                    handler.close_connection = True
+                    return
+                status, body, headers = reply
                 handler.send_response(status)
                 for name, value in (headers | {"Content-Length": str(len(body.encode()))}).items():
                     handler.send_header(name, value)
@@ -59,20 +56,3 @@ class StubJudge:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
-
-
-def main() -> None:
-    url_file, log_file = map(Path, sys.argv[1:])
-    log, lock = log_file.open("a"), threading.Lock()
-
-    def script(prompt: str, before: int) -> Reply:
-        with lock:
-            print(json.dumps(prompt), file=log, flush=True)
-        return chat("correct" if len(prompt) % 2 else "incorrect")
-
-    url_file.write_text(StubJudge(script).url)
-    threading.Event().wait()
-
-
-if __name__ == "__main__":
-    main()

@@ -69,13 +69,14 @@ class JudgeCache:
     def _append(self, key: str, reply: str) -> None:
         if self._path is None:
             return
-        # The line before may be half a line of a process that was killed.
-        line = b"\n" * self._is_first + json.dumps([key, reply]).encode() + b"\n"
+        line = json.dumps([key, reply]).encode() + b"\n"
         with self._lock:
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 with open(self._path, "ab") as stream:
-                    stream.write(line)
+                    # The last line may be half a line of a process that was killed.
+                    is_after_others = self._is_first and stream.tell() > 0
+                    stream.write(b"\n" * is_after_others + line)
                 self._is_first = False
             except OSError as error:
                 logger.warning("could not store a judge's reply: %s (%s)", error.strerror, self._path)
