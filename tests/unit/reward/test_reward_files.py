@@ -104,7 +104,7 @@ def test_a_reward_that_cannot_be_loaded_is_one_line_with_the_cause(tmp_path, con
 @pytest.mark.parametrize(
     ("names", "settings", "message"),
     [
-        (["em", "formt"], {}, r"reward.names .*em \| f1 \| format .*nearest: format"),
+        (["em", "formats"], {}, r"reward.names .*em \| f1 \| format .*nearest: format"),
         (["em", "em"], {}, r"each with a name of its own"),
         (["em", "my.py:em"], {}, r"each with a name of its own"),
         (["my.py:tool_calls"], {}, r"a function with another name than tool_calls"),
