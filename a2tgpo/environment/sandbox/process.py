@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import selectors
 import shutil
 import signal
@@ -17,7 +18,7 @@ from a2tgpo.environment.sandbox.output import BoundedOutput
 END_S = 2.0
 """Longest wait in seconds for the exit code of a process that has closed its control pipe."""
 MAX_CODE_BYTES = 60_000
-"""Largest size of one piece of code. It fits into an empty pipe, so that writing it never blocks."""
+"""Largest size of one piece of code."""
 _CHUNK = 1 << 16
 _CHUNKS_AFTER_END = 16
 """Largest number of chunks that are read after the code has ended. A thread of the code may go on writing."""
@@ -70,6 +71,7 @@ class SandboxProcess:
             os.close(control)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._stdin, self._stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
+        os.set_blocking(self._stdin, False)
         os.set_blocking(self._stdout, False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._stdout, selectors.EVENT_READ)
@@ -89,9 +91,9 @@ class SandboxProcess:
         output = BoundedOutput(max_output_chars)
         data = code.encode("utf-8", "replace")
         assert len(data) <= MAX_CODE_BYTES
-        with contextlib.suppress(BrokenPipeError):  # a thread of earlier code has ended the process
-            os.write(self._stdin, b"%d\n" % len(data) + data)
-        report = self._wait(timeout_s, output)
+        deadline = time.monotonic() + timeout_s
+        self._send(b"%d\n" % len(data) + data, deadline)
+        report = self._wait(deadline - time.monotonic(), output)
         if report == b".":
             return output.text(), None
         end = f"the code ran for more than {timeout_s:g} s and was ended" if report is None else self._end()
@@ -111,6 +113,15 @@ class SandboxProcess:
                 with contextlib.suppress(OSError):
                     stream.close()  # type: ignore[union-attr]
         self._remove_folder()
+
+    def _send(self, data: bytes, deadline: float) -> None:
+        """Write `data` to the launcher until the deadline. Earlier code may have kept the launcher from reading."""
+        ready = select.poll()
+        ready.register(self._stdin, select.POLLOUT)
+        with contextlib.suppress(BrokenPipeError):  # a thread of earlier code has ended the process
+            while data and (left_s := deadline - time.monotonic()) > 0:
+                if ready.poll(left_s * 1000):
+                    data = data[os.write(self._stdin, data) :]
 
     def _wait(self, timeout_s: float, output: BoundedOutput) -> bytes | None:
         """Collect output until the launcher reports. Return its report, b"" if it ended, or None if it is late."""

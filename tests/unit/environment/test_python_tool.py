@@ -347,6 +347,27 @@ def test_calls_of_a_session_share_variables_until_their_process_is_ended():
     session.close()
 
 
+def test_code_that_pretends_to_have_ended_cannot_block_the_next_call():
+    session = PythonSession(PythonConfig(stateful=True, timeout_s=1.0), sandbox_of("auto"))
+    pretend = """
+        import fcntl, os, time
+        for pipe in range(3, 64):
+            try:
+                if fcntl.fcntl(pipe, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
+                else:
+                    os.write(pipe, b".")
+            except OSError:
+                pass
+        time.sleep(99)
+        """
+    session.call(textwrap.dedent(pretend))
+    (late,) = session.call("#" * MAX_CODE_BYTES)
+    assert late == "Error: the code ran for more than 1 s and was ended; its variables are lost"
+    assert session.call("6 * 7") == ["42"]
+    session.close()
+
+
 def test_calls_that_are_no_session_share_nothing():
     tool = Python(PythonConfig(), sandbox_of("auto"))
     tool.call("x = 1\nopen('file', 'w')")
