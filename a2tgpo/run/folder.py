@@ -5,6 +5,7 @@ The folder `ROOT/NAME/` contains
 - config.N.yaml and env.N.txt, the configuration and the environment of the N-th start;
 - date.txt, the date that the prompts give as today's date;
 - plugins/, copies of the user's own rewards and tools (`run.plugins`);
+- judge/, the replies of the reward `judge`;
 - metrics.jsonl and tensorboard/, the metrics;
 - rollouts/step_N/, the recorded rollouts (`record.rollout_files`);
 - checkpoints/step_N/ and checkpoints/best.json;
