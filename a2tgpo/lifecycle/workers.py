@@ -34,7 +34,7 @@ class Call:
     started: float = 0.0
     """Time on the workers' clock at which a thread started the call."""
     result: Any = None
-    error: Exception | None = None
+    error: BaseException | None = None
     is_late: bool = False
     """Whether the call was abandoned because it exceeded its deadline."""
     is_wanted: bool = True
@@ -153,7 +153,7 @@ class Workers:
         while (call := self._next_call()) is not None:
             try:
                 call.result = call.run()
-            except Exception as error:
+            except BaseException as error:  # SystemExit, too, must not end the thread without an outcome
                 call.error = error
             with self._lock:
                 if call.is_late:

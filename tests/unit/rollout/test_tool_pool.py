@@ -233,6 +233,7 @@ def test_a_pool_whose_calls_were_dropped_answers_only_later_ones(pool_of, clock)
     ("returned", "expected"),
     [
         (KeyError("a bug"), r"KeyError: 'a bug' at test_tool_pool\.py:\d+"),
+        (SystemExit(3), r"SystemExit: 3 at test_tool_pool\.py:\d+"),
         (ValueError(), r"ValueError at test_tool_pool\.py:\d+"),
         ("text", r"TypeError: it returned 'text', not a list of at least one text at tool_pool\.py:\d+"),
         (None, r"TypeError: it returned None, not a list of at least one text at tool_pool\.py:\d+"),
@@ -243,7 +244,7 @@ def test_a_pool_whose_calls_were_dropped_answers_only_later_ones(pool_of, clock)
 def test_a_bug_in_a_tool_is_one_line_that_names_tool_and_place(pool_of, returned, expected):
     class Broken:
         def call(self, text):
-            if isinstance(returned, Exception):
+            if isinstance(returned, BaseException):
                 raise returned
             return returned
 
