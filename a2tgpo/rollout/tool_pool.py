@@ -203,7 +203,7 @@ class ToolPool:
 
     def _result(self, call: Call) -> ToolResult:
         if (sessions := self._sessions_of.pop(call.key, None)) is not None:
-            sessions.has_call, sessions.hangs = False, call.is_late
+            sessions.has_call, sessions.hangs = False, sessions.hangs or call.is_late
             self._begin_next(sessions)
         if call.is_late:
             return ToolResult(key=call.key, error=self._late, is_late=True)
@@ -237,7 +237,7 @@ def _checked(answer: SessionAnswer) -> SessionAnswer:
     return dataclasses.replace(answer, parts=tuple(parts), score=None if score is None else float(score))
 
 
-def _fault(name: str, tool: AnyTool, error: Exception) -> str:
+def _fault(name: str, tool: AnyTool, error: BaseException) -> str:
     """Describe a tool's exception, and where it was raised, in one line. If the tool is the user's, the place is in
     the user's file.
     """

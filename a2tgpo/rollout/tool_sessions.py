@@ -144,6 +144,8 @@ class OpenSessions:
                 closed = self._closers.take(timeout_s=left_s)
             except CallsHangError as error:
                 logger.warning("warning: %s", error)
+                self._num_failed += sum(sessions.num_open for sessions in self._closing.values())
+                self._closing.clear()
                 break
             for work in closed:
                 self._take(work)
@@ -154,7 +156,9 @@ class OpenSessions:
         return leaks
 
     def _take(self, work: Work) -> None:
-        sessions = self._closing.pop(work.key)
+        sessions = self._closing.pop(work.key, None)
+        if sessions is None:  # it was given up, because too many sessions did not close
+            return
         problems = work.result or []
         if work.is_late:
             problems = [f"it has not closed, {sessions.num_open} left open"]

@@ -239,14 +239,27 @@ def test_a_call_that_hangs_fails_the_later_calls_of_its_trajectory_and_counts_as
     monkeypatch.setattr(tool_sessions, "CLOSE_S", 0.1)
     pool = pool_of(call_timeout_s=0.3)
     sessions, other = pool.sessions_for(prompt("hangs")), pool.sessions_for(prompt("other"))
-    late, queued = ask(pool, sessions, "hang", "1")
-    assert late.is_late and queued.error == "an earlier call of its session did not return"
+    late, *queued = ask(pool, sessions, "hang", "1", "2")
+    assert late.is_late
+    assert [call.error for call in queued] == ["an earlier call of its session did not return"] * 2
     assert ask(pool, other, "1")[0].parts == ("1",)
     for user in (sessions, other):
         pool.end(user)
     assert pool.take_counts()["tools/open_sessions"] == 1
     counter.gate.set()
     assert await_(lambda: "hangs" in counter.closed)
+
+
+def test_sessions_are_given_up_once_if_too_many_do_not_close(pool_of, counter, monkeypatch, caplog):
+    monkeypatch.setattr(tool_sessions, "NUM_CLOSERS", 1)
+    pool = pool_of(call_timeout_s=0.1)
+    users = [pool.sessions_for(prompt(str(number))) for number in range(7)]
+    keys = [pool.submit("counter", "hang", sessions) for sessions in users]
+    assert all(result.is_late for result in collect(pool, len(keys)).values())
+    for sessions in users:
+        pool.end(sessions)
+    assert [pool.take_counts()["tools/open_sessions"] for _ in range(2)] == [7, 0]
+    assert any("give the tool session a timeout of its own" in message for message in caplog.messages)
 
 
 def test_a_close_that_fails_is_warned_about_and_counted_once(pool_of, counter, caplog):
