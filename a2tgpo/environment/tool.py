@@ -36,7 +36,7 @@ class Tool(Protocol):
         If the policy has made a mistake, return an answer that explains the mistake.
 
         Args:
-            text: the policy's text between the tool's tags. It is not empty, and has single spaces.
+            text: what the policy wrote for the tool: one text, or the JSON of several arguments. Never empty.
 
         Raises:
             ToolError: if there is no answer.
@@ -50,8 +50,8 @@ class Tool(Protocol):
 class Session(Protocol):
     """The state of a tool for one trajectory. Only one thread at a time calls its methods.
 
-    A session may have a method `score() -> float`, which is called after each call. It returns by how much the call
-    increased the chance of success, which counts for the turn's score (`Turn.score`).
+    A session may have a method `score() -> float`, which is called after each call. The returned number says how much
+    the call increased the chance of success. It becomes part of the turn's score (`Turn.score`).
     """
 
     def call(self, text: str) -> list[str]:
@@ -65,8 +65,8 @@ class Session(Protocol):
 class SessionTool(Protocol):
     """A tool that keeps a state between the calls of one trajectory. Many threads may call its methods.
 
-    If a trajectory goes on in a later step (partial rollouts), its session is opened anew, and repeats the
-    trajectory's calls. If this does not restore the state, the tool must have the attribute `replayable` = False.
+    If a trajectory goes on in a later step (partial rollouts), a new session is opened, and the trajectory's earlier
+    calls are repeated. If this does not restore the state, the tool must have the attribute `replayable` = False.
     """
 
     def open(self, record: Mapping[str, Any], question: str) -> Session:
@@ -106,8 +106,8 @@ class Toolset:
     call_timeout_s: float = 240.0
     """Seconds from the start of a call until the call fails. Time in the queue does not count."""
     outage_limit_s: float | None = None
-    """Seconds for which a call is repeated if it raises `ToolUnavailableError`. If 0, the run ends at once. If None,
-    the call fails without being repeated, and the policy reads that it failed."""
+    """Seconds for which a call that raises `ToolUnavailableError` is repeated before the run ends. If 0, the run ends
+    at once. If None, the call is not repeated, and the policy reads that the call failed."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -173,7 +173,7 @@ def tool_schemas(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def users_file(tool: AnyTool) -> str:
-    """Return the user's file that defines the tool's class, or "" if the class has none or is of this package."""
+    """Return the user's file that defines the tool's class, or "" if there is no such file."""
     try:
         return "" if type(tool).__module__.startswith(f"{TOOLS_PACKAGE}.") else inspect.getfile(type(tool))
     except TypeError:

@@ -1,4 +1,4 @@
-"""Check whether a chat template renders the turns of a growing conversation always in the same way."""
+"""Check whether a chat template always renders the turns of a growing conversation in the same way."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from a2tgpo.protocol.frames import ARGUMENT, QUESTION, call_message, result_mess
 
 _THOUGHT = "<think>\nTHOUGHT7\n</think>\n\n"
 _SHOWN = 40
-"""Number of characters of each text in a message."""
+"""Number of characters of each text that a message shows."""
 
 
 def template_difference(template: PromptTemplate, probe: tuple[str, str], *, thinks: bool) -> str | None:
-    """Return how the template changes earlier turns when it renders a longer conversation, or None if it does not.
+    """Return how the template changes earlier turns in a longer conversation, or None if it changes none.
 
-    The rollout stays consistent in any case, because it renders no turn twice.
+    The rollout is consistent even if turns change, because it renders no turn twice.
 
     Args:
-        probe: name of a tool, and of one of its parameters.
+        probe: the name of a tool, and the name of one of the tool's parameters.
         thinks: whether the policy's turns have thoughts.
     """
     tool, argument = probe

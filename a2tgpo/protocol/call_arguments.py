@@ -25,7 +25,7 @@ class ArgumentError(ValueError):
 def argument_text(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
     """Return the text that a tool gets for `arguments`.
 
-    A tool with one parameter, which is a text, gets this text without blank lines around it. Other tools get all
+    If a text is the tool's only parameter, the tool gets this text without blank lines around it. Other tools get all
     arguments as a JSON object.
 
     Args:
@@ -55,7 +55,7 @@ def argument_text(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -
 
 
 def typed(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `arguments`, which are texts, with those decoded that the tool does not take as texts."""
+    """Return the texts `arguments`. If the tool takes an argument as another type, decode the argument's text."""
     properties: Mapping[str, Any] = parameters.get("properties", {})
     return {
         name: text if properties.get(name, {}).get("type") == "string" else _decoded(text)
@@ -71,7 +71,7 @@ def one_text(parameters: Mapping[str, Any], text: str) -> dict[str, str] | None:
 
 
 def _decoded(text: str) -> Any:
-    """Return the value that `text` shows, in JSON or as Python prints it, or `text` if it shows none."""
+    """Return the value of `text` as JSON or as a constant of Python. If it is neither, return `text`."""
     constants = {"True": True, "False": False, "None": None}
     if text.strip() in constants:
         return constants[text.strip()]
@@ -85,7 +85,7 @@ def _decoded(text: str) -> Any:
 def _has_type(value: Any, kind: Any) -> bool:
     kinds = kind if isinstance(kind, list) else [kind]
     if any(name not in _TYPES for name in kinds):
-        return True  # the schema does not say
+        return True  # the schema gives no type
     if isinstance(value, bool):
         return "boolean" in kinds
     return any(isinstance(value, _TYPES[name]) for name in kinds)

@@ -37,10 +37,10 @@ class CallFormat(Protocol):
     """Reads and writes the tool calls in a turn's text."""
 
     tags: tuple[str, ...]
-    """The tags around a call. No tool may write these tags."""
+    """The tags around a call. They are removed from the answers of tools."""
 
     def find_calls(self, text: str) -> list[WrittenCall]:
-        """Return all calls in `text`, in order. No text raises an error, and the time is linear in its length.
+        """Return all calls in `text`, in order. Raise no error for any text, and take time linear in its length.
 
         Args:
             text: the visible part of a turn, without the token that ended the turn.
@@ -79,7 +79,7 @@ def read_call(text: str, value: Any, *, keys: Sequence[str]) -> WrittenCall:
 
     Args:
         text: the text from which `value` was decoded.
-        keys: names that the arguments may have in `value`; the first one is the usual one.
+        keys: possible names of the arguments in `value`, the usual name first.
     """
     if len(text) > MAX_CALL_CHARS:
         return WrittenCall(

@@ -36,11 +36,11 @@ class ChatProtocol(AgentProtocol):
 
     Args:
         template: a template whose prompts describe the tools.
-        schemas: descriptions of the tools, as chat templates expect them; at least one.
-        call_format: name of the call format, or "auto": the format in which the template writes calls.
-        max_calls: number of calls of a turn that are made. Further calls get an error as their result.
-        scaffold: text between a context and the gold answer. Empty: the beginning of an answer; if the model thinks,
-            after an empty thought.
+        schemas: descriptions of the tools, as chat templates expect them. At least one.
+        call_format: name of the call format. "auto" means the format in which the template writes calls.
+        max_calls: largest number of calls in one turn. Further calls get an error as their result.
+        scaffold: text between a context and the gold answer. If empty, the scaffold is the usual beginning of an
+            answer, after an empty thought if the model thinks.
         is_strict: value of `ChatFormat.is_strict`.
         max_part_tokens: number of tokens to which each part of a tool's answer is cut.
 
@@ -196,7 +196,7 @@ class ChatProtocol(AgentProtocol):
         return Call(tool=written.name, arguments=text)
 
     def _fitted(self, texts: Sequence[str], room: int) -> list[int]:
-        """Return the tokens of the observation with all texts cut to one length, the longest that fits in `room`."""
+        """Cut all texts to one length, the longest that fits in `room`, and return the observation's tokens."""
         fitting = self._literal.encode_joined([""] * len(texts), self.frames.join)
         low, high = 0, max(map(len, texts))
         while low + 1 < high:

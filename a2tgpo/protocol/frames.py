@@ -1,7 +1,7 @@
 """Find out how a chat template writes the results of tool calls, by rendering conversations with marked texts.
 
-The policy's turn ends with a control token. What the template writes between this token and the next thing that the
-policy writes is the frame of the results. The rollout appends the frame to the tokens that the policy sampled, so no
+The policy's turn ends with a control token. The frame of the results is all text that the template writes between
+this token and the policy's next turn. The rollout appends the frame to the tokens that the policy sampled, so no
 earlier token is ever rendered again.
 """
 
@@ -17,15 +17,15 @@ from a2tgpo.data.thought import THINK_OPEN
 from a2tgpo.io.errors import ConfigError
 
 QUESTION, ARGUMENT = "Which river is it?", "ARGUMENT7"
-"""Texts of a conversation whose places are looked for."""
+"""Texts that are searched for in a rendered conversation."""
 _RESULTS = ('RESULT1 "a"', 'RESULT2 "b"', 'RESULT3 "c"')
-"""The quotes show whether the template writes results as JSON."""
+"""Results of a conversation. Their quotes show whether the template writes results as JSON."""
 _MANY = len(_RESULTS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResultFrames:
-    """The texts around results, and the token after which they come."""
+    """The texts that a template writes around results, and the token that precedes these texts."""
 
     open: str
     between: str
@@ -34,7 +34,7 @@ class ResultFrames:
     end_token: int
     """Id of the control token that ends a turn with calls."""
     is_json: bool
-    """Whether a result is the inside of a JSON text."""
+    """Whether results are written inside JSON strings."""
     is_single: bool
     """Whether the template allows only one call in a turn."""
     call_text: str
@@ -46,7 +46,7 @@ class ResultFrames:
         return f"{self.open}{self.between.join(inner)}{self.close}"
 
     def split(self, text: str, count: int) -> list[str] | None:
-        """Return the `count` results of which `join` made `text`, or None if they cannot be told apart."""
+        """Return the `count` results that `join` combined to `text`, or None if they cannot be told apart."""
         if not (text.startswith(self.open) and text.endswith(self.close)):
             return None
         body = text[len(self.open) : len(text) - len(self.close)]
@@ -147,8 +147,8 @@ def _render(template: PromptTemplate, count: int, tool: str, argument: str) -> s
 def _split_at_end(template: PromptTemplate, gap: str) -> tuple[str, int, str]:
     """Split the text between a call's argument and its result at the token that ends the turn.
 
-    Return the rest of the call, the token's id, and the frame's opening text. The token is the one that also ends an
-    answer, if it occurs in the text, else the first special token.
+    Return the rest of the call, the token's id, and the frame's opening text. If the text has the token that ends an
+    answer, this token also ends the turn. Otherwise the first special token does.
     """
     tokenizer = template.tokenizer
     ends = {
@@ -168,10 +168,10 @@ def _split_at_end(template: PromptTemplate, gap: str) -> tuple[str, int, str]:
 
 
 def _last_turn(template: PromptTemplate, text: str) -> str:
-    """Return the turn at the end of `text`, which begins after the generation header or the last control token."""
+    """Return the last turn of `text`. It begins after the generation header, or else after the last control token."""
     question = [{"role": "user", "content": QUESTION}]
     prompt, bare = (template.conversation(question, has_header=has_header) for has_header in (True, False))
-    # A template may open or skip a thought in a prompt, but leave this out before an earlier turn.
+    # A template may write think tags at the end of a prompt, but not before an earlier turn.
     header = prompt.removeprefix(bare).partition(THINK_OPEN)[0]
     for beginning in (prompt, bare + header):
         if text.startswith(beginning):

@@ -15,7 +15,7 @@ REPLACEMENT = "\ufffd"
 
 
 class PartCut:
-    """Cuts texts between characters.
+    """Cuts texts that are too long, but never inside a character.
 
     Args:
         max_tokens: number of tokens to which a text is cut.

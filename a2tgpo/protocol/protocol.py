@@ -1,4 +1,4 @@
-"""The interface of a protocol. The rollout, the rewards and the warm start use any protocol through it."""
+"""The interface of a protocol, through which the rollout, the rewards and the warm start use the protocol."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedTurn:
-    """What a turn asks for. Either it has calls, or the trajectory ends with it."""
+    """What a turn asks for: calls, or the end of the trajectory."""
 
     calls: tuple[Call, ...] = ()
     """The calls in the order in which the policy wrote them."""
@@ -34,9 +34,9 @@ class CallResult:
     parts: tuple[str, ...] = ()
     """The parts of the tool's answer, the best part first. Empty if the call has no answer."""
     error: str | None = None
-    """The reason for which the tool did not answer, in one line. None if it answered."""
+    """The reason for which the tool did not answer, in one line. None if the tool answered."""
     score: float | None = None
-    """The score that the tool's session gave after the call. None if it gave none."""
+    """The score that the tool's session gave after the call. None if it gave no score."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Observation:
 
     tokens: list[int]
     is_cut: bool
-    """Whether the results were cut because they did not fit in their room."""
+    """Whether the results were cut because they were longer than `room`."""
 
 
 class ResponseFormat(Protocol):
@@ -108,10 +108,10 @@ class AgentProtocol(ABC):
     def observe(self, results: Sequence[CallResult], *, room: int) -> Observation:
         """Return the results of a turn's calls, in the order of the calls, in at most `room` tokens.
 
-        Whatever the results contain, the observation has the protocol's control tokens and no others.
+        The observation has the protocol's control tokens and no others, whatever the results contain.
 
         Args:
-            room: at least `min_observation_tokens`.
+            room: number of tokens, at least `min_observation_tokens`.
         """
 
     @abstractmethod
@@ -122,8 +122,7 @@ class AgentProtocol(ABC):
     def scaffold(self, trajectory: Trajectory, num_turns: int) -> list[int]:
         """Return the tokens between a context and the gold answer.
 
-        They are what the policy would write to begin an answer. The context is the prompt and the first `num_turns`
-        turns.
+        The policy would begin an answer with these tokens. The context is the prompt and `num_turns` turns.
         """
 
     @abstractmethod

@@ -44,7 +44,7 @@ class ObservationEncoder:
         return len(self._opening) + len(self._closing)
 
     def fit(self, tokens: list[int], room: int) -> list[int]:
-        """Return an observation's `tokens`, cut to at most `room` >= `min_tokens` tokens. Both tags are kept."""
+        """Cut an observation's `tokens` to at most `room`, but keep both tags. `room` is at least `min_tokens`."""
         if len(tokens) <= room:
             return tokens
         assert room >= self.min_tokens, f"{room} tokens are too few for the result's tags"

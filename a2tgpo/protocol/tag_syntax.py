@@ -1,8 +1,9 @@
 """The syntax of tool calls and of tools' answers.
 
-A turn ends at the first `</NAME>` of a tool. The query is the text between this tag and the last `<NAME>` before it,
-without the protocol's tags and, unless the tool takes several lines, with single spaces. For example, `<search> a
-<search> b </search>` has the query "b". If the opening tag is missing, the query is empty, and the trajectory ends.
+A turn ends at the first `</NAME>` of a tool. The query is the text between this tag and the last `<NAME>` before it.
+For example, `<search> a <search> b </search>` has the query "b". The protocol's tags are removed from the query.
+Unless the tool takes several lines, spaces and line breaks become single spaces. If the opening tag is missing, the
+query is empty, and the trajectory ends.
 """
 
 import re
@@ -82,12 +83,12 @@ class CallSyntax:
         return "\n".join(without_tags(part, self._tag) for part in parts)
 
     def failure_body(self, name: str, reason: str) -> str:
-        """Return the text between the two tags of a result if the call has failed."""
+        """Return the text between the two tags of the result of a failed call."""
         return self.result_body([f"The {name} failed: {' '.join(reason.split())[:MAX_REASON_CHARS]}"])
 
 
 def _lines(text: str) -> str:
-    """Return the lines of `text` without their common indent. The first line may stand behind the opening tag."""
+    """Return the lines of `text`. Remove their common indent, unless the first line follows the opening tag."""
     first, _, rest = text.partition("\n")
     return (
         f"{first.strip()}\n{rest}".rstrip() if first.strip() else textwrap.dedent(rest).strip("\n").rstrip()

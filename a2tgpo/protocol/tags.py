@@ -24,7 +24,7 @@ class TagProtocol(AgentProtocol):
     Args:
         multiline: names of the tools whose calls keep their line breaks and indents.
         scaffold: text between a context and the gold answer. A </think> at its beginning is left out after a context
-            without an open thought, and a <think> at its beginning is left out after a context with one.
+            without an open thought. A <think> at its beginning is left out after a context with an open thought.
         max_part_tokens: number of tokens to which each part of a tool's answer is cut.
     """
 
@@ -73,7 +73,7 @@ class TagProtocol(AgentProtocol):
         return Observation(tokens=self._observations.fit(tokens, room), is_cut=len(tokens) > room)
 
     def text_of(self, tokens: Sequence[int]) -> str:
-        """Return the text of a turn. If a token reaches beyond the tag that ended the turn, cut its text there."""
+        """Return the text of a turn. If the last token has text after the tag that ended the turn, cut this text."""
         ends = (self.tokenizer.eos_token_id, *self.stop_tokens)
         kept = [token for token in tokens if token not in ends]
         text = self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)

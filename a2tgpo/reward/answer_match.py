@@ -1,9 +1,9 @@
 """Exact match and token F1 between an answer and its golds, after SQuAD normalisation (Eq. 14).
 
 Text in Latin letters follows SQuAD's rules, so that its scores can be compared with published scores. SQuAD's rules
-remove only ASCII punctuation, and split text into words only at spaces. If a text has letters of another script, this
-module also converts the text to Unicode's compatibility form (NFKC) and removes all punctuation. For F1, each
-character of a script without spaces is a word. In every text, invisible characters are removed and accents are
+remove only ASCII punctuation, and split text into words only at spaces. If a text has letters of a script other than
+Latin, this module also converts the text to Unicode's compatibility form (NFKC) and removes all punctuation. For F1,
+each character of a script without spaces is a word. In every text, invisible characters are removed and accents are
 composed (NFC), because some tokenizers compose their input.
 """
 

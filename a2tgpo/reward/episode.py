@@ -14,7 +14,7 @@ from a2tgpo.trajectory import Prompt, Trajectory, Turn
 
 
 class RewardError(RuntimeError):
-    """Raised by a reward that cannot judge a rollout, for a reason that is not the policy's; the message is one line.
+    """Raised if a reward cannot judge a rollout, and the policy is not to blame. The message is one line.
 
     The step then does not train on the rollout.
     """
@@ -28,14 +28,14 @@ class EpisodeCall:
     text: str
     """What the tool got: a query, or the JSON of several arguments."""
     problem: str | None
-    """What is wrong with the call, which then reached no tool. None if nothing is wrong."""
+    """What is wrong with the call. None if nothing is wrong. A wrong call reaches no tool."""
     failed: bool
     """Whether the tool gave no answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeTurn:
-    """The text that the policy wrote before it stopped once, its tool calls, and the observation that followed."""
+    """A text of the policy, the tool calls in this text, and the observation that followed."""
 
     text: str
     calls: tuple[EpisodeCall, ...]

@@ -16,7 +16,7 @@ def mean_logprob(answer_logprobs: Sequence[float]) -> float | None:
 def answer_logprob(aliases: Sequence[Sequence[float]]) -> float | None:
     """Return the largest `mean_logprob` over the aliases, or None if any alias lacks a score.
 
-    If the maximum were over different aliases after two turns, a missing alias could change the gain.
+    If an alias had a score in only one of two contexts, the difference of the two maxima would be no gain.
     """
     means = [mean_logprob(logprobs) for logprobs in aliases]
     return max((m for m in means if m is not None), default=None) if None not in means else None
@@ -25,13 +25,13 @@ def answer_logprob(aliases: Sequence[Sequence[float]]) -> float | None:
 def answer_probability(logprob: float | None) -> float | None:
     """Return the gold answer's probability P_t = exp(mean_j log pi(a_j | c_t, scaffold, a_<j)).
 
-    `logprob` is the mean over the answer's tokens j. If it is None, return None.
+    `logprob` is the mean over the answer's tokens j. If `logprob` is None, return None.
     """
     return None if logprob is None else math.exp(logprob)
 
 
 def info_gains(logprobs: Sequence[float | None], *, measure: str = "probability") -> list[float | None]:
-    """Return the gain ig_t of each turn t = 1..n, or None where the value of c_{t-1} or c_t is None.
+    """Return the gain ig_t of each turn t = 1..n, or None if c_{t-1} or c_t has no score.
 
     Args:
         logprobs: n + 1 values, the gold answer's mean log-prob in each context c_0..c_n, in nats. None: no score.

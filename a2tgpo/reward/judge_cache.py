@@ -1,4 +1,4 @@
-"""Replies of a judge by the digest of the request, in memory and on disk."""
+"""Store the replies of a judge in memory and on disk, by the digest of the request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class JudgeCache:
     """Stores replies, so that no request is sent twice. Many threads may use it at the same time.
 
     Args:
-        folder: the folder of the files; every process reads the files of all, and appends to its own file. None:
+        folder: the folder of the files. Every process reads all files once, and appends to its own file. If None,
             the replies are only in memory.
         name: name of this process's file.
     """
@@ -32,10 +32,10 @@ class JudgeCache:
             self._read(path)
 
     def get(self, key: str, ask: Callable[[], str]) -> str:
-        """Return the reply with the digest `key`; if there is none, get it from `ask`, and store it.
+        """Return the reply with the digest `key`. If no such reply is stored, call `ask`, and store its result.
 
-        If several threads want the same reply, only one of them calls `ask`. An exception of `ask` is raised in all
-        these threads, and nothing is stored.
+        If several threads want the same reply, only one of them calls `ask`. If `ask` raises an exception, all these
+        threads raise it, and nothing is stored.
         """
         with self._lock:
             waiting = self._replies.get(key)

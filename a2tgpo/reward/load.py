@@ -39,8 +39,8 @@ def build_rewards(config: RunConfig) -> tuple[NamedReward, ...]:
     """Build the rewards of a run.
 
     Raises:
-        ConfigError: with a one-line message, if a file or a name does not exist, if a file raises an exception, or if
-            a reward does not have the right signature or cannot work with this configuration.
+        ConfigError: with a one-line message, if a reward cannot be loaded, has the wrong signature, or cannot work
+            with this configuration.
     """
     names = config.reward.names
     weights = config.reward.weights or (1.0,) * len(names)

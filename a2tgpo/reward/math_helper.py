@@ -1,8 +1,8 @@
-"""The program of a helper process of the reward `math`: it compares an answer with gold answers.
+"""The program of a helper process of the reward `math`, which compares answers with gold answers.
 
-It prints "ready". Then it reads lines [answer, [gold, ...]] as JSON, and prints "true" or "false" for each of them.
-The kernel ends the process if a line takes too long. A signal handler in Python could not interrupt a calculation
-with large numbers.
+The program prints "ready". Then it reads lines of JSON, [answer, [gold, ...]], and prints "true" or "false" for each
+line. The kernel ends the process if a line takes too long. A signal handler in Python could not interrupt a
+calculation with large numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import signal
 import sys
 
 START_S, COMPARE_S = 60, 3
-"""Seconds in which the process must have started, and in which it must have compared one answer."""
+"""Longest times in seconds for the start of the process, and for the comparison of one answer."""
 MEMORY_BYTES = 4 * 2**30
 """Largest address space of the process."""
 
@@ -38,7 +38,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(START_S)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    logging.disable(logging.CRITICAL)  # math-verify warns that it has no time limit of its own
+    logging.disable(logging.CRITICAL)  # without a time limit, math-verify logs warnings
     are_equal("1", ["1"])  # imports math-verify
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):

@@ -1,4 +1,4 @@
-"""Score episodes in threads, beside the rollout that plays further trajectories."""
+"""Score episodes in threads, while the rollout plays further trajectories."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RewardPool:
     """Runs the rewards of one rank in threads. Only one thread may call its methods.
 
     Args:
-        rewards: the rewards of the run, which this object closes.
+        rewards: the rewards of the run. `close` closes them.
         config: the section `reward`.
         clock: returns monotonic seconds.
     """
@@ -49,7 +49,7 @@ class RewardPool:
         """Return the keys and verdicts of the episodes that have been scored since the last call.
 
         Args:
-            timeout_s: seconds to wait at most for a first verdict, if any episode is being scored.
+            timeout_s: longest wait in seconds for a first verdict, if any episode is being scored.
 
         Raises:
             RewardFaultError: a reward has a bug, or too many calls hang.
@@ -60,7 +60,7 @@ class RewardPool:
             raise RewardFaultError(str(error)) from None
 
     def drop_all(self) -> None:
-        """Discard all episodes that have not been returned."""
+        """Discard all episodes whose verdict has not been returned."""
         self._workers.drop_all()
 
     def take_counts(self) -> dict[str, int]:

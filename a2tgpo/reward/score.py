@@ -1,4 +1,4 @@
-"""Set the fields of a trajectory for its gains, its answer and its reward."""
+"""Set a trajectory's gains, the match of its answer, and its reward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from a2tgpo.trajectory import Prompt, Trajectory
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryReward:
-    """Scores trajectories that have ended: `begin` as soon as one ends, and `finish` once its episode is judged."""
+    """Scores trajectories. Call `begin` when a trajectory has ended, and `finish` when its episode is judged."""
 
     reader: EpisodeReader
     measure: str = "probability"
@@ -62,7 +62,7 @@ class TrajectoryReward:
         )
         if verdict.turn_scores is not None:
             for turn, score in zip(trajectory.process_turns, verdict.turn_scores, strict=True):
-                turn.score = score if score is not None else turn.score  # a tool may have scored the turn
+                turn.score = score if score is not None else turn.score  # keep a tool's score
 
     def _set_gains(
         self, trajectory: Trajectory, context_logprobs: Sequence[list[list[float]] | None]

@@ -24,12 +24,12 @@ class Verdict:
     total: float = 0.0
     """The reward before a length penalty."""
     rewards: dict[str, float] = field(default_factory=dict)
-    """The value of each reward by its label, and the parts of a reward as LABEL.PART. The format gate does not change
+    """The value of each reward by its label, and each part of a reward by LABEL.PART. The format gate does not change
     these values."""
     turn_scores: tuple[float | None, ...] | None = None
     """The score of each process turn, or None if no reward gives turn scores."""
     error: str | None = None
-    """Why a reward could not judge the episode, in one line. None if all rewards judged it."""
+    """Why a reward could not judge the episode, in one line. None if all rewards judged the episode."""
 
 
 def judge(rewards: Sequence[NamedReward], episode: Episode, *, format_gate: bool) -> Verdict:
@@ -66,7 +66,7 @@ def judge(rewards: Sequence[NamedReward], episode: Episode, *, format_gate: bool
 
 
 def _checked(returned: object, episode: Episode) -> Score:
-    """Return what a reward returned as a `Score` of floats. Raise ValueError if it is invalid."""
+    """Convert the value that a reward returned to a `Score` of floats. Raise ValueError if the value is invalid."""
     score = returned if isinstance(returned, Score) else Score(value=returned)  # type: ignore[arg-type]
     value, parts = _number(score.value), {str(name): _number(part) for name, part in score.parts.items()}
     turn_scores = score.turn_scores
@@ -93,7 +93,7 @@ def _number(value: object) -> float:
 def _added(
     sums: tuple[float | None, ...] | None, scores: Sequence[float | None] | None, *, weight: float
 ) -> tuple[float | None, ...] | None:
-    """Add the weighted turn scores of one reward to those of the rewards before it."""
+    """Return `sums`, the turn scores of earlier rewards, plus the weighted turn scores of one reward."""
     if scores is None:
         return sums
     own = tuple(None if score is None else weight * score for score in scores)

@@ -18,7 +18,7 @@ _OF_A_FILE = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 _NUM_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 """{version of Landlock: number of access rights that it knows}. Later versions know at least 16."""
 _CONNECT_AND_BIND, _SIGNALS_AND_ABSTRACT_SOCKETS = 3, 3
-"""Access to the network, and to processes outside, for which no rule allows anything. Version 6 knows them all."""
+"""Bits of network access, and of access to other processes. `restrict_files` refuses all of it from version 6 on."""
 _PR_SET_NO_NEW_PRIVS = 38
 
 
@@ -30,8 +30,8 @@ def has_landlock(version: int = 1) -> bool:
 def restrict_files(*, readable: Sequence[str], writable: Sequence[str]) -> bool:
     """From now on, allow access only to files at and beneath these paths. Return False if the kernel has no Landlock.
 
-    Paths that do not exist are skipped. A kernel with version 6 of Landlock also refuses all signals to processes
-    outside.
+    Paths that do not exist are skipped. From version 6 on, Landlock then also refuses TCP connections, and signals to
+    processes outside the sandbox.
 
     Raises:
         OSError: if the kernel refuses a rule.

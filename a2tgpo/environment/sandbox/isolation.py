@@ -20,7 +20,7 @@ from a2tgpo.environment.sandbox.process import SandboxError, SandboxProcess
 from a2tgpo.io.errors import ConfigError
 
 ISOLATIONS = ("bwrap", "namespace", "seccomp")
-"""All isolations. The isolation that hides most of the machine comes first."""
+"""All isolations. The isolation that hides the most of the machine comes first."""
 MAX_FILE_BYTES = 1 << 20
 """Largest size of a file that the code writes."""
 FOLDER_BYTES = 16 << 20
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 class Sandbox:
     """Starts the processes of one tool.
 
-    All processes are started by one thread that lives as long as this object, because the kernel ends a process
-    when the thread that started it ends. This way, no process outlives a trainer that is killed.
+    One thread, which lives as long as this object, starts all processes. The kernel ends a process when the thread
+    that started the process ends, so no process outlives a trainer that is killed.
     """
 
     def __init__(self, config: PythonConfig, isolation: str):
@@ -132,7 +132,7 @@ def _log(isolation: str) -> None:
 
 
 def _bubblewrap(interpreter: str, packages: str) -> list[str]:
-    """Return a command under which code sees only the interpreter, the system's libraries and a folder in memory."""
+    """Return a bwrap command. A program under it sees only Python, the system's libraries and a folder in memory."""
     command = ["bwrap", "--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--dev", "/dev"]
     command += ["--size", str(FOLDER_BYTES), "--tmpfs", _INSIDE]
     for path in launcher.SYSTEM_FILES:

@@ -1,4 +1,4 @@
-"""The program that runs the policy's Python code. It confines itself, and then runs one piece of code after another.
+"""The program that runs the policy's Python code. It first gives up its own rights, and then runs pieces of code.
 
     python -I -S launcher.py SETTINGS CONTROL
 

@@ -7,7 +7,7 @@ CUT = "\n... (a part of the output is left out) ...\n"
 
 
 class BoundedOutput:
-    """The beginning and the end of a text in UTF-8, whatever its length.
+    """Keeps the beginning and the end of a UTF-8 text of any length.
 
     Args:
         max_chars: largest number of characters of the text that are kept.

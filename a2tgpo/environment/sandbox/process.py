@@ -1,4 +1,4 @@
-"""One process that runs the policy's code, as the trainer sees it: it starts, runs code with a deadline, and ends."""
+"""The trainer's side of a process that runs the policy's code: start it, run code with a deadline, and end it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_CODE_BYTES = 60_000
 """Largest size of one piece of code."""
 _CHUNK = 1 << 16
 _CHUNKS_AFTER_END = 16
-"""Largest number of chunks that are read after the code has ended. A thread of the code may go on writing."""
+"""Largest number of chunks that are read after the code has ended, because its threads may go on writing."""
 
 Starter = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -31,7 +31,7 @@ class SandboxError(RuntimeError):
 
 
 class SandboxProcess:
-    """A process of the launcher. Only one thread at a time may call its methods.
+    """A process that runs the launcher. Only one thread at a time may call the methods.
 
     Args:
         command: the launcher's command line without its last argument, which is the number of the control pipe.
@@ -84,9 +84,9 @@ class SandboxProcess:
             raise SandboxError(" ".join(said.split()) or "its process ended, or did not start in time")
 
     def run(self, code: str, *, timeout_s: float, max_output_chars: int) -> tuple[str, str | None]:
-        """Run the code. Return its output, and a text that says how the process ended, or None if it still runs.
+        """Run the code. Return its output, and how the process ended (None if it still runs).
 
-        A process that ended is also closed. The code has at most `MAX_CODE_BYTES` bytes.
+        If the process has ended, it is also closed. The code may have at most `MAX_CODE_BYTES` bytes.
         """
         output = BoundedOutput(max_output_chars)
         data = code.encode("utf-8", "replace")
@@ -124,7 +124,7 @@ class SandboxProcess:
                     data = data[os.write(self._stdin, data) :]
 
     def _wait(self, timeout_s: float, output: BoundedOutput) -> bytes | None:
-        """Collect output until the launcher reports. Return its report, b"" if it ended, or None if it is late."""
+        """Collect output until the launcher reports, and return the report: b"" if it ended, None if it is late."""
         deadline = time.monotonic() + timeout_s
         report = None
         while report is None and (left_s := deadline - time.monotonic()) > 0:

@@ -48,9 +48,9 @@ _REFUSED = {
         **{"inotify_add_watch": 27, "fanotify_init": 262},
     },
 }
-"""Numbers of the system calls that fail with EPERM, by architecture. These calls start programs or processes, reach
-other processes or the network, create objects that outlive the process, or watch or change attributes of files, which
-Landlock does not protect.
+"""Numbers of the system calls that fail with EPERM, by architecture. Some of these calls start programs or processes,
+reach other processes or the network, or create objects that outlive the process. Others watch files or change their
+attributes, which Landlock does not prevent.
 """
 _REFUSED_EVERYWHERE = {
     **{"io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427},
@@ -67,7 +67,7 @@ _ON_ITSELF = {
         "prlimit64": 261,
     },
 }
-"""Numbers of the system calls whose first argument must be the process itself."""
+"""Numbers of the system calls that a process may use only with itself as the first argument."""
 _REFUSED_OPERATIONS = {
     "prctl": ({"x86_64": 157, "aarch64": 167}, 0, (1,)),  # PR_SET_PDEATHSIG: outlive the trainer
     "fcntl": ({"x86_64": 72, "aarch64": 25}, 1, (8, 15)),  # F_SETOWN, F_SETOWN_EX: let a pipe send signals
@@ -75,10 +75,10 @@ _REFUSED_OPERATIONS = {
         {"x86_64": 16, "aarch64": 29},
         1,
         (0x8901, 0x8902),
-    ),  # FIOSETOWN, SIOCSPGRP: let a socket send them
+    ),  # FIOSETOWN, SIOCSPGRP: let a socket send signals
 }
-"""For each system call with refused operations: its number, the place of the operation among its arguments, and the
-operations that fail with EPERM."""
+"""System calls of which only some operations fail with EPERM. For each call: its number by architecture, the place of
+the operation among its arguments, and the operations that fail."""
 _SOCKETPAIR = {"x86_64": 53, "aarch64": 199}
 _AF_UNIX, _SOCK_STREAM, _TYPE_MASK = 1, 1, 0xF
 _CLONE = {"x86_64": 56, "aarch64": 220}
@@ -99,7 +99,7 @@ class _Program(ctypes.Structure):
 
 
 def refused_calls(machine: str) -> dict[str, int]:
-    """Return {name: number} of all system calls that the filter names. Raise KeyError for other machines."""
+    """Return {name: number} of all system calls that the filter names. Raise KeyError if `machine` has no filter."""
     numbers = _REFUSED[machine] | _REFUSED_EVERYWHERE | _ON_ITSELF[machine]
     numbers |= {name: by_machine[machine] for name, (by_machine, _, _) in _REFUSED_OPERATIONS.items()}
     return numbers | {"socketpair": _SOCKETPAIR[machine], "clone": _CLONE[machine], "clone3": _CLONE3}
@@ -109,7 +109,7 @@ def install_filter() -> None:
     """From now on, refuse the calls of `_REFUSED`, new processes, and signals to other processes. Allow new threads.
 
     Raises:
-        OSError: if there is no filter for this machine, or if the kernel refuses it.
+        OSError: if there is no filter for this machine, or if the kernel refuses the filter.
     """
     machine = platform.machine()
     if machine not in _REFUSED:
@@ -143,7 +143,7 @@ def _instructions(machine: str, pid: int) -> list[bytes]:
         means_itself = means_itself or [_op(_EQUAL, pid, 1, 0)]
         program += [_op(_EQUAL, number, 0, 3 + len(means_itself)), _op(_LOAD, _FIRST_ARGUMENT)]
         program += [*means_itself, _fail(errno.EPERM), _op(_RETURN, _ALLOW)]
-    # asyncio needs a pair of streams. A datagram socket could send to any socket in the file system.
+    # asyncio needs pairs of stream sockets. A datagram socket could send to any socket in the file system.
     program += [_op(_EQUAL, _SOCKETPAIR[machine], 0, 7)]
     program += [_op(_LOAD, _FIRST_ARGUMENT), _op(_EQUAL, _AF_UNIX, 0, 3)]
     program += [_op(_LOAD, _SECOND_ARGUMENT), _op(_AND, _TYPE_MASK), _op(_EQUAL, _SOCK_STREAM, 1, 0)]

@@ -64,7 +64,7 @@ class Calculator:
         if len(text) > MAX_CHARACTERS:
             raise _Refusal(f"an expression has at most {MAX_CHARACTERS} characters")
         source = text.translate(_FULL_WIDTH).strip().removesuffix("=").translate(_SIGNS).strip()
-        if not re.search(r"[a-z]", source):  # with a function, a comma may separate its arguments
+        if not re.search(r"[a-z]", source):  # a comma may separate a function's arguments
             source = _THOUSANDS.sub("", source)
         try:
             tree = ast.parse(source, mode="eval")

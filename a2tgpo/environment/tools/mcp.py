@@ -1,4 +1,4 @@
-"""The mcp tool, which calls one tool of a server of the Model Context Protocol. Section `mcp` names both."""
+"""The mcp tool, which calls one tool of a server of the Model Context Protocol. Section `mcp` names them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class McpTool:
         connection = self._connected()
         try:
             return connection.call(self._name, arguments)
-        except ConnectionError as error:  # the next call connects anew; this one may be what ended the server
+        except ConnectionError as error:  # do not repeat the call, which may have ended the server
             self._drop(connection)
             raise ToolError(str(error)) from None
 
@@ -57,7 +57,7 @@ class McpTool:
             connection.close()
 
     def _arguments(self, text: str) -> dict[str, Any] | None:
-        """Return the arguments of a call. If the tool takes one text, `text` itself is the argument."""
+        """Return the call's arguments, or None if `text` is no JSON object. A tool of one text gets `text` itself."""
         properties = self.parameters.get("properties", {})
         if [schema.get("type") for schema in properties.values()] == ["string"]:
             return dict.fromkeys(properties, text)
@@ -97,7 +97,7 @@ class StatefulMcpTool:
 
 
 class Connection:
-    """A connection to a server, and an event loop in a thread that serves it. Threads may share it.
+    """A connection to a server, which an event loop in its own thread serves. Many threads may use the connection.
 
     Raises:
         ToolUnavailableError: the server does not start or answer.
@@ -149,7 +149,7 @@ class Connection:
         return parts or [NO_TEXT]
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):  # the server may have ended before
+        with contextlib.suppress(Exception):  # the server may already have ended
             self._resources.close()
 
 
@@ -176,7 +176,7 @@ def build(config: RunConfig) -> McpTool | StatefulMcpTool:
 
 
 def _find(tools: Sequence[Any], name: str) -> Any:
-    """Return the description of the tool `name`, or of the only tool if `name` is empty."""
+    """Return the description of the tool `name`. An empty `name` means the server's only tool."""
     names = [str(tool.name) for tool in tools]
     if name in names:
         return tools[names.index(name)]
@@ -186,7 +186,7 @@ def _find(tools: Sequence[Any], name: str) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the first cause of an error, in one line. An event loop may raise it inside groups."""
+    """Return the first cause of an error, in one line. The event loop may put the cause into exception groups."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return f"{type(error).__name__}: {first_line(error):.200}"

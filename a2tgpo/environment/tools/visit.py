@@ -1,4 +1,4 @@
-"""The visit tool, which reads the text of a web page. The configuration's section `visit` bounds it."""
+"""The visit tool, which reads the text of a web page. The section `visit` has its limits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_TEXT = "The page has no text."
 CUT = "\n... (the rest of the page is left out)"
 Extract = Callable[[bytes | str, str], str | None]
 _NOT_OF_PAGES = ("idna", "punycode")
-"""Codecs of host names. The first refuses `errors`, and the time of the second grows with the square of the size."""
+"""Codecs that are not used for pages. idna cannot replace invalid bytes, and punycode takes quadratic time."""
 _HTML = ("text/html", "application/xhtml+xml")
 
 
@@ -28,7 +28,7 @@ class Visit:
 
     Args:
         reader: reads pages. None if only recorded answers are used.
-        extract: returns the main text of an HTML page and its address, or None if it has no text.
+        extract: takes an HTML page and its address, and returns the page's main text, or None if there is none.
         max_chars: number of characters to which a text is cut.
     """
 
@@ -72,7 +72,7 @@ class Visit:
         return [answer]
 
     def take_counts(self) -> dict[str, int]:
-        """Return the numbers of calls answered by servers and from the cassette, and of misses."""
+        """Return the numbers of requests, recorded answers and cassette misses since the last call."""
         with self._lock:
             counts, self._counts = self._counts, Counter()
         return dict(counts)
@@ -86,7 +86,7 @@ class Visit:
             assert self._extract is not None
             try:
                 text = self._extract(page.body if page.charset is None else _decoded(page), page.url) or ""
-            except Exception:  # the parsers are not made for every text that a server may send
+            except Exception:  # the parsers fail on some texts that a server may send
                 raise PageError("the page cannot be parsed") from None
         elif page.content_type.startswith("text/"):
             text = _decoded(page)
@@ -132,7 +132,7 @@ def _extractor() -> Extract:
 
 
 def _decoded(page: Page) -> str:
-    """Return the text of a page in the charset that the server gave, or in UTF-8 if no page can have this charset."""
+    """Return the text of a page in the charset that the server gave, or in UTF-8 if this charset is unusable."""
     charset = page.charset or "utf-8"
     try:
         if codecs.lookup(charset).name not in _NOT_OF_PAGES:

@@ -1,4 +1,4 @@
-"""The web_search tool, which asks a web search service. The configuration's section `web` says which."""
+"""The web_search tool, which asks a web search service. The section `web` names the service."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKEN_VARIABLE = "A2TGPO_WEB_TOKEN"
 
 
 class WebSearch:
-    """Answer a call with results. Each is a part of the answer: its number, title, address and text.
+    """Answer a call with results. Each part of the answer has one result's number, title, address and text.
 
     Args:
         service: None if only recorded answers are used.
@@ -56,7 +56,7 @@ class WebSearch:
         return parts or [NO_RESULT]
 
     def take_counts(self) -> dict[str, int]:
-        """Return the numbers of calls answered by the service and from the cassette, of misses, and of retries."""
+        """Return the numbers of requests, recorded answers, cassette misses and retries since the last call."""
         with self._lock:
             counts, self._counts = self._counts, Counter()
         if self._service is not None:
@@ -73,7 +73,7 @@ def build(config: RunConfig) -> WebSearch:
     """Build the tool.
 
     Raises:
-        ConfigError: with a one-line message, if serper has no key.
+        ConfigError: with a one-line message, if the service serper is chosen, but has no key.
     """
     web, service = config.web, None
     if web.backend != "recorded":

@@ -1,1 +1,1 @@
-"""What the tools that reach the web share: requests with limits, public addresses, recorded answers."""
+"""Code that the web tools share: requests with limits, public addresses, recorded answers."""

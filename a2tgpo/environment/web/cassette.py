@@ -20,7 +20,7 @@ class Cassette:
     """A folder of answers. Threads, processes and machines may share it.
 
     Args:
-        folder: folder of the answers. If it is empty, nothing is recorded, and nothing is found.
+        folder: folder of the answers. If this is an empty text, nothing is recorded, and nothing is found.
     """
 
     def __init__(self, folder: str):

@@ -33,14 +33,14 @@ class Page:
     content_type: str
     """In lower case, without parameters."""
     charset: str | None
-    """The charset that the server gave, if it did."""
+    """The charset that the server gave, or None."""
     body: bytes
 
 
 class PageReader:
     """Reads pages. Threads may share it.
 
-    Each connection goes to the very IP address that was checked, so proxies of the environment are not used.
+    Each connection goes to the IP address that was checked. Proxies of the environment are therefore not used.
 
     Args:
         timeout_s: seconds for the page and all redirects to it.
@@ -67,7 +67,7 @@ class PageReader:
         """Return the page at `url`.
 
         Raises:
-            PageError: the address is wrong, or not public, or the server has no page there.
+            PageError: the address is wrong or not public, or the server has no such page.
             ToolError: the server does not answer, or reports a fault of its own.
         """
         deadline = time.monotonic() + self._timeout_s

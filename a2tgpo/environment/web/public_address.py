@@ -35,7 +35,7 @@ def allowed_address(host: str, port: int, is_allowed: Callable[[str], bool]) -> 
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address, and an IPv4 address that it contains, can be reached on the public internet."""
+    """Return whether an IP address, and any IPv4 address inside it, can be reached on the public internet."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]

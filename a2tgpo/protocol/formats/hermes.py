@@ -62,7 +62,7 @@ def _call_at(text: str, start: int) -> tuple[WrittenCall, int]:
 
 
 def _broken(text: str, start: int, problem: str) -> tuple[WrittenCall, int]:
-    """Return a malformed call, which reaches to its closing tag, or to the next opening tag if that comes first."""
+    """Return a malformed call, and the position of its end: the next closing or opening tag."""
     following = text.find(OPEN, start)
     end = text.find(CLOSE, start, following if following >= 0 else len(text))
     if end < 0:

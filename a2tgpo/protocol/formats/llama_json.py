@@ -13,7 +13,7 @@ _LOOKS_LIKE_A_CALL = re.compile(r'\{\s*"(?:name|type|function)"')
 
 
 class LlamaJson:
-    """A call is {"name": NAME, "parameters": {...}}; nothing may follow it, so a turn has at most one call."""
+    """A call is {"name": NAME, "parameters": {...}}. No text may follow a call, so a turn has at most one call."""
 
     tags: tuple[str, ...] = (PYTHON_TAG,)
 

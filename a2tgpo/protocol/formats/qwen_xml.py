@@ -15,7 +15,7 @@ _PARAMETER, _PARAMETER_CLOSE = "<parameter=", "</parameter>"
 class QwenXml:
     """A call is <tool_call> <function=NAME> <parameter=KEY> value </parameter> </function> </tool_call>.
 
-    The values are texts. Which of them are numbers or JSON, only the tool's parameters say.
+    The values are texts. Only the tool's parameters say which values are numbers or JSON.
     """
 
     tags: tuple[str, ...] = (OPEN, CLOSE)

@@ -1,8 +1,8 @@
-"""Whether the answer is mathematically equal to a gold answer, as the package math-verify decides.
+"""1 if the package math-verify finds that the answer is mathematically equal to a gold answer, else 0.
 
-The answer and the gold answers are LaTeX or plain expressions. math-verify may need forever or all memory for an
-expression such as 9^{9^{9^9}}, and a thread cannot be stopped. Helper processes (`reward/math_helper.py`) therefore
-compare the answers. A helper that takes too long ends, and the answer counts as wrong.
+The answer and the gold answers are LaTeX or plain expressions. For an expression such as 9^{9^{9^9}}, math-verify may
+never end or may use up all memory. Because a thread cannot be stopped, helper processes (`reward/math_helper.py`)
+compare the answers. If a helper takes too long, it ends, and the answer counts as wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from a2tgpo.io.errors import ConfigError
 from a2tgpo.reward.episode import Episode, RewardError
 
 NUM_HELPERS = 4
-"""Most helper processes of a rank. A helper starts when all helpers that run are busy."""
+"""Largest number of helper processes of a rank. A helper starts if all running helpers are busy."""
 MODULE = "a2tgpo.reward.math_helper"
 
 
@@ -46,13 +46,13 @@ class MathEquality:
 
 
 class _Helper:
-    """A process that compares answers. It starts at the first comparison."""
+    """A process that compares answers. The process starts at the first comparison."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
     def are_equal(self, answer: str, golds: tuple[str, ...]) -> bool:
-        """Return whether `answer` equals one of `golds`, or False if the process ended because it took too long."""
+        """Return whether `answer` equals one of `golds`, or False if the process took too long and ended."""
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         try:
