@@ -38,7 +38,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(
-            len(self.train_files) > 0 and all(map(_is_weight, self.train_files.values())),
+            len(self.train_files) > 0 and all(_is_file(*item) for item in self.train_files.items()),
             "data.train",
             self.train,
             "a file, or a mapping of each file to a number > 0",
@@ -57,7 +57,9 @@ class DataConfig:
         return dict(self.train) if isinstance(self.train, dict) else {self.train: 1.0}
 
 
-def _is_weight(value: object) -> bool:
+def _is_file(name: object, value: object) -> bool:
+    if not isinstance(name, str) or not name:
+        return False
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and 0 < value < math.inf  # type: ignore[operator]  # mypy does not follow `is_number`
 

@@ -82,6 +82,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         if _FIELDS[key].is_expanded:
             place = f"{entry.source}: {key}"
             expanded = in_all_texts(entry.value, functools.partial(expand, key=place))
+            if isinstance(expanded, dict) and len(expanded) < len(entry.value):
+                names = ", ".join(map(str, entry.value))
+                raise ConfigError(f"{place} has names for the same file: {names:.200}; name each file once")
             entries[key] = _Entry(expanded, entry.source)
     try:
         return _build(RunConfig, "", entries)

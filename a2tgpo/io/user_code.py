@@ -37,10 +37,14 @@ def user_file(spec: str, key: str) -> tuple[Path, str]:
         ConfigError: with a one-line message, if `spec` has another form or the file does not exist.
     """
     place, _, name = spec.rpartition(":")
-    path = Path(place).expanduser()
+    try:
+        path = Path(place).expanduser()
+        is_file = path.is_file()
+    except (OSError, RuntimeError) as error:  # for example, there is no such user, or the path is too long
+        raise ConfigError(f"{key} is {spec!r:.200}, which cannot be read: {first_line(error):.80}") from None
     if path.suffix != ".py" or not name.isidentifier():
         raise ConfigError(f"{key} is {spec!r}; allowed: {_FORM}")
-    if not path.is_file():
+    if not is_file:
         raise ConfigError(f"{key} is {spec!r}, but there is no file {path}; give the path of a Python file")
     return path, name
 
@@ -90,9 +94,9 @@ def _module(path: Path, key: str) -> ModuleType:
     try:
         found.loader.exec_module(module)
     except Exception as error:
-        del sys.modules[name]
+        sys.modules.pop(name, None)
         raise ConfigError(f"{key}: cannot load {path}: {fault_line(error, path)}; mend the file") from None
     except SystemExit:
-        del sys.modules[name]
+        sys.modules.pop(name, None)
         raise ConfigError(f"{key}: {path} ends the program when it is loaded; remove that call") from None
     return module

@@ -57,6 +57,12 @@ def test_the_best_checkpoint_may_be_chosen_by_any_score(load, best_by):
             "data.test is ''; allowed: a question file; it may be left out if evaluation.sets",
         ),
         (["data.test=t", "data.train={}"], "allowed: a file, or a mapping of each file to a number > 0"),
+        (["data.test=t", "data.train={1: 1}"], "allowed: a file, or a mapping of each file to a number > 0"),
+        (["data.test=t", "data.train={~: 1}"], "allowed: a file, or a mapping of each file to a number > 0"),
+        (
+            ["data.test=t", "data.train={$HOME/a: 1, ~/a: 2}"],
+            "names for the same file: $HOME/a, ~/a; name each",
+        ),
         (["data.test=t", "data.train={a: 0}"], "allowed: a file, or a mapping of each file to a number > 0"),
         (
             ["data.test=t", "data.train={a: true}"],

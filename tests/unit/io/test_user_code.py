@@ -35,6 +35,7 @@ def test_a_dataclass_in_a_file_with_postponed_annotations_loads(tmp_path):
         ("\n\nraise RuntimeError('no key')\n", "score", "mine.py:3 <module>: RuntimeError: no key; mend"),
         ("import not_there\n", "score", "ModuleNotFoundError: No module named 'not_there'"),
         ("def score(:\n", "score", "mine.py:1: SyntaxError"),
+        ("import sys; del sys.modules[__name__]\nint('x')\n", "score", "mine.py:2 <module>: ValueError"),
         ("import sys; sys.exit(3)\n", "score", "ends the program when it is loaded"),
     ],
 )
@@ -46,7 +47,16 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, text, name, message):
 
 
 @pytest.mark.parametrize(
-    "spec", ["mine.py", "mine.txt:score", "mine.py:", "mine.py:a b", "mine.py:not_there"]
+    "spec",
+    [
+        "mine.py",
+        "mine.txt:score",
+        "mine.py:",
+        "mine.py:a b",
+        "mine.py:not_there",
+        "~not-a-user/x.py:f",
+        f"{'x' * 300}.py:f",
+    ],
 )
 def test_a_spec_without_file_or_name_is_refused(tmp_path, spec, monkeypatch):
     monkeypatch.chdir(tmp_path)
