@@ -20,7 +20,7 @@ class AnswerScore:
     """Log-probs of the tokens of each alias in one context."""
 
     aliases: list[list[float] | None]
-    """Nats per answer token, for each alias. None until the alias is scored, and forever if it did not fit."""
+    """Nats per answer token, for each alias. None until the alias is scored. Always None if no alias fits."""
 
     num_pending: int = 0
     """Number of aliases that the engine is still scoring."""
@@ -48,8 +48,8 @@ class AnswerScorer:
     def submit(self, trajectory: Trajectory, num_turns: int, aliases: Sequence[Sequence[int]]) -> AnswerScore:
         """Queue a scoring of log p(alias | context, scaffold) for each alias.
 
-        The context is the prompt and the first `num_turns` turns, which must be process turns. The returned score
-        is filled in while the engine steps.
+        The context is the prompt and the first `num_turns` turns, which must be process turns. `collect` fills in the
+        returned score later.
         """
         score = AnswerScore(aliases=[None] * len(aliases))
         context = trajectory.tokens[: trajectory.context_lengths[num_turns]]

@@ -1,4 +1,4 @@
-"""Tokenise gold answers, and the scaffold in front of an answer, for scoring."""
+"""Tokenise gold answers for scoring, and the scaffold that precedes an answer."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class AnswerTokens:
         self._num_aliases = 1 if config.answer_reduction == "first" else config.max_aliases
 
     def scaffold(self, trajectory: Trajectory, num_turns: int) -> list[int]:
-        """Return the tokens between the gold answer and the context, which is the prompt and `num_turns` turns."""
+        """Return the tokens between a context (the prompt and `num_turns` turns) and the gold answer."""
         return self._protocol.scaffold(trajectory, num_turns)
 
     def aliases(self, answers: Sequence[str]) -> list[list[int]]:
         """Return the token ids of the `answers` to score, without duplicates.
 
-        An alias is left out if it may not fit after a response of full length, so that all contexts are scored
-        with the same aliases. If no alias fits, the first one stays.
+        An alias that may not fit after a response of full length is left out in all contexts. All contexts are thus
+        scored with the same aliases. If no alias fits, the first one stays.
         """
         distinct = dict.fromkeys(
             tuple(self._literal.encode(answer)) for answer in answers[: self._num_aliases]

@@ -39,7 +39,7 @@ def copied(trajectory: Trajectory) -> Trajectory:
 
 
 def shortened(group: CarriedGroup, limits: Limits) -> CarriedGroup:
-    """Return `group`, with each trajectory that exceeds `limits` cut so that it can continue.
+    """Return `group`, and cut each trajectory that exceeds `limits`, so that the trajectory can continue.
 
     A trajectory is cut after the last turn that leaves room for another turn, or before its first turn if no turn
     does. A cut trajectory continues even if it had ended.

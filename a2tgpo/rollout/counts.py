@@ -17,12 +17,12 @@ class RolloutCounts:
     """Number of failed calls that exceeded their deadline."""
     empty_queries: int = 0
     truncated_observations: int = 0
-    """Number of observations that were cut because the token budget left less room."""
+    """Number of observations that were cut because they did not fit into the token budget."""
     sampled_tokens: int = 0
     known_prefix_tokens: int = 0
     """Number of context tokens that the engine had already computed in an earlier turn of the same trajectory."""
     cached_prefix_tokens: int = 0
-    """Number of known prefix tokens that were still in the prefix cache."""
+    """Number of tokens among `known_prefix_tokens` that were still in the prefix cache."""
     scored_tokens: int = 0
     """Number of scored answer tokens, over all aliases."""
     score_prompt_tokens: int = 0
@@ -38,6 +38,6 @@ class RolloutCounts:
     tool_wait_s: float = 0.0
     """Seconds in which the engine was idle because all trajectories waited for a tool."""
     outage_s: float = 0.0
-    """Seconds in which a tool's service answered no call of this engine."""
+    """Seconds for which this engine waited because a tool's service was unavailable."""
     tool_counts: Counter[str] = field(default_factory=Counter)
     """Counts that the tools report (see `Toolset.take_counts`)."""

@@ -15,7 +15,7 @@ SEGMENTS = Path("/dev/shm")
 
 @contextlib.contextmanager
 def own_segments(communicator: Any) -> Iterator[None]:
-    """Make an engine use shared-memory names of this run while it is constructed.
+    """Inside this context, the engine that is constructed uses shared-memory names of this run.
 
     All ranks of the world must enter and leave this context together. By default, vLLM uses the same names in every
     run that a launcher started (vllm/distributed/device_communicators/cpu_communicator.py, make_group_name). Shared

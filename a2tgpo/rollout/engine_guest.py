@@ -45,8 +45,8 @@ def abort_in_order(core: Any) -> None:
 
     By default, vLLM's scheduler frees these requests in the order of a Python set
     (vllm/v1/core/sched/scheduler.py, finish_requests). Each rank adds a random suffix to the ids of requests, so
-    the order differs between the ranks of an engine. Evictions, cache hits and schedules would then differ. vLLM
-    also aborts a request that writes a stop string.
+    the order differs between the ranks of an engine. Evictions, cache hits and schedules would then differ. This
+    also concerns requests that write a stop string, because vLLM aborts these requests.
     """
     abort: Callable[[list[str]], None] = core.abort_requests
 

@@ -16,7 +16,7 @@ class EngineOutput:
     text: str
     """The decoded tokens, up to and including the stop string."""
     finish_reason: str
-    """"stop" if a stop string or the end of sequence ended the generation; "length" if the token limit did."""
+    """"length" if the token limit ended the generation, "stop" if a stop string or the end of sequence did."""
     stop_string: str | None
     """The stop string that ended the generation, if one did."""
     num_prompt_tokens: int

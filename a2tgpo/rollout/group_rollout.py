@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class RolloutInterruptedError(Exception):
-    """Raised if the rollout was interrupted on request. Trajectories that it had not yielded are lost."""
+    """Raised if the rollout was interrupted on request. Trajectories that were not yet yielded are lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,8 @@ class Finished:
     turn_texts: list[str]
     """The policy's text of each turn (see `GroupRollout.turn_texts`)."""
     context_logprobs: list[list[list[float]] | None]
-    """Log-probs of the gold answers, per alias and token, in each context: after the prompt, and after each process
-    turn. The entry of a context is None if it has no log-probs. The list is empty if nothing was scored."""
+    """One entry per context (after the prompt, and after each process turn): the log-probs of the gold answers per
+    alias and token, or None if the context has no log-probs. The list is empty if nothing was scored."""
 
 
 Playing = Generator[Finished | None, None, None]
@@ -144,8 +144,8 @@ class GroupRollout:
             groups: the groups that this engine plays. They are not changed.
             budgets: for each group, the number of tokens after which a trajectory begins no further turn in this
                 call. None means that the trajectory is played to its end.
-            seed, version, score_gain, counts: as in `play`. While the weights are the same as when a group began,
-                the group draws the same samples as in `play`.
+            seed, version, score_gain, counts: as in `play`. Until the weights change, a group draws the same samples
+                as in `play`.
 
         Returns:
             The continued groups, and an iterator like that of `play`. The trajectories of these groups grow while
@@ -174,8 +174,8 @@ class GroupRollout:
 
         Args:
             playing: the iterator that `play` or `play_on` returned.
-            should_stop: returns whether to interrupt the rollout, also if an `outage` has reached its limit. If it
-                returns True on any rank, all ranks of the engine are interrupted. None: never interrupt the rollout.
+            should_stop: returns whether to interrupt the rollout. It must return True if an `outage` has reached its
+                limit. If it is True on any rank, all ranks of the engine are interrupted. None: never interrupt.
 
         Raises:
             RolloutInterruptedError: on all ranks of the engine, if the rollout is interrupted.

@@ -23,7 +23,7 @@ class HeldCalls:
     """Tool calls of one rank that are held because a service is unavailable.
 
     Args:
-        outage: begins when a service stops answering, and ends when all services answer again.
+        outage: the record of the outage, which this object begins and ends. All services must answer for its end.
     """
 
     def __init__(self, outage: Outage, *, clock: Callable[[], float] = time.monotonic):

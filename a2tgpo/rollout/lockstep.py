@@ -1,8 +1,8 @@
 """Check that the schedulers on the ranks of an engine take the same decisions.
 
-If they did not, the collectives of a forward pass would hang, or would mix the activations of different tokens. The
-check compares a running hash of all decisions twice in a pass: before the pass is computed, and before its tokens
-are used.
+If two schedulers differed, the collectives of a forward pass would hang, or would mix the activations of different
+tokens. The check compares a running hash of all decisions twice in a pass: before the pass is computed, and before
+its tokens are used.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from a2tgpo.parallel.collectives import all_gather_object, all_reduce_max
 
-_HASH_BYTES = 7  # an int64 must hold both the hash and its negative
-# vLLM appends random characters to the id of a request, different ones on every rank
+_HASH_BYTES = 7  # the hash and its negative must fit into an int64
+# On each rank, vLLM appends other random characters to the id of a request
 # (vllm/v1/engine/input_processor.py).
 _SUFFIX_LENGTH = len("-01234567")
 _UNITS = {"scheduled": " tokens", "took from the cache": " tokens", "sampled": ""}
@@ -31,12 +31,12 @@ class LockstepError(RuntimeError):
 
 @dataclass(frozen=True)
 class Decision:
-    """A decision of a scheduler about several requests, in the order in which the scheduler took them."""
+    """A decision of a scheduler about several requests, and the order of these requests."""
 
     number: int
     """Number of the engine's pass, counted from 1."""
     kind: str
-    """One of: scheduled, took from the cache, sampled, freed."""
+    """"scheduled", "took from the cache", "sampled" or "freed"."""
     names: list[str]
     """Ids of the requests, in the scheduler's order."""
     values: list[Any]

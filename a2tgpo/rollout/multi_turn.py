@@ -5,7 +5,7 @@ A trajectory ends with one of these stop reasons:
     eos          it ended the sequence or the chat template's turn without an answer
     length       it used up the token budget of the turn or of the response
     context      it reached the longest sequence that the engine allows
-    max_turns    it called a tool once more than allowed
+    max_turns    it called a tool after the last allowed process turn
     empty_query  it called a tool with an empty query
 The turn in which a trajectory ends is its final turn. A final turn has neither calls nor an observation.
 
@@ -61,7 +61,7 @@ class Sampling:
             return None
         prompt = group.prompt
         name = f"{self.seed}|{self.version}|{prompt.index}|{prompt.id}|{sample_index}|{turn_index}"
-        if group.begun not in (None, self.version):  # a prompt of this step may have the same index
+        if group.begun not in (None, self.version):  # a new prompt may have the same index
             name += f"|{group.begun}"
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1  # vLLM's seed is a signed 64-bit number
@@ -96,15 +96,15 @@ class LiveTrajectory:
     num_known: int = 0
     """Number of tokens of the sequence that the engine has already computed."""
     budget: int | None = None
-    """Number of tokens sampled in this call after which no further turn begins, or None."""
+    """If this many tokens have been sampled in this call, no further turn begins. None means no limit."""
     num_past_turns: int = 0
     """Number of turns that earlier calls played."""
 
     @property
     def start_order(self) -> tuple[bool, bool, int]:
-        """A sort key that puts the trajectories first that may take longest.
+        """A sort key. The trajectories that may take longest come first.
 
-        The criteria are, in order: no budget, begun by an earlier call, most hops of the question.
+        First criterion: no budget. Second: an earlier call began the trajectory. Third: most hops of the question.
         """
         return self.budget is not None, self.num_past_turns == 0, -self.trajectory.hops
 
@@ -166,13 +166,13 @@ class MultiTurnLoop:
     def play(self, live: Sequence[LiveTrajectory]) -> Generator[LiveTrajectory | None, None, None]:
         """Play all trajectories in `live`, and start them in the order of `LiveTrajectory.start_order`.
 
-        The caller may close the iterator after any item, but all ranks of the engine must close theirs after the
-        same item. Engine and tools then hold no request of this rollout.
+        The caller may close the iterator after any item. All ranks of the engine must then close their iterators
+        after the same item. Afterwards, engine and tools hold no request of this rollout.
 
         Yields:
-            Each trajectory that ends, as soon as all its scores are known. None is a heartbeat, yielded every
-            `HEARTBEAT_EVERY` passes, and whenever all trajectories wait for tools. All ranks of the engine get the
-            same items.
+            Each trajectory that has ended, as soon as all its scores are known. None is a heartbeat: it comes every
+            `HEARTBEAT_EVERY` passes, and while all trajectories wait for tools. All ranks of the engine get the same
+            items.
 
         Raises:
             ToolFaultError: if a tool has a bug or hangs too often. Engine and tools can play again after this error.
@@ -326,7 +326,7 @@ class MultiTurnLoop:
             live.scores.append(self._scorer.submit(live.trajectory, num_turns, live.group.aliases))
 
     def _room(self, live: LiveTrajectory) -> tuple[int, str]:
-        """Return how many tokens may still be appended, and the stop reason that applies once none may."""
+        """Return how many tokens may still be appended, and the stop reason if no token may be appended."""
         num_response = len(live.tokens) - len(live.group.prompt.tokens)
         response_room = self._limits.max_response_tokens - num_response
         model_room = self._limits.max_model_len - len(live.tokens)

@@ -23,9 +23,9 @@ from a2tgpo.trajectory import Call as PolicyCall
 from a2tgpo.trajectory import Prompt
 
 WAIT_S = 1.0
-"""Seconds that one call of `ToolPool.results` waits at most."""
+"""Longest wait of one call of `ToolPool.results`, in seconds."""
 IDLE_S = 0.1
-"""Seconds of one wait if every pending call is held, because no thread can return an answer then."""
+"""Seconds of one wait if every pending call is held and no thread can return an answer."""
 
 
 class ToolFaultError(RuntimeError):
@@ -75,14 +75,14 @@ class ToolPool:
         self._late = f"no answer within {toolset.call_timeout_s:g} s"
         self._clock = clock
         self.outage = Outage(limit_s=toolset.outage_limit_s or 0.0, clock=clock)
-        """The wait for a service, equal on all ranks of the engine. The caller must enforce its limit."""
+        """The record of waits for a service, equal on all ranks of the engine. The caller must enforce its limit."""
         self._held = None if toolset.outage_limit_s is None else HeldCalls(self.outage, clock=clock)
         self._group = engine_group.group
         self._leads = engine_group.is_leader
         self._has_sessions = any(isinstance(tool, SessionTool) for tool in self._tools.values())
         self._open = OpenSessions(deadline_s=toolset.call_timeout_s)
         self._sessions_of: dict[int, TrajectorySessions] = {}
-        """The trajectory's sessions, by the key of the call that uses one of them."""
+        """For the key of each session's call, the sessions of the call's trajectory."""
         self._pending: set[int] = set()
         self._num_submitted = 0
         self.waited_s = 0.0
@@ -131,7 +131,7 @@ class ToolPool:
             self._open.close(sessions)
 
     def take_counts(self) -> dict[str, int]:
-        """Return the counts of the tools since the last call, once the sessions of ended trajectories are closed."""
+        """Wait for the sessions of ended trajectories to close. Return the tools' counts since the last call."""
         counts = self._toolset.take_counts()
         if self._has_sessions:
             counts["tools/open_sessions"] = self._open.take_leaks()
@@ -171,7 +171,7 @@ class ToolPool:
         self._open.close_all()
 
     def close(self) -> None:
-        """Discard the pending calls and close all sessions. A thread that hangs in a call ends when it returns."""
+        """Discard the pending calls and close all sessions. A thread that hangs in a call ends with the call."""
         self._workers.close()
         self._open.shut_down()
 
@@ -223,7 +223,7 @@ def _session_answer(sessions: TrajectorySessions, name: str, tool: SessionTool, 
 
 
 def _checked(answer: SessionAnswer) -> SessionAnswer:
-    """Return the answer with a tuple of parts.
+    """Return `answer`, with its parts as a tuple.
 
     Raises:
         TypeError: if the parts are not a non-empty list of texts, or if the score is not a finite number.

@@ -19,7 +19,7 @@ from a2tgpo.trajectory import Call, Prompt
 NUM_CLOSERS = 4
 """Number of trajectories whose sessions are closed at the same time."""
 CLOSE_S = 10.0
-"""Seconds that the end of a rollout waits at most until all sessions are closed."""
+"""Longest wait in seconds at the end of a rollout for the sessions to close."""
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +34,11 @@ class SessionAnswer:
 
 
 class TrajectorySessions:
-    """The sessions of one trajectory. Each opens at the first call of its tool, and only one call runs at a time.
+    """The sessions of one trajectory. Each opens at the first call of its tool. Only one call runs at a time.
 
     Args:
-        past_calls: calls of the trajectory in earlier rollouts, whose sessions were closed. A session that opens
-            repeats those that its tool answered, because its state depends on them.
+        past_calls: calls of the trajectory in earlier rollouts. To restore its state, a new session repeats the past
+            calls that its tool answered.
     """
 
     def __init__(self, prompt: Prompt, past_calls: Sequence[Call] = ()):
@@ -52,7 +52,7 @@ class TrajectorySessions:
         self.has_call = False
         """Whether a call of the trajectory has begun and not ended."""
         self.hangs = False
-        """Whether a call did not return in time. It may still use its session, so no other call begins."""
+        """Whether a call did not return in time. The call may still use its session, so no other call begins."""
 
     @property
     def num_open(self) -> int:
@@ -77,7 +77,7 @@ class TrajectorySessions:
             return SessionAnswer(parts=parts, score=None if score is None else score())
 
     def close(self) -> list[str]:
-        """Close all sessions as soon as no call runs. Return one line for each session whose close has failed."""
+        """Wait for the running call, and close all sessions. Return one line for each failure to close."""
         problems = []
         with self._lock:
             self._is_closed = True
@@ -105,7 +105,7 @@ class OpenSessions:
     """The sessions of all trajectories of a rank, until they are closed. Only one thread may use this object.
 
     Args:
-        deadline_s: seconds after which a session that does not close is given up.
+        deadline_s: longest wait in seconds for the sessions of one trajectory to close.
     """
 
     def __init__(self, *, deadline_s: float):
@@ -117,11 +117,11 @@ class OpenSessions:
         self._num_failed = 0
 
     def add(self, sessions: TrajectorySessions) -> None:
-        """Take note that `sessions` is called."""
+        """Record that `sessions` gets a call."""
         self._used[id(sessions)] = sessions
 
     def close(self, sessions: TrajectorySessions) -> None:
-        """Begin to close `sessions`. Calls of it that have not begun get no session any more."""
+        """Begin to close `sessions`, and drop its queued calls."""
         if self._used.pop(id(sessions), None) is not None:
             sessions.queue.clear()
             self._closing[self._num_begun] = sessions
@@ -135,8 +135,7 @@ class OpenSessions:
     def take_leaks(self) -> int:
         """Wait up to `CLOSE_S` for the sessions that are being closed, and return how many sessions are left open.
 
-        A session whose close has failed is counted once. A session that is neither closed nor being closed counts
-        each time.
+        A session that failed to close is counted in one call only. Other open sessions are counted in every call.
         """
         end = time.monotonic() + CLOSE_S
         while self._closing and (left_s := end - time.monotonic()) > 0:

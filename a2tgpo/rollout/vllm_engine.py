@@ -75,8 +75,8 @@ class WeightFilesLoader(DefaultModelLoader):
 class MaskUnusedIds(LogitsProcessorV1, LogitsProcessorV2):
     """Never sample the ids at the end of the vocabulary that the tokenizer does not use.
 
-    vLLM's own `allowed_token_ids` would cost a list as long as the vocabulary for each request. This class works with
-    both model runners of vLLM.
+    vLLM's own `allowed_token_ids` would need one list of all allowed ids per request. This class works with both
+    model runners of vLLM.
     """
 
     def __init__(self, vllm_config: Any, *_: Any):
@@ -97,8 +97,8 @@ class VllmEngine:
     """An engine, or this rank's part of an engine that several ranks share.
 
     All ranks of the world must construct their engines at the same point, because the construction creates process
-    groups. They must close the engines before the world is destroyed. The ranks of a shared engine must make the same
-    calls in the same order. After an exception from `step`, the engine cannot be used again.
+    groups. All ranks must close the engines before the world is destroyed. The ranks of a shared engine must make the
+    same calls in the same order. After an exception from `step`, the engine cannot be used again.
 
     Args:
         model_path: the model's Hugging Face folder, which contains the weights of version 0.
@@ -127,7 +127,7 @@ class VllmEngine:
         self.max_model_len = max_model_len
         self.dtype = model_dtype if config.dtype == "auto" else config.dtype
         self.weight_version = 0
-        self._failure: str | None = None  # why `step` always raises, if the engine has failed
+        self._failure: str | None = None  # the cause, if the engine has failed
         self._weights_fault: str | None = None if with_weights else "it was built without weights"
         self._asleep: set[str] = set()
         self._in_flight: set[str] = set()
@@ -190,7 +190,7 @@ class VllmEngine:
         Args:
             request_id: an id that no other request in flight has.
             seed: seed of the request's own random generator. It may be None only if the temperature is 0.
-            temperature: of sampling and of the log-probs. 0 means greedy sampling, with log-probs at temperature 1.
+            temperature: temperature of sampling and log-probs. 0: greedy sampling, and log-probs at temperature 1.
             top_p: nucleus threshold. Log-probs are those of the distribution after truncation.
             stop: texts that end the generation. The output includes the text that ended it.
             stop_tokens: ids that end the generation, in addition to the end-of-sequence ids of the tokenizer and of
@@ -262,10 +262,10 @@ class VllmEngine:
         self._answers.clear()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """Replace all weights. They may come in any order, but layer by layer needs the least memory.
+        """Replace all weights. Any order is allowed, but the order of the layers needs the least memory.
 
         Args:
-            weights: pairs of Hugging Face name and full, unsharded tensor of any float type, consumed lazily.
+            weights: pairs (Hugging Face name, full tensor of any float type). They are consumed lazily.
             version: the new `weight_version`.
 
         Raises:
@@ -307,7 +307,7 @@ class VllmEngine:
         return any(data.tag == part and not data.is_asleep for data in taken)
 
     def wake(self, part: str) -> None:
-        """Allocate the memory of `part` again. Wake weights first, so that the trainer can free its copy."""
+        """Allocate the memory of `part` again. Wake the weights first, so that the trainer can free its weights."""
         assert part in PARTS, part
         if part not in self._asleep:
             return

@@ -1,4 +1,4 @@
-"""Names and shapes of the weights that an engine expects, and a check that it receives exactly these weights."""
+"""Find the names and shapes of the weights that an engine expects, and check that it gets exactly these weights."""
 
 from __future__ import annotations
 
