@@ -1,7 +1,7 @@
 """The records of prompts, turns and trajectories that pass through a training step.
 
 The loss is computed on exactly the token ids that the engine sampled. No text is decoded and encoded again. Tokens
-and log-probs are arrays with 4 bytes per element. A list of Python numbers would need about 36.
+and log-probs are arrays with 4 bytes per element. A list of Python numbers would need about 36 bytes per element.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ class Prompt:
     """One question of a step, rendered with the chat template and tokenised."""
 
     index: int
-    """Position of the prompt in the step's list of prompts, the same on all ranks. The index identifies the prompt's
-    group."""
+    """Position of the prompt in the step's list of prompts, equal on all ranks. Identifies the prompt's group."""
     id: str
     """The question's id in its data set."""
     question: str
@@ -51,7 +50,7 @@ class Prompt:
     tokens: tuple[int, ...]
     """Token ids of the rendered prompt, including the header that precedes the policy's text."""
     hops: int = 0
-    """Number of searches that the question needs; 0 if unknown. Used only in reports."""
+    """Number of searches that the question needs. 0 if unknown. Used in reports and `LiveTrajectory.start_order`."""
     record: str = "{}"
     """The question's whole record in its file, as JSON."""
 
@@ -67,32 +66,32 @@ class Call:
     problem: str | None = None
     """What is wrong with the call, as the policy reads it. None if nothing is wrong. A wrong call reaches no tool."""
     problem_kind: str = ""
-    """Kind of the problem: "malformed", "unknown_tool" or "excess"; empty if there is none."""
+    """Kind of the problem: "malformed", "unknown_tool" or "excess". Empty if there is no problem."""
     failed: bool = False
-    """Whether the tool did not answer; the observation then reports the failure."""
+    """Whether the tool did not answer. The observation of a failed call reports the failure."""
 
 
 @dataclass(kw_only=True)
 class Turn:
-    """The policy's text until it stops, and the observation that follows."""
+    """A text of the policy, and the observation that follows the text."""
 
     tokens: TokenIds
-    """Sampled token ids, including the stop string's."""
+    """Sampled token ids, including the ids of the stop string."""
     rollout_logprobs: LogProbs
-    """The engine's log-prob of each sampled token, in nats; same length as `tokens`."""
+    """The engine's log-prob of each token in `tokens`, in nats."""
     observation_tokens: TokenIds = field(default_factory=TokenIds)
-    """Token ids of the observation; empty for the final turn. The policy is never trained on them."""
+    """Token ids of the observation. Empty for the final turn. The policy is never trained on these tokens."""
     calls: list[Call] = field(default_factory=list)
     """The calls of a process turn, in the order of their results. Empty for the final turn."""
     answer_prob: float | None = None
     """P_t, the length-normalised probability of the gold answer after this turn's observation."""
     info_gain: float | None = None
-    """The information gain P_t - P_{t-1}, or the same difference of log-probs. None for a final turn, and if the gain
-    could not be computed."""
+    """The information gain P_t - P_{t-1}, or log P_t - log P_{t-1}. None for a final turn, or if a probability is
+    missing."""
     score: float | None = None
-    """How much a process turn increased the chance of success, as a reward or a tool judged it; None if unknown."""
+    """How much a process turn increased the chance of success, by a reward or a tool. None if unknown."""
     version: int = 0
-    """Version of the weights that sampled this turn: the number of their training steps."""
+    """Version of the weights that sampled this turn. Version N is the result of N training steps."""
 
     def __post_init__(self) -> None:
         self.tokens = _as(TokenIds, self.tokens)
@@ -105,7 +104,7 @@ class Turn:
         return bool(self.calls)
 
     def worth(self, turn_signal: str) -> float | None:
-        """Return the information gain, or the score, as `turn_signal` (`algorithm.turn_signal`) says."""
+        """Return the information gain or the score, depending on `turn_signal` (`algorithm.turn_signal`)."""
         return self.info_gain if turn_signal == "gain" else self.score
 
     @property
@@ -120,13 +119,13 @@ class Turn:
 
     @property
     def tool_failed(self) -> bool:
-        """Whether the turn has calls, and no tool answered any of them."""
+        """Whether the turn has calls, and all of them failed."""
         return self.is_process and all(call.failed for call in self.calls)
 
 
 @dataclass(kw_only=True)
 class Trajectory:
-    """One trajectory of a prompt: process turns and, unless it was cut short, a final turn with the answer."""
+    """One trajectory of a prompt: process turns, and a final turn if the trajectory was not cut short."""
 
     prompt_index: int
     prompt_id: str
@@ -135,18 +134,18 @@ class Trajectory:
     prompt_tokens: TokenIds
     turns: list[Turn]
     stop_reason: str
-    """Why the trajectory ended: "answer", "eos", "length", "max_turns", "empty_query" or "context" (see
+    """Reason of the trajectory's end: "answer", "eos", "length", "max_turns", "empty_query" or "context" (see
     `rollout.multi_turn`). "" until it ends."""
     baseline_prob: float | None = None
     """P_0, the length-normalised probability of the gold answer directly after the prompt."""
     rewards: dict[str, float] = field(default_factory=dict)
     """Value of each reward and of its parts, by name. The format gate does not change these values."""
     task_reward: float = 0.0
-    """Weighted sum of the rewards, or the reward of a wrong format; without a length penalty."""
+    """Weighted sum of the rewards, or the reward of a wrong format, before a length penalty."""
     outcome_reward: float = 0.0
     """`task_reward` with the length penalty."""
     reward_error: str | None = None
-    """Why a reward could not judge the trajectory, in one line. A step does not train on such a trajectory."""
+    """Why a reward could not judge the trajectory, in one line. If this is set, the step does not train on it."""
     exact_match: float = 0.0
     """Exact match of the extracted answer, even if the response's format is wrong."""
     format_ok: bool = False
@@ -187,7 +186,7 @@ class Trajectory:
 
     @property
     def context_lengths(self) -> list[int]:
-        """Tokens in each context c_0 .. c_n. c_0 is the prompt. c_t ends with process turn t's observation."""
+        """Number of tokens in each context c_0 .. c_n. c_0 is the prompt. c_t ends with the observation of turn t."""
         lengths = [len(self.prompt_tokens)]
         for turn in self.process_turns:
             lengths.append(lengths[-1] + len(turn.tokens) + len(turn.observation_tokens))
@@ -199,11 +198,11 @@ class Trajectory:
         return [self.baseline_prob, *(turn.answer_prob for turn in self.process_turns)]
 
     def staleness(self, version: int) -> int:
-        """Return `version` minus the version of the oldest weights that sampled one of the turns."""
+        """Return `version` minus the oldest version among the turns."""
         return max(version - turn.version for turn in self.turns)
 
     def to_dict(self) -> dict:
-        """Return all fields as a dict, with turns and calls as dicts and arrays as lists.
+        """Return all fields as a dict. Turns and calls become dicts, and arrays become lists.
 
         A turn also has `query`, `tool` and `tool_failed`.
         """
@@ -211,7 +210,7 @@ class Trajectory:
 
 
 def encode_records(records: object) -> bytes:
-    """Return dataclasses, msgspec structs or lists of either as msgpack. Arrays become raw bytes."""
+    """Encode dataclasses, msgspec structs or lists of them as msgpack. Arrays become raw bytes."""
     return msgspec.msgpack.encode(records, enc_hook=array.tobytes)
 
 
@@ -221,7 +220,7 @@ def decode_records(content: bytes, kind: type[Record]) -> Record:
     Raises:
         msgspec.DecodeError: if `content` does not encode an object of type `kind`.
     """
-    # Earlier versions wrote lists in place of arrays, and one call as three fields of its turn.
+    # Earlier versions wrote arrays as lists, and a turn's only call as three fields of the turn.
     if _OLD_FIELD in content:
         return msgspec.convert(_with_calls(msgspec.msgpack.decode(content)), kind, dec_hook=_array_of)
     return msgspec.msgpack.decode(content, type=kind, dec_hook=_array_of)

@@ -3,9 +3,9 @@
 The file `bank/step_N/replica_R.bin` contains the rollout of step N by engine R. The engine's first rank writes the
 file, and all ranks of the engine read it.
 
-A start uses the stored rollouts of a step only if step, weights (bitwise) and rollout configuration match, and if the
-files of all ranks come from the same attempt at the step. Otherwise all ranks replay the step. On a GPU, a repeated
-update may give slightly different weights, so often only the first step after the checkpoint matches.
+A start uses the stored rollouts of a step only if the step, the exact weights and the rollout configuration match,
+and if the files of all engines come from the same attempt at the step. Otherwise all ranks play the step again. On a
+GPU, a repeated update may give slightly different weights, so often only the first step after the checkpoint matches.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class RolloutBank:
     def take(self, step: int, policy: Policy) -> PlayedStep | None:
         """Return the stored rollouts of `step` with `policy`'s weights, or None if the caller must play the step.
 
-        The weights must be on the GPU. If rollouts are returned, the state has advanced past the step. Only the
+        The weights must be on the GPU. If rollouts are returned, the state is as after the play of the step. Only the
         leader of each engine gets trajectories.
         """
         self._key = f"step {step}, weights {weights_fingerprint(policy)} {self._config_key}"
@@ -110,8 +110,8 @@ class RolloutBank:
     def put(self, step: int, played: PlayedStep) -> None:
         """Store the rollouts that the caller played because `take` returned None.
 
-        Rollouts that a reward could not judge are not stored, so that the next start asks the reward again. If the
-        write fails, a warning is logged, the metric `rollout/not_banked` is counted, and the run continues.
+        If a reward could not judge a rollout, nothing is stored, so that the next start asks the reward again. If the
+        write fails, the metric `rollout/not_banked` counts the failure, and the run continues with a warning.
         """
         share, group = RankShare(self._key, played.metrics), self._engine_group.group
         ranks = gather_object(share, group) if group else [share]

@@ -17,14 +17,14 @@ from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.trajectory import Trajectory, decode_records, encode_records
 
 FOLDER = "carried"
-"""Name of the folder in a checkpoint that has one file of carried groups per engine."""
+"""Name of a checkpoint's folder for carried groups. The folder has one file per engine."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Entry:
     """The facts about a group that all ranks know.
 
-    Entries sort from the oldest group to the newest. Groups that began in the same step sort by prompt.
+    Sorted entries begin with the oldest group. Groups that began in the same step are in the order of their prompts.
     """
 
     begun: int
@@ -44,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Carried:
-    """The groups that a step carries over to the next step, as far as one rank knows them. Immutable."""
+    """What one rank knows about the groups that a step carries over to the next step. Immutable."""
 
     entries: tuple[Entry, ...] = ()
     """The entries of the groups of all engines, the oldest first. Equal on all ranks."""
@@ -55,7 +55,7 @@ class Carried:
 def engines_for(entries: Sequence[Entry], count: int, *, num_engines: int) -> list[int]:
     """Return the engine index for each of `count` new prompts.
 
-    Each prompt goes to the engine with the fewest groups. Among equals, it goes to the engine with the lowest index.
+    Each prompt goes to the engine with the fewest groups. If several engines have equally few, the first gets it.
     """
     load = [0] * num_engines
     for entry in entries:
@@ -74,7 +74,7 @@ def is_due(entry: Entry, version: int, *, max_staleness: int) -> bool:
 
 
 def with_complete(entries: Sequence[Entry], complete: Collection[tuple[int, int]]) -> list[Entry]:
-    """Return `entries`, with each entry whose key is in `complete` marked as complete."""
+    """Return `entries`. Mark each entry whose key is in `complete` as complete."""
     return [
         dataclasses.replace(entry, is_complete=entry.is_complete or entry.key in complete)
         for entry in entries
@@ -88,7 +88,7 @@ def to_finish(entries: Sequence[Entry], *, num_groups: int) -> list[Entry]:
 
 
 def select(entries: Sequence[Entry], *, num_groups: int) -> tuple[list[Entry], list[Entry]]:
-    """Return the `num_groups` oldest complete groups, and all other groups. Both lists begin with the oldest."""
+    """Return the `num_groups` oldest complete groups, and all other groups, both sorted by age."""
     taken = sorted(entry for entry in entries if entry.is_complete)[:num_groups]
     keys = {entry.key for entry in taken}
     return taken, sorted(entry for entry in entries if entry.key not in keys)
@@ -164,7 +164,7 @@ def read(checkpoint: Path, *, num_engines: int) -> list[Held]:
 def _content(path: Path) -> bytes:
     """Return the content of a file of carried groups, in the present format.
 
-    Release 0.1 wrote files named replica_N.bin, in which the field `Turn.version` had the name `step`.
+    Release 0.1 wrote files named replica_N.bin. In these files, the field `Turn.version` has the name `step`.
     """
     content = path.read_bytes()
     if path.name.startswith("engine_"):
@@ -176,7 +176,7 @@ def _content(path: Path) -> bytes:
 
 
 def carried(held: Sequence[Held], *, engine: int) -> Carried:
-    """Return the `Carried` for the ranks of `engine`: the entries of all `held` groups, and the engine's groups."""
+    """Return the `Carried` for the ranks of `engine`. It has all entries, but only this engine's groups."""
     entries = (
         Entry(
             begun=item.group.begun,

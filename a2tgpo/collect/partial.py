@@ -1,9 +1,9 @@
 """Play a step without waiting for its longest trajectories (`rollout.partial`).
 
 A step plays `prompts_per_step` + `extra_prompts` groups. Some groups are carried over from the last step. The others
-begin with new prompts. A trajectory pauses between two turns, after `tokens_per_step` sampled tokens in the step.
-(Kimi k1.5, arXiv 2501.12599, pauses inside a response.) The step trains on the oldest complete groups. All other
-groups are carried over to the next step.
+begin with new prompts. A trajectory pauses after the turn in which it reaches `tokens_per_step` sampled tokens
+in the step. Kimi k1.5 (arXiv 2501.12599) pauses inside a response instead. The step trains on the oldest complete
+groups. All other groups are carried over to the next step.
 
 If too few groups are complete, the step plays the oldest unfinished groups to their end. The step also plays a group
 to its end if the group would be too stale for a later step. While the settings stay the same, no group is dropped.
@@ -127,8 +127,7 @@ class PartialRollout:
         version: int,
         unbounded: Collection[tuple[int, int]],
     ) -> list[CarriedGroup] | None:
-        """Continue `groups` within the token budget, and return the groups. Return None if the rollout was
-        interrupted.
+        """Continue `groups` within the token budget, and return them. Return None if the rollout was interrupted.
 
         Groups whose key is in `unbounded` are played to their end.
         """
@@ -152,7 +151,7 @@ class PartialRollout:
 
 
 def _by_age(groups: Iterable[CarriedGroup]) -> tuple[CarriedGroup, ...]:
-    """Return `groups` in the order of `read`, so that a resumed run plays in the same order."""
+    """Return `groups`, the oldest first, as `read` does. A resumed run thus plays in the same order."""
     return tuple(sorted(groups, key=lambda group: group.key))
 
 

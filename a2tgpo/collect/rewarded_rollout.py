@@ -23,8 +23,8 @@ WAIT_S = 1.0
 class RewardedRollout:
     """Plays on this rank's engine, and scores each trajectory that finishes.
 
-    All ranks of the engine make the same calls. Only the leader computes rewards, beside the rollout. On the other
-    ranks, trajectories have no reward.
+    All ranks of the engine must make the same calls. Only the leader computes rewards, during the rollout. On the
+    other ranks, trajectories have no reward.
 
     Args:
         rollout: plays the trajectories.
@@ -59,14 +59,14 @@ class RewardedRollout:
         self._fault = ""
         """One line about a bug of a reward, which must end the run."""
         self.first_finished_s: float | None = None
-        """Age of this process in seconds when its first trajectory finished; None before."""
+        """Age of this process in seconds when its first trajectory finished. None until then."""
 
     def play(self, prompts: Sequence[Prompt], *, version: int, counts: RolloutCounts) -> list[Trajectory]:
         """Play a group of trajectories for each prompt, and return all trajectories, by prompt and then by sample.
 
         Raises:
-            RolloutInterruptedError: the rollout was interrupted; raised on all ranks of the engine.
-            RewardFaultError: a reward has a bug or hangs too often; raised on all ranks of the engine.
+            RolloutInterruptedError: on all ranks of the engine, if the rollout was interrupted.
+            RewardFaultError: on all ranks of the engine, if a reward has a bug or hangs too often.
         """
         playing = self._rollout.play(
             prompts, seed=self._seed, version=version, score_gain=self._score_gain, counts=counts
@@ -129,7 +129,7 @@ class RewardedRollout:
         return bool(self._fault) or (self._should_stop is not None and self._should_stop())
 
     def _judge(self, *, timeout_s: float) -> None:
-        """Set the rewards that have been computed, after a wait of at most `timeout_s` for a first one."""
+        """Set the rewards that have been computed. If there are none, wait up to `timeout_s` for a first reward."""
         try:
             for key, verdict in self._pool.take(timeout_s=timeout_s):
                 self._reward.finish(self._unjudged.pop(key), verdict)
@@ -137,7 +137,7 @@ class RewardedRollout:
             self._fault = str(error)
 
     def _await_rewards(self, counts: RolloutCounts) -> None:
-        """Wait until all trajectories have their rewards; the ranks of the engine go on together."""
+        """Wait until all trajectories of the engine have their rewards. All ranks of the engine must call this."""
         start = time.monotonic()
         while self._engine_group.any(bool(self._unjudged)):
             if self._unjudged and not self._fault:
@@ -147,7 +147,7 @@ class RewardedRollout:
         counts.reward_wait_s += time.monotonic() - start
 
     def _raise_fault(self) -> None:
-        """Raise the fault of the leader's rewards on all ranks of the engine, if there is one."""
+        """If the leader's rewards have a fault, raise this fault on all ranks of the engine."""
         fault, group = self._fault, self._engine_group.group
         self._fault = ""
         if group is not None:

@@ -1,4 +1,4 @@
-"""The state that each rollout advances. A run must restore this state after a stop or a crash."""
+"""The state that changes with each rollout. A run must restore this state after a stop or a crash."""
 
 from __future__ import annotations
 

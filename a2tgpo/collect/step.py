@@ -12,7 +12,7 @@ cover all groups that were played:
     sampling/groups_played          number of groups in all draws
     sampling/kept_share             share of informative groups among all groups played
     sampling/surplus_groups         number of informative groups that did not fit into the step
-    sampling/unfilled_groups        number of uninformative groups that the step took because informative ones ran out
+    sampling/unfilled_groups        number of uninformative groups that fill the step
     sampling/reward_all_mean        mean outcome reward over all groups played
     sampling/format_error_rate_all  rate of format errors over all groups played
 """
@@ -83,8 +83,8 @@ class StepRollout:
         """Play a step with the weights of `version`. Every rank must call this.
 
         The engines must be awake and hold these weights. Return None if this rank's rollout was interrupted. With
-        dynamic sampling or partial rollouts, return None if the rollout of any rank was interrupted. The caller must
-        then restore the state before its next use.
+        dynamic sampling or partial rollouts, return None if any rank's rollout was interrupted. After None, the
+        caller must restore the state before its next use.
         """
         counts, metrics = RolloutCounts(), MetricSums()
         if self._config.dynamic_sampling:
@@ -165,7 +165,7 @@ class StepRollout:
     def _agree_on_informative(
         self, drawn: range, trajectories: Sequence[Trajectory] | None
     ) -> list[bool] | None:
-        """Return a flag per group of the draw: whether it is informative. Return None if any rank was interrupted."""
+        """Return whether each group of the draw is informative, or None if any rank was interrupted."""
         world = world_group()
         mine = None
         if trajectories is not None:
@@ -214,8 +214,8 @@ def draw_size(informative: Sequence[bool], *, num_groups: int, num_engines: int,
     The result is 0 if the step is full, or if the step has drawn all questions.
 
     Args:
-        informative: one flag for each group played so far. If the list is empty, return `num_groups`.
-        num_groups: the number of groups in a step. No draw is larger.
+        informative: whether each group played so far is informative. Empty before the first draw.
+        num_groups: the number of groups in a step. No draw has more prompts.
         num_engines: the number of engines. Each engine gets the same number of prompts if enough questions are left.
         num_left: the number of questions that the step has not drawn yet.
     """
@@ -241,7 +241,7 @@ def select_groups(informative: Sequence[bool], *, num_groups: int) -> Selection:
     """Select the first `num_groups` informative groups. If there are too few, add the first uninformative groups.
 
     Args:
-        informative: one flag for each group played, in draw order, with at least `num_groups` values.
+        informative: whether each group is informative, in the order of the draws. At least `num_groups` values.
     """
     kept = [position for position, is_informative in enumerate(informative) if is_informative]
     dropped = [position for position, is_informative in enumerate(informative) if not is_informative]
@@ -254,8 +254,7 @@ def select_groups(informative: Sequence[bool], *, num_groups: int) -> Selection:
 
 
 def take_groups(trajectories: Sequence[Trajectory], groups: Sequence[int]) -> list[Trajectory]:
-    """Return the trajectories whose prompt_index is in `groups`, with its position in `groups` as the new
-    prompt_index."""
+    """Return the trajectories whose prompt_index is in `groups`. Replace each prompt_index by its position there."""
     places = {group: place for place, group in enumerate(groups)}
     return [
         dataclasses.replace(trajectory, prompt_index=places[trajectory.prompt_index])

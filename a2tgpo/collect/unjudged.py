@@ -15,7 +15,7 @@ def require_verdicts(trajectories: Sequence[Trajectory], *, max_share: float) ->
     Every rank must call this.
 
     Args:
-        trajectories: the trajectories of this rank's engine; empty unless the rank is its leader.
+        trajectories: the trajectories of this rank's engine. Empty if the rank is not the engine's leader.
         max_share: value of `reward.max_failed_share`.
 
     Raises:

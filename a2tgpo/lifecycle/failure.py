@@ -30,8 +30,8 @@ class ReportedByRank0(RuntimeError):
 def report_failure(error: ConfigError | RuntimeError | OSError, *, is_ending: bool = False) -> int:
     """Print the error's message in one line, and return the program's exit code, `BAD_CONFIG` or `BROKEN_RUN`.
 
-    If `is_ending` is True, this process is already stopping. Then an error that another rank's end has caused is not
-    printed. A RuntimeError with several lines is from a library, so it is raised again for its traceback.
+    If `is_ending`, this process is already stopping, and an error that another rank's end has caused is not printed.
+    A RuntimeError with several lines is from a library, so it is raised again for its traceback.
     """
     if isinstance(error, ReportedByRank0):
         return BROKEN_RUN
@@ -47,7 +47,7 @@ def report_failure(error: ConfigError | RuntimeError | OSError, *, is_ending: bo
         message = str(error)
     if is_echo and is_ending:
         return BROKEN_RUN
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher sends SIGTERM to end the other ranks
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # let the launcher end this rank
     if rank != "0" or is_echo:
         time.sleep(GRACE_S)
         message = f"rank {rank}: {message}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Outage:
-    """Records whether this rank waits for a service, since when, and why. Only one thread may write; any may read.
+    """Records whether this rank waits for a service, since when, and why. Only one thread may call `begin` and `end`.
 
     Args:
         limit_s: seconds of one wait after which the run must end.
@@ -28,7 +28,7 @@ class Outage:
             self._since, self.cause = self._clock(), (name, cause)
 
     def end(self) -> None:
-        """Record that the service answers, or that no call waits for it any longer."""
+        """Record that this rank's wait has ended."""
         self._past_s, self._since = self._past_s + self.seconds, None
 
     @property
@@ -37,7 +37,7 @@ class Outage:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the present wait began; 0.0 if this rank does not wait."""
+        """Seconds since the present wait began. 0.0 if this rank does not wait."""
         since = self._since
         return 0.0 if since is None else self._clock() - since
 
@@ -48,7 +48,7 @@ class Outage:
 
     @property
     def verdict(self) -> str:
-        """Why the present wait must end the run, in one line; empty if the run may go on."""
+        """Why the present wait must end the run, in one line. Empty if the run may go on."""
         if not self.is_on or self.seconds < self.limit_s:
             return ""
         name, cause = self.cause

@@ -8,9 +8,9 @@ import torch.distributed as dist
 
 
 def side_store(name: str, *, timeout_s: float) -> dist.Store:
-    """Return a view of the default store that has its own key prefix `name`, connection and timeout.
+    """Return a view of the default store with the key prefix `name`, and with its own connection and timeout.
 
-    With a shared connection, this timeout would also limit the creation of communicators.
+    If the connection were shared, this timeout would also limit the creation of communicators.
     """
     store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]  # torch's stub lacks it
     store.set_timeout(timedelta(seconds=timeout_s))

@@ -24,7 +24,7 @@ _REASON = "reason"
 
 
 class StopAgreed(Exception):
-    """Raised on all ranks at the same point of the program if the run must save and end. This is not an error."""
+    """Raised on all ranks at the same point of the program if the run must save and end. Not an error."""
 
 
 class StopRequest:
@@ -40,7 +40,7 @@ class StopRequest:
         self, signal: StopSignal | None = None, *, margin_s: float = 0.0, outage: Outage | None = None
     ):
         self.reason = ""
-        """Why the run must stop, in a few words; empty if this rank knows of no request."""
+        """Why the run must stop, in a few words. Empty if this rank knows of no request."""
         self.is_agreed = False
         """Whether `agree` has raised `StopAgreed`."""
         self._signal = signal
@@ -54,8 +54,8 @@ class StopRequest:
         """Return True if this rank knows of a request to stop, or makes a request now.
 
         The rank makes a request after a signal, in an outage that must end the run, or if the job ends in fewer than
-        `needed_s` + `margin_s` seconds. This method runs no collective and is cheap enough for every pass of a loop.
-        Ranks learn of a request at different times.
+        `needed_s` + `margin_s` seconds. Other ranks learn of the request later. This method runs no collective and
+        is cheap enough for every pass of a loop.
         """
         if not self.reason:
             self.reason = self._own_reason(needed_s)
@@ -69,7 +69,7 @@ class StopRequest:
         return bool(self.reason)
 
     def agree(self, is_stopping: bool) -> None:
-        """Raise `StopAgreed` on all ranks if `is_stopping` is True on any rank; every rank must call this."""
+        """Raise `StopAgreed` on all ranks if `is_stopping` is True on any rank. Every rank must call this."""
         if all_reduce_max(torch.tensor(float(is_stopping)), world_group()).item():
             self.reason = self.reason or self._published_reason() or "another rank received a stop request"
             self.is_agreed = True
@@ -88,7 +88,7 @@ class StopRequest:
         return f"the job ends in {left_s:.0f} s ({END_TIME})"
 
     def _published_reason(self) -> str:
-        """Return the reason in the store; empty if no rank has made a request."""
+        """Return the reason in the store, or an empty text if no rank has made a request."""
         with contextlib.suppress(RuntimeError):
             if self._store.check([_REASON]):
                 return str(self._store.get(_REASON).decode())

@@ -1,5 +1,4 @@
-"""Detect that this process must end, because of a signal or of the job's time limit. This module does not import
-torch.
+"""Detect that a signal or the job's time limit requires this process to end. This module does not import torch.
 
 SIGTERM and SIGUSR1 request that the run save and exit with `START_AGAIN`. A signal before training ends the process
 at once. A signal during training is recorded until all ranks have agreed to stop (`lifecycle/stop_request.py`). Later
@@ -28,7 +27,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name = ""
-        """Name of the first signal; empty if there was none."""
+        """Name of the first signal. Empty if there was none."""
         self.kept = ""
         """A few words about what earlier starts have saved, printed if a signal ends the process at once."""
         self._is_noted_only = False
@@ -53,7 +52,7 @@ class StopSignal:
 
 
 def job_deadline() -> float | None:
-    """Return the time at which the job ends, as a value of time.monotonic(); None if it is unknown.
+    """Return the time at which the job ends, as a value of time.monotonic(), or None if it is unknown.
 
     Raises:
         ConfigError: with a one-line message, if the environment variable `END_TIME` is not a number of seconds.

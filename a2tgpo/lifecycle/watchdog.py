@@ -27,10 +27,10 @@ POLL_S = 1.0
 GRACE_S = 10.0
 """Seconds that a rank waits for the other ranks to write their stacks."""
 BACKSTOP_S = 30.0
-"""Seconds after the deadline until a C thread ends this rank, in case a call blocks Python's own threads."""
+"""Seconds after the deadline until a C thread ends this rank if a call blocks Python's own threads."""
 BETWEEN = "between stages"
 STEADY = ("rollout", "evaluation", "score", "update")
-"""Stages that take a similar time in every step, so that each stage's longest duration determines its next limit."""
+"""Stages that take a similar time in every step. The limit of each stage depends on its longest duration so far."""
 WAITING = ("refit", "exchange", "advantage")
 """Stages in which a rank may wait for the slowest rank. Their limit depends on the longest duration of any stage in
 `STEADY`."""
@@ -38,7 +38,7 @@ WAITING = ("refit", "exchange", "advantage")
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's current stage, and its number in the sequence of stages. All ranks have the same sequence."""
+    """A rank's current stage, and the number of stages before it. All ranks have the same sequence of stages."""
 
     number: int
     stage: str
@@ -160,14 +160,14 @@ class Watchdog:
         return self._paused[1] if self._paused[0] == place.number else 0.0
 
     def _left_s(self, place: Place) -> float | None:
-        """Return the seconds left until the deadline of `place`; None if its stage has no deadline."""
+        """Return the seconds left until the deadline of `place`, or None if its stage has no deadline."""
         _, deadline_s = self._deadline(place.stage)
         if not deadline_s:
             return None
         return place.since + self._paused_s(place) + deadline_s - time.monotonic()
 
     def _deadline(self, stage: str) -> tuple[str, float]:
-        """Return a text that names the limit of `stage`, and the limit in seconds; 0: no limit."""
+        """Return a text that names the limit of `stage`, and the limit in seconds (0: no limit)."""
         key, limit_s = self._config.deadline(stage)
         known = STEADY if stage in WAITING else (stage,) if stage in STEADY else ()
         longest_s = max((self._longest.get(name, 0.0) for name in known), default=0.0)
@@ -208,7 +208,7 @@ class Watchdog:
         )
 
     def _end(self, verdict: str | None) -> None:
-        """Write the stacks, give the other ranks time to write theirs, and end this process."""
+        """Write the stacks, wait for the other ranks to write their stacks, and end this process."""
         if verdict is not None:
             print(f"error: {verdict}", file=sys.stderr, flush=True)
             print(verdict, file=self._file, flush=True)

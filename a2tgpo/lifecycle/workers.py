@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 HUNG_PER_WORKER = 4
-"""Most abandoned threads, per worker, that may hang at the same time."""
+"""Largest number of abandoned threads per worker that may hang at the same time."""
 
 
 class CallsHangError(RuntimeError):
@@ -27,7 +27,7 @@ class Call:
     """One call, from its submission to its outcome."""
 
     key: int
-    """Identifies the call among the results of `Workers.take`."""
+    """A key by which the caller recognises the call in the result of `Workers.take`."""
     name: str
     """Name of the tool or reward that is called."""
     run: Callable[[], Any]
@@ -87,7 +87,7 @@ class Workers:
         """Return the calls that have ended since the last `take`, followed by the newly abandoned calls.
 
         Args:
-            timeout_s: most seconds to wait if calls are pending but none has ended.
+            timeout_s: longest wait in seconds, if calls are pending but none has ended.
 
         Raises:
             CallsHangError: if more threads hang than allowed.
@@ -165,7 +165,7 @@ class Workers:
                     self._has_outcome.notify()
 
     def _next_call(self) -> Call | None:
-        """Wait until a call is queued, and return the oldest queued call; None once the workers are closed."""
+        """Wait until a call is queued, and return the oldest queued call. Return None if the workers are closed."""
         with self._lock:
             while not self._queued and not self._closed:
                 self._has_work.wait()
