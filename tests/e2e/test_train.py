@@ -333,7 +333,7 @@ def teach(model: torch.nn.Module, rows: list[Trajectory]) -> None:
     tokens = torch.tensor([[*row.tokens, *[0] * (longest - row.num_tokens)] for row in rows])
     targets = torch.tensor([[*row.tokens, *[-100] * (longest - row.num_tokens)] for row in rows])
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
-    for _ in range(150):
+    for _ in range(30):
         logits = model(tokens).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten())
         optimizer.zero_grad()
