@@ -94,10 +94,12 @@ class PromptSampler:
             "seed": self.seed,
             **first,
         }
-        return state | ({"other_sets": others} if others else {})
+        return state | ({"other_sets": others, "shares": self._shares} if others else {})
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state`, which a sampler with another `per_step` or other weights may have saved.
+
+        Other weights apply from now on. The shares of earlier questions are not made up for.
 
         Raises:
             ConfigError: if the questions or the seed of `state` differ from this sampler's.
@@ -105,6 +107,8 @@ class PromptSampler:
         self.require_same_questions(state)
         for order, saved in zip(self._sets, [state, *state.get("other_sets", ())], strict=True):
             order.load_state_dict(saved)
+            if state.get("shares", self._shares) != self._shares:
+                order.num_dealt = 0
 
     def require_same_questions(self, state: dict) -> None:
         """Raise a one-line `ConfigError` if the questions or the seed of `state` differ from this sampler's."""
@@ -124,6 +128,10 @@ class PromptSampler:
                 "data.train differs from the questions of the checkpoint (ids, texts or their order); resume "
                 "with the same data, or start a new run (tools/convert.py exports the weights)"
             )
+
+    @property
+    def _shares(self) -> list[float]:
+        return [order.share for order in self._sets]
 
     def _next_set(self, in_step: Sequence[int]) -> int:
         """Return the number of the set that is furthest behind its share and has questions that the step lacks.
@@ -152,7 +160,7 @@ class _EpochOrder:
         self.num_dealt = 0
         self._start = start
         self._seed = list(seed)
-        self._share = share
+        self.share = share
         self._position = 0
         self._deferred: list[int] = []
         self._order = self._epoch_order()
@@ -162,7 +170,7 @@ class _EpochOrder:
 
     def behind(self, num_dealt: int) -> float:
         """Return how many questions this set is behind its share of `num_dealt` questions."""
-        return self._share * num_dealt - self.num_dealt
+        return self.share * num_dealt - self.num_dealt
 
     def take(self, in_step: Sequence[int]) -> int:
         """Return the index of the next question. `in_step` has the indices of this set that are in the step."""

@@ -157,6 +157,16 @@ def test_a_mixed_step_has_no_question_twice_and_resumes_as_if_never_stopped(mix,
     assert len({*step}) == per_step and max(step) < sum(sizes)
 
 
+def test_other_weights_after_a_resume_apply_at_once():
+    begun = PromptSampler([1000, 1000], 100, seed=1, weights=[1, 1])
+    for _ in range(5):
+        begun.next_indices()
+    resumed = PromptSampler([1000, 1000], 100, seed=1, weights=[9, 1])
+    resumed.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+    for _ in range(3):
+        assert sum(index < 1000 for index in resumed.next_indices()) == 90
+
+
 def test_each_set_of_a_mix_goes_through_epochs_of_its_own():
     sampler = PromptSampler([2, 4], 3, seed=1, weights=[1, 2])
     stream = list(chain.from_iterable(sampler.next_indices() for _ in range(4)))
