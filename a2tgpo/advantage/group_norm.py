@@ -41,6 +41,24 @@ def normalize_groups(
     Raises:
         ValueError: if a group index is out of range.
     """
+    deviation, m2, count = group_deviations(values, group_index, num_groups=num_groups, dp_group=dp_group)
+    variance = m2 / (count - 1).clamp(min=1) if sample_std else m2 / count.clamp(min=1) + VARIANCE_FLOOR
+    std = variance.sqrt()
+    single = count <= 1
+    if keep_single:
+        deviation, std = deviation.where(~single, values), std.where(~single, 1.0)
+    else:
+        deviation = deviation.where(~single, 0.0)
+    return deviation / (std + EPS) if by_std else deviation
+
+
+def group_deviations(
+    values: torch.Tensor, group_index: torch.Tensor, *, num_groups: int, dp_group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return each value less its group's mean, and the sum of squares and the size of its group: three [n] float64.
+
+    Arguments and errors are those of `normalize_groups`. Every rank of `dp_group` must call this.
+    """
     moments = torch.stack([torch.ones_like(values), values])
     count, total = group_sums(moments, group_index, num_groups=num_groups, dp_group=dp_group)
     mean = total / count.clamp(min=1)
@@ -49,16 +67,7 @@ def normalize_groups(
     moments = torch.stack([deviation * deviation, deviation])
     m2, drift = group_sums(moments, group_index, num_groups=num_groups, dp_group=dp_group)
     m2 = (m2 - drift * drift / count.clamp(min=1)).clamp(min=0)
-    if sample_std:
-        std = (m2 / (count - 1).clamp(min=1)).sqrt()[group_index]
-    else:
-        std = (m2 / count.clamp(min=1) + VARIANCE_FLOOR).sqrt()[group_index]
-    single = count[group_index] <= 1
-    if keep_single:
-        deviation, std = deviation.where(~single, values), std.where(~single, 1.0)
-    else:
-        deviation = deviation.where(~single, 0.0)
-    return deviation / (std + EPS) if by_std else deviation
+    return deviation, m2[group_index], count[group_index]
 
 
 def group_sums(

@@ -68,6 +68,9 @@ class TurnAdvantages:
     """[N, T] float64: the gain, normalised within its group. 0 if the turn has no gain."""
     normalized_outcome: torch.Tensor
     """[N] float64: the outcome, normalised within its group."""
+    gain_spread: torch.Tensor | None = None
+    """[N, T] float64: standard deviation of the gains in the turn group of each turn that has a gain. None if the
+    method normalises no turn groups."""
 
 
 def build_turn_table(

@@ -9,6 +9,8 @@ from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.io.errors import one_of, require
 
 METHODS_PACKAGE = "a2tgpo.advantage.methods"
+WITHOUT_TURN_GROUPS = ("gigpo", "grpo", "igpo_joint", "igpo_separate")
+"""Methods of advantage/methods/ that normalise nothing within turn groups."""
 Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 
 
@@ -24,8 +26,9 @@ class AlgorithmConfig:
     """Settings of the training method. The defaults define A2TGPO; configs/algorithm/ has other methods."""
 
     advantage: str = "turn_group"
-    """Name of a module in advantage/methods/ (docs/methods.md). turn_group is Eq. 6-9. igpo_joint and igpo_separate
-    pool the gains of all turns. grpo uses only the outcome. gigpo is GiGPO's advantage."""
+    """Name of a module in advantage/methods/ (docs/methods.md). turn_group is Eq. 6-9. turn_group_absent also counts
+    turns that a trajectory did not take, as gain 0. igpo_joint and igpo_separate pool the gains of all turns. grpo
+    uses only the outcome. gigpo is GiGPO's advantage."""
     gamma: float = 1.0
     """Discount factor of each further turn, in [0, 1] (paper: 1.0)."""
     alpha: float = 1.0
@@ -35,6 +38,9 @@ class AlgorithmConfig:
     """Divide the accumulated gain by the square root of its number of terms (Eq. 8)."""
     normalize_by_std: bool = True
     """true: normalise a group's values to mean 0 and standard deviation 1. false: only subtract the mean."""
+    gain_spread_floor: float = 0.0
+    """Smallest number by which the gains of a turn group are divided, in units of the gain. It takes the place of
+    smaller standard deviations. Raise it if advantage/narrow_signal_share is large (docs/methods.md)."""
     ratio: Literal["turn", "sequence", "token"] = "turn"
     """Unit that has one importance ratio: the turn (Eq. 10), the whole sequence, or the token."""
     clip_low: float = 3e-3
@@ -82,6 +88,15 @@ class AlgorithmConfig:
         require(self.advantage in names, "algorithm.advantage", self.advantage, one_of(names, self.advantage))
         require(0 <= self.gamma <= 1, "algorithm.gamma", self.gamma, "in [0, 1]")
         require(self.alpha >= 0, "algorithm.alpha", self.alpha, ">= 0")
+        require(self.gain_spread_floor >= 0, "algorithm.gain_spread_floor", self.gain_spread_floor, ">= 0")
+        require(
+            self.gain_spread_floor == 0
+            or (self.normalize_by_std and self.advantage not in WITHOUT_TURN_GROUPS),
+            "algorithm.gain_spread_floor",
+            self.gain_spread_floor,
+            f"0 with algorithm.advantage={self.advantage} and algorithm.normalize_by_std="
+            f"{str(self.normalize_by_std).lower()}, which divide by no spread of a turn group",
+        )
         require(0 < self.clip_low < 1, "algorithm.clip_low", self.clip_low, "in (0, 1)")
         require(self.clip_high > 0, "algorithm.clip_high", self.clip_high, "> 0")
         require(0 <= self.clip_beta < 1, "algorithm.clip_beta", self.clip_beta, "in [0, 1)")

@@ -16,6 +16,7 @@ from a2tgpo.metrics.slow_ranks import SlowRanks
 from a2tgpo.metrics.writer import MetricWriter
 from a2tgpo.parallel.collectives import all_gather_object, broadcast_object, world_group
 from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.record.advantage_metrics import add_advantage_metrics
 from a2tgpo.record.rollout_metrics import SIGNAL_METRICS, add_rollout_metrics, with_deviations
 from a2tgpo.record.rollout_record import as_text, to_record
 from a2tgpo.record.rollout_summary import best_and_worst, gains_by_turn, gather_summaries, gather_texts
@@ -163,19 +164,3 @@ class Recorder:
             f"step {step}: held-out EM {scores['em']:.3f}, with the format gate "
             f"{scores['em_format_gated']:.3f}, on {scores['num_questions']:.0f} questions"
         )
-
-
-def add_advantage_metrics(
-    metrics: MetricSums, table: TurnTable, advantages: TurnAdvantages, clip_scales: torch.Tensor
-) -> None:
-    """Add the extremes and the means of advantages and clip scales over all turns of this replica's trajectories."""
-    columns = torch.arange(table.max_turns + 1)
-    present = columns <= table.num_process_turns[:, None]  # [N, T + 1]
-    for prefix, values in (
-        ("advantage/", advantages.advantages[present]),
-        ("clip/scale_", clip_scales[present]),
-    ):
-        metrics.add(f"{prefix}mean", values.sum().item(), values.numel())
-        if values.numel():
-            metrics.add_max(f"{prefix}max", values.max().item())
-            metrics.add_min(f"{prefix}min", values.min().item())

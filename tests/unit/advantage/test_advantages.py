@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from a2tgpo.advantage.accumulate import accumulate_process_turns
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.group_norm import group_sums, index_groups, normalize_groups
-from a2tgpo.advantage.methods.turn_group import normalize_turn_groups
+from a2tgpo.advantage.turn_groups import normalize_turn_groups
 from a2tgpo.advantage.turn_table import build_turn_table
 from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
 from a2tgpo.trajectory import Call, Trajectory, Turn
@@ -127,15 +127,15 @@ def test_singleton_bucket_gives_zero_gain_and_equal_outcomes_give_zero():
 
 
 def test_a_gain_of_exactly_zero_is_a_member_of_its_bucket():
-    normalized = normalize_turn_groups(
-        table_of([(0, [0.0], 0.0), (0, [1.0], 0.0)]), by_std=True, dp_group=None
-    )
+    table = table_of([(0, [0.0], 0.0), (0, [1.0], 0.0)])
+    normalized, _ = normalize_turn_groups(table, table.has_gain, A2TGPO, dp_group=None)
     torch.testing.assert_close(normalized[:, 0], torch.tensor([-1.0, 1.0]).double(), atol=1e-4, rtol=0)
 
 
 def test_a_missing_gain_is_neutral_and_shifts_no_other_turn():
     items = [(0, [None, 0.5], 0.0), (0, [0.2, 0.1], 0.0), (0, [0.4, 0.0], 0.0)]
-    normalized = normalize_turn_groups(table_of(items), by_std=True, dp_group=None)
+    table = table_of(items)
+    normalized, _ = normalize_turn_groups(table, table.has_gain, A2TGPO, dp_group=None)
     assert normalized[0, 0] == 0.0
     torch.testing.assert_close(normalized[1:, 0], torch.tensor([-1.0, 1.0]).double(), atol=1e-4, rtol=0)
     assert normalized[0, 1] > 1.0

@@ -13,7 +13,6 @@ import torch
 
 from a2tgpo.advantage.accumulate import accumulate_process_turns
 from a2tgpo.advantage.estimator import compute_advantages
-from a2tgpo.advantage.methods.turn_group import normalize_turn_groups
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable, build_turn_table
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.trajectory import Call, Trajectory, Turn
@@ -183,7 +182,7 @@ def test_pooling_shifts_each_turn_by_its_mean_over_the_pools_deviation(name, see
 @pytest.mark.parametrize("seed", SEEDS)
 def test_turn_groups_have_mean_zero_in_every_bucket(seed):
     table = simulate(seed)
-    gains = by_prompt(normalize_turn_groups(table, by_std=True, dp_group=None), table.has_gain)
+    gains = by_prompt(advantages_of(table, "turn_group").normalized_gain, table.has_gain)
     assert gains.abs().max() <= 1e-9
     assert drift(gains.mean(0)) <= 0.02
 
@@ -231,7 +230,7 @@ def test_rescaled_sum_of_weakly_dependent_gains_has_bounded_variance(rho):
 @pytest.mark.parametrize("rho", [0.0, 0.2])
 def test_variance_grows_with_the_number_of_terms_and_shrinks_when_divided_by_it(rho):
     table = simulate(0, rho)
-    gains = normalize_turn_groups(table, by_std=True, dp_group=None)
+    gains = advantages_of(table, "turn_group").normalized_gain
     terms = (table.num_process_turns[:, None] - torch.arange(MAX_TURNS)).clamp(min=1)
     plain = accumulate_process_turns(gains, table.num_process_turns, gamma=1.0, rescale=False)
     rescaled = accumulate_process_turns(gains, table.num_process_turns, gamma=1.0, rescale=True)

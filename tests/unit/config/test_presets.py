@@ -75,6 +75,7 @@ EXPECTED = {
         "algorithm.failed_calls": "count",
         "rollout.gain.measure": "log_probability",
     },
+    "turn_group_absent": {**A2TGPO, "algorithm.advantage": "turn_group_absent"},
     "gigpo": {
         **GRPO,
         "algorithm.advantage": "gigpo",
@@ -132,9 +133,12 @@ def test_presets_write_out_all_that_tells_methods_apart():
     keys = {name: flat_keys(yaml.safe_load(path.read_text())) for name, path in PRESETS.items()}
     assert all(written == keys["a2tgpo"] for written in keys.values())
     fields = {f"algorithm.{field.name}" for field in dataclasses.fields(AlgorithmConfig)}
-    # How engine and trainer are reconciled depends on the engine, the signal of a turn on the task, what keeps the
-    # entropy up on the run; any method may have all of them.
-    of_the_run = tuple(f"algorithm.{name}" for name in ("correction", "turn_signal", "entropy_", "clip_cov_"))
+    # How engine and trainer are reconciled depends on the engine, the signal of a turn on the task; what keeps the
+    # entropy up, and what floor suits the spreads of the gains, on the run. Any method may have all of them.
+    of_the_run = tuple(
+        f"algorithm.{name}"
+        for name in ("correction", "turn_signal", "entropy_", "clip_cov_", "gain_spread_floor")
+    )
     of_methods = {field for field in fields if not field.startswith(of_the_run)}
     assert {key for key in keys["a2tgpo"] if key.startswith("algorithm.")} == of_methods
 

@@ -1,0 +1,49 @@
+"""A2TGPO's advantage with an account of the decision to stop: a turn that was not taken counts as gain 0.
+
+In Eq. 6-9 of arXiv 2605.06200, a turn is compared only with trajectories that took it. The gains of a turn group then
+have mean 0 among the trajectories that went on, so going on earns no credit from gains, whatever the turn is worth.
+
+Here K is the largest number of process turns in the prompt's group. A trajectory with n_i < K process turns has gain
+0 at the turns n_i + 1 .. K. These zeros are members of their turn groups, and every turn, including the final turn,
+sums the normalised gains from its own index to K:
+
+    A_{i,t} = alpha sum_{k=t}^{K} gamma^{k-t} g_{i,k} / sqrt(K - t + 1) + R_i,    1 <= t <= n_i + 1
+
+With gamma 1 and without division by standard deviations, the sum is what the trajectory gains from turn t on, less
+the group's mean of the same quantity. The sum is empty for a final turn at index K + 1.
+"""
+
+import torch
+import torch.distributed as dist
+
+from a2tgpo.advantage.accumulate import accumulate_process_turns
+from a2tgpo.advantage.group_norm import normalize_groups
+from a2tgpo.advantage.turn_groups import deepest_turns, normalize_turn_groups
+from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
+from a2tgpo.config.algorithm import AlgorithmConfig
+
+
+def advantages(
+    table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
+) -> TurnAdvantages:
+    """Return the advantages of all turns. A turn whose gain is unknown is neutral, as in `turn_group`."""
+    deepest = deepest_turns(table, dp_group=dp_group)
+    columns = torch.arange(table.max_turns + 1)
+    absent = (columns[:-1] >= table.num_process_turns[:, None]) & (columns[:-1] < deepest[:, None])
+    normalized, spread = normalize_turn_groups(table, table.has_gain | absent, config, dp_group=dp_group)
+    outcome = normalize_groups(
+        table.outcome,
+        table.prompt_index,
+        num_groups=table.num_prompts,
+        dp_group=dp_group,
+        by_std=config.normalize_by_std,
+    )
+    sums = accumulate_process_turns(normalized, deepest, gamma=config.gamma, rescale=config.rescale)
+    in_trajectory = columns <= table.num_process_turns[:, None]
+    total = torch.nn.functional.pad(config.alpha * sums, (0, 1)) + outcome[:, None]
+    return TurnAdvantages(
+        advantages=total.where(in_trajectory, 0.0),
+        normalized_gain=normalized.where(table.has_gain, 0.0),
+        normalized_outcome=outcome,
+        gain_spread=spread,
+    )

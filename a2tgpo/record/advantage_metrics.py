@@ -1,0 +1,33 @@
+"""Metrics of a step's advantages, clip scales and normalised gains."""
+
+import torch
+
+from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
+from a2tgpo.metrics.reduce import MetricSums
+
+NARROW_SPREAD = 0.01
+"""Standard deviation of a turn group's gains, in units of the gain, below which the group is narrow."""
+
+
+def add_advantage_metrics(
+    metrics: MetricSums, table: TurnTable, advantages: TurnAdvantages, clip_scales: torch.Tensor
+) -> None:
+    """Add the extremes and the means of advantages and clip scales over all turns of this replica's trajectories.
+
+    `advantage/narrow_signal_share` is the share of the normalised gains, in absolute values, that come from turn groups
+    with a spread below `NARROW_SPREAD`.
+    """
+    columns = torch.arange(table.max_turns + 1)
+    present = columns <= table.num_process_turns[:, None]  # [N, T + 1]
+    for prefix, values in (
+        ("advantage/", advantages.advantages[present]),
+        ("clip/scale_", clip_scales[present]),
+    ):
+        metrics.add(f"{prefix}mean", values.sum().item(), values.numel())
+        if values.numel():
+            metrics.add_max(f"{prefix}max", values.max().item())
+            metrics.add_min(f"{prefix}min", values.min().item())
+    if advantages.gain_spread is not None:
+        signal = advantages.normalized_gain.abs()
+        narrow = signal[advantages.gain_spread < NARROW_SPREAD]
+        metrics.add("advantage/narrow_signal_share", narrow.sum().item(), signal.sum().item())
