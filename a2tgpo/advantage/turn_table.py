@@ -46,6 +46,12 @@ class TurnTable:
     def num_turn_buckets(self) -> int:
         return self.num_prompts * self.max_turns
 
+    @property
+    def last_turn(self) -> torch.Tensor:
+        """[N] int64: column of each trajectory's last turn. It is n_i, or n_i - 1 if there is no final turn."""
+        lasts = [max(len(trajectory.turns), 1) - 1 for trajectory in self.trajectories]
+        return torch.tensor(lasts, dtype=torch.int64)
+
     @cached_property
     def state(self) -> torch.Tensor:
         """[N, T + 1] int64: the key of the state before turn t, in column t-1. NO_STATE past the last turn.

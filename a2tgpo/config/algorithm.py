@@ -9,7 +9,7 @@ from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.io.errors import one_of, require
 
 METHODS_PACKAGE = "a2tgpo.advantage.methods"
-WITHOUT_TURN_GROUPS = ("gigpo", "grpo", "igpo_joint", "igpo_separate")
+WITHOUT_TURN_GROUPS = ("gigpo", "grpo", "gtpo", "hgpo", "igpo_joint", "igpo_separate")
 """Methods of advantage/methods/ that normalise nothing within turn groups."""
 Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 
@@ -28,12 +28,13 @@ class AlgorithmConfig:
     advantage: str = "turn_group"
     """Name of a module in advantage/methods/ (docs/methods.md). turn_group is Eq. 6-9. turn_group_absent also counts
     turns that a trajectory did not take, as gain 0. igpo_joint and igpo_separate pool the gains of all turns. grpo
-    uses only the outcome. gigpo is GiGPO's advantage."""
+    uses only the outcome. gigpo, hgpo, gtpo and mt_grpo are the advantages of GiGPO, HGPO, GTPO and MT-GRPO."""
     gamma: float = 1.0
     """Discount factor of each further turn, in [0, 1] (paper: 1.0)."""
     alpha: float = 1.0
     """Weight of the accumulated gain beside the outcome's weight of 1 (Eq. 9: 1.0; released scripts: 0.3). For gigpo,
-    this is the weight of the step advantage (GiGPO's omega: 1.0)."""
+    this is the weight of the step advantage (GiGPO's omega: 1.0). For gtpo and mt_grpo, it is the weight of the
+    rewards of turns. For hgpo, it is the exponent of the weights of long histories (HGPO: 1.0)."""
     rescale: bool = True
     """Divide the accumulated gain by the square root of its number of terms (Eq. 8)."""
     normalize_by_std: bool = True
@@ -41,6 +42,8 @@ class AlgorithmConfig:
     gain_spread_floor: float = 0.0
     """Smallest number by which the gains of a turn group are divided, in units of the gain. It takes the place of
     smaller standard deviations. Raise it if advantage/narrow_signal_share is large (docs/methods.md)."""
+    hgpo_history: int = 2
+    """For hgpo: number of states before the present one that the longest compared histories have (HGPO: 2 or 4)."""
     ratio: Literal["turn", "sequence", "token"] = "turn"
     """Unit that has one importance ratio: the turn (Eq. 10), the whole sequence, or the token."""
     clip_low: float = 3e-3
@@ -88,6 +91,7 @@ class AlgorithmConfig:
         require(self.advantage in names, "algorithm.advantage", self.advantage, one_of(names, self.advantage))
         require(0 <= self.gamma <= 1, "algorithm.gamma", self.gamma, "in [0, 1]")
         require(self.alpha >= 0, "algorithm.alpha", self.alpha, ">= 0")
+        require(self.hgpo_history >= 0, "algorithm.hgpo_history", self.hgpo_history, ">= 0")
         require(self.gain_spread_floor >= 0, "algorithm.gain_spread_floor", self.gain_spread_floor, ">= 0")
         require(
             self.gain_spread_floor == 0

@@ -44,7 +44,7 @@ VARIANTS = {
 }
 RUNS = {name: [name] for name in PRESETS} | {"dapo": ["dapo", SHORT_BUFFER]} | VARIANTS
 DYNAMIC = ("dapo", "dapo_one_draw")
-WITH_REFERENCE = ("grpo", "grpo_k2", "grpo_tight", "masked", "cool")
+WITH_REFERENCE = ("grpo", "hgpo", "grpo_k2", "grpo_tight", "masked", "cool")
 WITH_ADAPTIVE_CLIP = ("a2tgpo", "a2tgpo_released", "turn_group_absent", "truncated")
 LONG, LONG_STEPS, WARM_STEPS = "long", 24, 12
 JUDGED, SCORED = "judged", "scored"
@@ -305,7 +305,18 @@ def test_advantages_are_those_of_the_method(runs):
     advantages = {name: advantages_of(run) for name, run in runs.items() if name not in (*DYNAMIC, "cool")}
     assert advantages["gspo"] == advantages["grpo"]
     assert advantages["igpo_tg_rescaled"] == advantages["a2tgpo"] == advantages["truncated"]
-    methods = ("grpo", "igpo", "igpo_tg", "a2tgpo", "a2tgpo_released", "gigpo", "turn_group_absent")
+    methods = (
+        "grpo",
+        "igpo",
+        "igpo_tg",
+        "a2tgpo",
+        "a2tgpo_released",
+        "gigpo",
+        "hgpo",
+        "gtpo",
+        "mt_grpo",
+        "turn_group_absent",
+    )
     for one, other in itertools.combinations(methods, 2):
         assert advantages[one] != advantages[other], (one, other)
     assert all(len(set(turns)) == 1 for turns in advantages["grpo"]), "one advantage for every turn"

@@ -20,9 +20,9 @@ from a2tgpo.trajectory import Call, Trajectory, Turn
 MAX_TURNS, MAX_PROMPTS, MAX_ROLLOUTS = 4, 6, 8
 OUTCOME_ENDS = ("turn_group", "igpo_joint", "igpo_separate", "grpo")
 """Methods that give the final turn the outcome alone."""
-GAINS_APART = ("turn_group", "igpo_separate")
+GAINS_APART = ("turn_group", "igpo_separate", "mt_grpo")
 """Methods that normalise gains apart from outcomes."""
-BY_GAIN = ("turn_group", "igpo_joint", "igpo_separate")
+BY_GAIN = ("turn_group", "igpo_joint", "igpo_separate", "mt_grpo")
 quick = settings(max_examples=30)
 """An example is a whole batch, slow to draw."""
 

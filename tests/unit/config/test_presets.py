@@ -75,6 +75,32 @@ EXPECTED = {
         "algorithm.failed_calls": "count",
         "rollout.gain.measure": "log_probability",
     },
+    "hgpo": {
+        **GRPO,
+        "algorithm.advantage": "hgpo",
+        "algorithm.clip_high": 0.2,
+        "algorithm.gamma": 0.95,
+        "algorithm.alpha": 1.0,
+        "algorithm.aggregation": "token-mean",
+        "algorithm.kl_coef": 0.01,
+        "algorithm.dual_clip": 3.0,
+    },
+    "mt_grpo": {
+        **GRPO,
+        "algorithm.advantage": "mt_grpo",
+        "algorithm.alpha": 1.0,
+        "algorithm.dual_clip": 0.0,
+        "algorithm.aggregation": "token-mean",
+    },
+    "gtpo": {
+        **GRPO,
+        "algorithm.advantage": "gtpo",
+        "algorithm.gamma": 0.9,
+        "algorithm.alpha": 1.0,
+        "algorithm.dual_clip": 0.0,
+        "algorithm.clip_high": 0.28,
+        "algorithm.aggregation": "token-mean",
+    },
     "turn_group_absent": {**A2TGPO, "algorithm.advantage": "turn_group_absent"},
     "gigpo": {
         **GRPO,
@@ -134,10 +160,13 @@ def test_presets_write_out_all_that_tells_methods_apart():
     assert all(written == keys["a2tgpo"] for written in keys.values())
     fields = {f"algorithm.{field.name}" for field in dataclasses.fields(AlgorithmConfig)}
     # How engine and trainer are reconciled depends on the engine, the signal of a turn on the task; what keeps the
-    # entropy up, and what floor suits the spreads of the gains, on the run. Any method may have all of them.
+    # entropy up, and what floor suits the spreads of the gains, on the run. Any method may have all of them. Only
+    # HGPO reads its length of history.
     of_the_run = tuple(
         f"algorithm.{name}"
-        for name in ("correction", "turn_signal", "entropy_", "clip_cov_", "gain_spread_floor")
+        for name in (
+            *("correction", "turn_signal", "entropy_", "clip_cov_", "gain_spread_floor", "hgpo_history"),
+        )
     )
     of_methods = {field for field in fields if not field.startswith(of_the_run)}
     assert {key for key in keys["a2tgpo"] if key.startswith("algorithm.")} == of_methods
@@ -191,7 +220,10 @@ def test_a_value_may_look_like_a_file():
         ("algorithm: {gama: 1}", "unknown key algorithm.gama; nearest valid key: algorithm.gamma"),
         ("algorithm: {gamma: 2}", "algorithm.gamma is 2.0; allowed: in [0, 1]"),
         ("algorithm: {gamma: high}", "algorithm.gamma is 'high'; allowed: a finite number"),
-        ("algorithm: {advantage: grop}", "algorithm.advantage is 'grop'; allowed: gigpo | grpo | igpo_joint"),
+        (
+            "algorithm: {advantage: grop}",
+            "algorithm.advantage is 'grop'; allowed: gigpo | grpo | gtpo | hgpo",
+        ),
         ("- grpo", "list found; a configuration is a mapping"),
         ("algorithm: {gamma: 1", "not valid YAML"),
         ("base: gone.yaml", "base: no configuration file"),
