@@ -14,8 +14,8 @@ def add_advantage_metrics(
 ) -> None:
     """Add the extremes and the means of advantages and clip scales over all turns of this replica's trajectories.
 
-    `advantage/narrow_signal_share` is the share of the normalised gains, in absolute values, that come from turn groups
-    with a spread below `NARROW_SPREAD`.
+    `advantage/narrow_signal_share` is the share of the normalised gains, in absolute values, that come from turn
+    groups with a spread below `NARROW_SPREAD`.
     """
     columns = torch.arange(table.max_turns + 1)
     present = columns <= table.num_process_turns[:, None]  # [N, T + 1]

@@ -55,7 +55,7 @@ EXPECTED = {
         "algorithm.dual_clip": 0.0,
         "algorithm.aggregation": "token-mean",
         "rollout.dynamic_sampling": True,
-        "reward.overlong_buffer_tokens": 1024,
+        "reward.overlong_buffer_tokens": 2000,
         "reward.overlong_penalty": 1.0,
     },
     "gspo": {
@@ -72,6 +72,7 @@ EXPECTED = {
     "a2tgpo_released": {
         **A2TGPO,
         "algorithm.alpha": 0.3,
+        "algorithm.aggregation": "token-mean",
         "algorithm.failed_calls": "count",
         "rollout.gain.measure": "log_probability",
     },
@@ -111,7 +112,7 @@ EXPECTED = {
         "algorithm.dual_clip": 0.0,
     },
 }
-# The quickstart's responses are too short for DAPO's 1024 tokens; the file itself is checked with long ones.
+# The quickstart's responses are too short for DAPO's 2000 tokens; the file itself is checked with long ones.
 LONG_RESPONSES = "rollout.max_response_tokens=6192"
 
 
@@ -187,7 +188,7 @@ def test_the_default_is_the_paper():
 
 def test_dapo_asks_runs_of_short_responses_for_their_own_buffer():
     message = refusal(EXPERIMENT, [str(PRESETS["dapo"])])
-    assert message.startswith(f"{PRESETS['dapo']}: reward.overlong_buffer_tokens is 1024; allowed: below")
+    assert message.startswith(f"{PRESETS['dapo']}: reward.overlong_buffer_tokens is 2000; allowed: below")
     config = load_config(EXPERIMENT, [str(PRESETS["dapo"]), "reward.overlong_buffer_tokens=96"])
     assert config.reward.overlong_buffer_tokens == 96
 
