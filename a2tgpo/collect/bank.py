@@ -89,7 +89,7 @@ class RolloutBank:
     def take(self, step: int, policy: Policy) -> PlayedStep | None:
         """Return the stored rollouts of `step` with `policy`'s weights, or None if the caller must play the step.
 
-        The weights must be on the GPU. If rollouts are returned, the state is as after the play of the step. Only the
+        The weights must be on the GPU. With the rollouts, `take` restores the state that `put` stored. Only the
         leader of each engine gets trajectories.
         """
         self._key = f"step {step}, weights {weights_fingerprint(policy)} {self._config_key}"
@@ -168,7 +168,7 @@ class RolloutBank:
 
 
 def drop_covered(folder: Path, step: int) -> None:
-    """Remove the stored rollouts up to `step`, which a checkpoint covers. Only one rank may call this."""
+    """Remove the rollouts of all steps up to `step`. A checkpoint must cover them. Only one rank may call this."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         match = _STEP_FOLDER.fullmatch(entry.name)
         if match and int(match[1]) <= step:

@@ -9,7 +9,7 @@ If too few groups are complete, the step plays the oldest unfinished groups to t
 to its end if the group would be too stale for a later step. While the settings stay the same, no group is dropped.
 
     partial/carried_trajectories  number of unfinished trajectories that continue in the next step
-    partial/carried_tokens        number of tokens in these trajectories that were sampled
+    partial/carried_tokens        number of sampled tokens in these trajectories
     partial/pool_groups           number of complete and unfinished groups that are left for later steps
     partial/unbounded_groups      number of unfinished groups that the step continued without a token budget
     partial/staleness_mean        mean staleness of a trajectory: the number of steps since its oldest turn was played

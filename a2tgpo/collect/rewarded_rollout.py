@@ -57,7 +57,7 @@ class RewardedRollout:
         self._unjudged: dict[int, Trajectory] = {}
         """Trajectories whose rewards are being computed, by their keys in the pool."""
         self._fault = ""
-        """One line about a bug of a reward, which must end the run."""
+        """A reward's bug in one line, or an empty text. A bug must end the run."""
         self.first_finished_s: float | None = None
         """Age of this process in seconds when its first trajectory finished. None until then."""
 

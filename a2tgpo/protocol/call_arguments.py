@@ -55,7 +55,7 @@ def argument_text(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -
 
 
 def typed(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the texts `arguments`. If the tool takes an argument as another type, decode the argument's text."""
+    """Return `arguments`, whose values are texts. Decode each value that the tool does not take as a text."""
     properties: Mapping[str, Any] = parameters.get("properties", {})
     return {
         name: text if properties.get(name, {}).get("type") == "string" else _decoded(text)

@@ -69,7 +69,7 @@ def decode_object(text: str, start: int) -> tuple[Any, int]:
             dump_json(value).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except UnicodeEncodeError:  # no tool, file or metric could hold such a text
+    except UnicodeEncodeError:  # a lone surrogate, which no file can hold
         raise ValueError("a text has half of a surrogate pair") from None
     return value, end
 

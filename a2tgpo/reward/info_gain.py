@@ -16,7 +16,7 @@ def mean_logprob(answer_logprobs: Sequence[float]) -> float | None:
 def answer_logprob(aliases: Sequence[Sequence[float]]) -> float | None:
     """Return the largest `mean_logprob` over the aliases, or None if any alias lacks a score.
 
-    If an alias had a score in only one of two contexts, the difference of the two maxima would be no gain.
+    If an alias had a score in only one of two contexts, the difference of the two maxima would not be a gain.
     """
     means = [mean_logprob(logprobs) for logprobs in aliases]
     return max((m for m in means if m is not None), default=None) if None not in means else None

@@ -60,7 +60,7 @@ class JudgeCache:
         for line in path.read_bytes().splitlines():
             try:
                 key, reply = json.loads(line)
-            except ValueError:  # a process that was killed left half a line
+            except ValueError:  # half a line of a process that was killed
                 continue
             found: Future[str] = Future()
             found.set_result(reply)

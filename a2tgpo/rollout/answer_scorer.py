@@ -20,7 +20,7 @@ class AnswerScore:
     """Log-probs of the tokens of each alias in one context."""
 
     aliases: list[list[float] | None]
-    """Nats per answer token, for each alias. None until the alias is scored. Always None if no alias fits."""
+    """Nats per answer token, for each alias. None until the alias is scored. All None if one does not fit."""
 
     num_pending: int = 0
     """Number of aliases that the engine is still scoring."""

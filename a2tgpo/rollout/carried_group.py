@@ -39,7 +39,7 @@ def copied(trajectory: Trajectory) -> Trajectory:
 
 
 def shortened(group: CarriedGroup, limits: Limits) -> CarriedGroup:
-    """Return `group`, and cut each trajectory that exceeds `limits`, so that the trajectory can continue.
+    """Cut the trajectories of `group` that exceed `limits`, so that they can continue. Return the group.
 
     A trajectory is cut after the last turn that leaves room for another turn, or before its first turn if no turn
     does. A cut trajectory continues even if it had ended.

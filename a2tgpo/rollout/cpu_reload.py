@@ -37,7 +37,7 @@ def _forget_packed_experts(model: Any) -> None:
 
 
 def _renew_tied_head(model: Any) -> None:
-    """Give an output head that is tied to the embedding its packed weight. A reload packs only the embedding."""
+    """Give a tied output head the embedding's packed weight, because a reload packs only the embedding."""
     head: Any = getattr(model, "lm_head", None)
     embedding = model.model.embed_tokens
     if head is not embedding and getattr(head, "weight", None) is embedding.weight:

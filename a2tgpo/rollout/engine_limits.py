@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 QUANTIZATION_NAMES = {"fp8": "fp8_per_block", "fp8_per_channel": "fp8_per_channel"}
-"""Value of `rollout.quantization` -> vLLM's name of the method. At the first load and at every refit, each method
+"""Maps `rollout.quantization` to vLLM's name of the method. At the first load and at every refit, each method
 quantises full-precision weights layer by layer (vllm/model_executor/model_loader/reload/layerwise.py).
 """
 
@@ -25,8 +25,8 @@ def read_model(model_path: str) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return the configuration and the tokenizer of the model in folder `model_path`.
 
     Raises:
-        ConfigError: with a one-line message, if the folder or its config.json is missing, or for the reasons of
-            `load_tokenizer`.
+        ConfigError: with a one-line message, if the folder or its config.json is missing, or if
+            `load_tokenizer` raises this error.
     """
     from transformers import AutoConfig
 

@@ -82,7 +82,7 @@ class ToolPool:
         self._has_sessions = any(isinstance(tool, SessionTool) for tool in self._tools.values())
         self._open = OpenSessions(deadline_s=toolset.call_timeout_s)
         self._sessions_of: dict[int, TrajectorySessions] = {}
-        """For the key of each session's call, the sessions of the call's trajectory."""
+        """Maps the key of a session's call to all sessions of the call's trajectory."""
         self._pending: set[int] = set()
         self._num_submitted = 0
         self.waited_s = 0.0

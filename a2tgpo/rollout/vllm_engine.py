@@ -57,7 +57,7 @@ _end_distributed = vllm.v1.engine.core.cleanup_dist_env_and_memory
 vllm.v1.engine.core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
 
 PARTS = ("weights", "kv_cache")
-"""vLLM's names for the parts of the engine's memory that sleep and wake."""
+"""vLLM's names for the parts of the engine's memory that `sleep` frees and `wake` allocates again."""
 _NUM_TOKEN_IDS = "num_token_ids"
 
 
@@ -73,7 +73,7 @@ class WeightFilesLoader(DefaultModelLoader):
 
 
 class MaskUnusedIds(LogitsProcessorV1, LogitsProcessorV2):
-    """Never sample the ids at the end of the vocabulary that the tokenizer does not use.
+    """Never sample ids that the tokenizer does not use. These ids are at the end of the vocabulary.
 
     vLLM's own `allowed_token_ids` would need one list of all allowed ids per request. This class works with both
     model runners of vLLM.

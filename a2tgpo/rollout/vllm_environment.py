@@ -11,7 +11,7 @@ from a2tgpo.rollout.engine_arguments import ON_GPU
 
 def prepare_environment() -> None:
     """Set the variables. Call this before the first import of vllm."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, so weights are passed by reference
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process, to pass weights by reference
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["DO_NOT_TRACK"] = "1"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

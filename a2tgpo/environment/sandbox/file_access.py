@@ -18,7 +18,7 @@ _OF_A_FILE = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 _NUM_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 """{version of Landlock: number of access rights that it knows}. Later versions know at least 16."""
 _CONNECT_AND_BIND, _SIGNALS_AND_ABSTRACT_SOCKETS = 3, 3
-"""Bits of network access, and of access to other processes. `restrict_files` refuses all of it from version 6 on."""
+"""Kinds of access to the network and to other processes. From version 6 on, `restrict_files` refuses all of them."""
 _PR_SET_NO_NEW_PRIVS = 38
 
 

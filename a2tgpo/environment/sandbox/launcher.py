@@ -1,4 +1,4 @@
-"""The program that runs the policy's Python code. It first gives up its own rights, and then runs pieces of code.
+"""The program that runs the policy's Python code. It gives up its rights, and then runs pieces of code in turn.
 
     python -I -S launcher.py SETTINGS CONTROL
 

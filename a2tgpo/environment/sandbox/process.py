@@ -115,7 +115,7 @@ class SandboxProcess:
         self._remove_folder()
 
     def _send(self, data: bytes, deadline: float) -> None:
-        """Write `data` to the launcher until the deadline. Earlier code may have kept the launcher from reading."""
+        """Write `data` to the launcher. Give up at the deadline, if earlier code keeps the launcher from reading."""
         ready = select.poll()
         ready.register(self._stdin, select.POLLOUT)
         with contextlib.suppress(BrokenPipeError):  # a thread of earlier code has ended the process
@@ -124,7 +124,7 @@ class SandboxProcess:
                     data = data[os.write(self._stdin, data) :]
 
     def _wait(self, timeout_s: float, output: BoundedOutput) -> bytes | None:
-        """Collect output until the launcher reports, and return the report: b"" if it ended, None if it is late."""
+        """Collect output until the launcher reports. Return the report, b"" if the launcher ended, or None."""
         deadline = time.monotonic() + timeout_s
         report = None
         while report is None and (left_s := deadline - time.monotonic()) > 0:

@@ -1,4 +1,4 @@
-"""The mcp tool, which calls one tool of a server of the Model Context Protocol. Section `mcp` names them."""
+"""The mcp tool. It calls the tool of a Model Context Protocol server that the section `mcp` names."""
 
 from __future__ import annotations
 

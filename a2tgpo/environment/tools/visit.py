@@ -1,4 +1,4 @@
-"""The visit tool, which reads the text of a web page. The section `visit` has its limits."""
+"""The visit tool, which reads the text of a web page. The section `visit` sets limits for pages."""
 
 from __future__ import annotations
 

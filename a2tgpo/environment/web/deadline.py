@@ -1,6 +1,6 @@
 """Connections that end at a deadline, even if the server sends single bytes without end.
 
-The timeouts of httpx limit each read. A server that sends a byte of its header every second would never exceed them.
+The timeouts of httpx limit single reads. If a server sends a byte every second, they never end the connection.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import httpx
 
 
 class DeadlineTransport(httpx.HTTPTransport):
-    """A transport without proxies. The connect timeout of a request limits its whole connection."""
+    """A transport without proxies. A request's connect timeout limits the time of the whole connection."""
 
     def __init__(self, *, max_connections: int):
         super().__init__(trust_env=False)

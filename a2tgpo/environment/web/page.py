@@ -60,7 +60,7 @@ class PageReader:
             headers={"User-Agent": _AGENT, "Accept": "text/html,text/plain", "Accept-Encoding": "gzip"},
             transport=DeadlineTransport(max_connections=max_connections),
         )
-        # The answer to one trajectory must not depend on the pages that others have read.
+        # Refuse cookies, because a page must not depend on the pages that other trajectories have read.
         self._client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=()))
 
     def read(self, url: str) -> Page:

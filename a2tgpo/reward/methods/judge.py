@@ -107,7 +107,7 @@ class Judge:
         return value
 
     def take_counts(self) -> dict[str, int]:
-        """Return the counts since the last call, and begin a new budget of requests."""
+        """Return the counts since the last call, and set them to 0, so that the next step may send requests again."""
         with self._lock:
             hits, self._counted_hits = self._cache.num_hits - self._counted_hits, self._cache.num_hits
             counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
@@ -197,7 +197,7 @@ def _field(name: str, episode: Episode) -> str:
 
 
 def _reply_in(body: bytes) -> str | None:
-    """Return the text of the reply in the body of an answer, or None if the body has another form."""
+    """Return the reply in the server's answer `body`, or None if `body` has another form."""
     try:
         reply = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError):
