@@ -44,13 +44,17 @@ class EvaluationSets:
         return self._names[bisect.bisect_right(self._starts, position) - 1]
 
     def prompts(self, positions: Sequence[int]) -> list[Prompt]:
-        """Return the prompts at `positions`, which ascend. The index of each prompt is its position."""
+        """Return the prompts at `positions`, which ascend. The index of each prompt is its position.
+
+        If there are several sets, each id begins with the name of its set, because two sets may have equal ids.
+        """
         found: list[Prompt] = []
-        for of_set, start in zip(self.sets.values(), self._starts, strict=False):
+        for (name, of_set), start in zip(self.sets.items(), self._starts, strict=False):
             places = range(len(of_set))
             mine = [position - start for position in positions if position - start in places]
+            prefix = f"{name}/" if len(self.sets) > 1 else ""
             found += [
-                dataclasses.replace(prompt, index=start + prompt.index)
+                dataclasses.replace(prompt, index=start + prompt.index, id=prefix + prompt.id)
                 for prompt in of_set.prompts(places, mine)
             ]
         return found

@@ -1,5 +1,6 @@
 """Greedy evaluation of the taught model, and scoring by hand-made numbers."""
 
+import dataclasses
 import math
 import statistics
 from collections import Counter
@@ -83,7 +84,8 @@ def test_an_engine_plays_its_share_and_none_where_that_is_empty(rollout, prompts
 
 def test_several_sets_are_scored_together_and_each_by_itself(rollout, prompts):
     alone = evaluate(rollout, rendered_sets(test=prompts))
-    parts = {"easy": prompts[:2], "hard": prompts[2:]}
+    hard = [dataclasses.replace(prompt, id=str(place)) for place, prompt in enumerate(prompts[2:])]
+    parts = {"easy": prompts[:2], "hard": hard}  # with equal ids
     metrics = evaluate(rollout, rendered_sets(**parts))
     assert {name: metrics[name] for name in alone} == alone
     for name, of_set in parts.items():
