@@ -37,7 +37,10 @@ class McpTool:
             raise
         self._name = str(tool.name)
         self.description = str(tool.description or "")
-        self.parameters: Mapping[str, Any] = tool.input_schema
+        properties = tool.input_schema.get("properties") or {}
+        # A JSON schema may also be true, which allows every value.
+        described = {name: one if isinstance(one, Mapping) else {} for name, one in properties.items()}
+        self.parameters: Mapping[str, Any] = {**tool.input_schema, "properties": described}
 
     def call(self, text: str) -> list[str]:
         arguments = self._arguments(text)
@@ -63,6 +66,9 @@ class McpTool:
             return dict.fromkeys(properties, text)
         try:
             arguments = json.loads(text)
+            json.dumps(
+                arguments, ensure_ascii=False
+            ).encode()  # half of a surrogate pair would end the connection
         except (ValueError, RecursionError):
             return None
         return arguments if isinstance(arguments, dict) else None

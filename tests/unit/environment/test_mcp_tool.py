@@ -11,6 +11,7 @@ from a2tgpo.config.mcp import McpConfig
 from a2tgpo.environment.tool import ToolError, build_tools, function_schema
 from a2tgpo.environment.tools.mcp import McpTool, StatefulMcpTool
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.protocol.call_arguments import argument_text
 
 mcp = pytest.importorskip("mcp", reason="the package of a2tgpo[mcp] is not installed")
 
@@ -37,6 +38,25 @@ def count(word: str) -> str:
     return f"{word} {total}"
 server.run()
 """
+
+ANYTHING = """
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message["method"] == "initialize":
+        version = message["params"]["protocolVersion"]
+        result = {"protocolVersion": version, "capabilities": {}, "serverInfo": {"name": "x", "version": "1"}}
+    elif message["method"] == "tools/list":
+        schema = {"type": "object", "properties": {"x": True}}
+        result = {"tools": [{"name": "show", "inputSchema": schema}]}
+    elif message["method"] == "tools/call":
+        text = json.dumps(message["params"]["arguments"]["x"])
+        result = {"content": [{"type": "text", "text": text}]}
+    else:
+        continue
+    print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}), flush=True)
+"""
+"""A server without any package, with a tool whose parameter has the schema `true`."""
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +101,20 @@ def test_a_servers_tool_is_called_and_its_connection_opened_again(command, child
 def test_arguments_of_several_parameters_are_a_json_object(command):
     tool = McpTool(McpConfig(command=command, tool="add"))
     assert tool.call('{"a": 40, "b": 2}') == ["42"]
-    assert tool.call("40 and 2") == tool.call("[40, 2]") == ["Error: the arguments are not a JSON object"]
+    for text in ("40 and 2", "[40, 2]", '{"a": "\\ud800", "b": 2}'):
+        assert tool.call(text) == ["Error: the arguments are not a JSON object"]
     (wrong,) = tool.call('{"a": "x", "b": 2}')
     assert "valid" in wrong
+    tool.close()
+
+
+def test_a_parameter_that_may_be_anything_gets_any_value(tmp_path):
+    file = tmp_path / "server.py"
+    file.write_text(ANYTHING)
+    tool = McpTool(McpConfig(command=(sys.executable, str(file))))
+    schema = function_schema("mcp", tool)["function"]["parameters"]
+    assert argument_text({"x": [1]}, schema) == '{"x": [1]}'
+    assert tool.call('{"x": [1]}') == ["[1]"]
     tool.close()
 
 
