@@ -50,7 +50,10 @@ class Sandbox:
         Raises:
             SandboxError: if the process does not start or cannot isolate itself.
         """
-        folder = None if self.isolation == "bwrap" else tempfile.mkdtemp(prefix="a2tgpo-python-")
+        try:
+            folder = None if self.isolation == "bwrap" else tempfile.mkdtemp(prefix="a2tgpo-python-")
+        except OSError as error:  # for example, the disk is full
+            raise SandboxError(f"no folder for the code: {error.strerror}") from None
         inside = folder or _INSIDE
         interpreter = os.path.realpath(sys.executable)
         python = [interpreter, "-P", "-s", "-S", "-B", launcher.__file__, self._settings(inside)]

@@ -1,6 +1,7 @@
 """The python tool really runs code, under every isolation that works on this machine."""
 
 import dataclasses
+import errno
 import functools
 import os
 import re
@@ -21,6 +22,7 @@ from a2tgpo.environment.sandbox import file_access, launcher, syscall_filter
 from a2tgpo.environment.sandbox.isolation import ISOLATIONS, Sandbox, build_sandbox
 from a2tgpo.environment.sandbox.output import BoundedOutput
 from a2tgpo.environment.sandbox.process import MAX_CODE_BYTES, SandboxError, SandboxProcess
+from a2tgpo.environment.tool import ToolError
 from a2tgpo.environment.tools.python import NO_OUTPUT, Python, PythonSession
 from a2tgpo.io.errors import ConfigError
 
@@ -426,6 +428,17 @@ def test_an_isolation_that_does_not_work_is_refused_in_one_line_with_its_reason(
     )
     with pytest.raises(ConfigError, match=r"python\.packages is '/nowhere'; allowed: an existing folder"):
         build_sandbox(PythonConfig(packages="/nowhere"))
+
+
+@pytest.mark.parametrize("isolation", ["namespace", "seccomp"])
+def test_a_full_disk_fails_the_call_and_not_the_run(isolation, monkeypatch):
+    def refuse(prefix):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    tool = Python(PythonConfig(), Sandbox(PythonConfig(), isolation))
+    with pytest.raises(ToolError, match="no folder for the code: No space left on device"):
+        tool.call("1")
 
 
 def test_a_process_that_does_not_start_says_why():
