@@ -142,7 +142,8 @@ class Held:
 def read(checkpoint: Path, *, num_engines: int) -> list[Held]:
     """Return the carried groups of a checkpoint, the oldest first.
 
-    Each group stays with its engine. If the number of engines has changed, the engines receive the groups in turn.
+    If the number of engines is the same as before, each group stays with its engine. Otherwise the engines receive
+    the groups in turn.
 
     Raises:
         ValueError: with a one-line message, if a file does not contain carried groups.

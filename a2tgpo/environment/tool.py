@@ -26,8 +26,8 @@ class ToolUnavailableError(ToolError):
 class Tool(Protocol):
     """A tool that the policy can call. Many threads may call its methods at the same time.
 
-    A tool may have the attributes `description`, a text for the policy, and `parameters`, a JSON schema of the call's
-    arguments (see `function_schema`).
+    A tool may have a text for the policy in the attribute `description`, and a JSON schema of the call's arguments in
+    the attribute `parameters` (see `function_schema`).
     """
 
     def call(self, text: str) -> list[str]:

@@ -64,7 +64,7 @@ def typed(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[s
 
 
 def one_text(parameters: Mapping[str, Any], text: str) -> dict[str, str] | None:
-    """Return the arguments with `text` as the only one, or None if the tool needs other arguments."""
+    """Return arguments in which `text` is the only argument, or None if the tool needs other arguments."""
     properties: Mapping[str, Any] = parameters.get("properties", {})
     names = [name for name, schema in properties.items() if schema.get("type") == "string"]
     return {names[0]: text} if len(properties) == len(names) == 1 else None

@@ -226,7 +226,7 @@ class ChatProtocol(AgentProtocol):
 
 
 def _format_of(frames: ResultFrames, name: str, *, expected: tuple[str, Mapping[str, Any]]) -> CallFormat:
-    """Return the format `name`; for "auto", the first format that reads the template's own call."""
+    """Return the format `name`. "auto" means the first format that reads the template's own call."""
     if name != AUTO:
         return load_format(name)
     for one in call_formats():
@@ -241,7 +241,7 @@ def _format_of(frames: ResultFrames, name: str, *, expected: tuple[str, Mapping[
 
 
 def _thinks(template: PromptTemplate) -> bool:
-    """Return whether the model writes thoughts: the template knows them, and the prompt does not skip them."""
+    """Return whether the model writes thoughts. The template must know thoughts, and the prompt must skip none."""
     if template.opening_tags:
         return thought_is_open(template.opening_tags)
     return THINK_CLOSE in template.tokenizer.get_chat_template()

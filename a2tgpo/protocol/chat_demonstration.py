@@ -47,7 +47,7 @@ def to_trajectory(demonstration: Demonstration, protocol: ChatProtocol, *, promp
 def _visible_turns(
     demonstration: Demonstration, protocol: ChatProtocol
 ) -> list[tuple[str, tuple[DemonstratedCall, ...]]]:
-    """Return the policy's text and its calls of each turn."""
+    """Return the text and the calls of each turn."""
     if demonstration.calls:
         texts = [text for text, _ in demonstration.turns]
         return list(zip(texts, demonstration.calls, strict=True))

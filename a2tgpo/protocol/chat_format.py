@@ -21,7 +21,7 @@ class ChatFormat:
     opening_tags: str = ""
     """The think tags at the end of the prompt (`PromptTemplate.opening_tags`). They precede every turn."""
     is_strict: bool = True
-    """Whether the format of the turns before the last one counts too."""
+    """Whether the format of all turns counts, and not only the format of the last turn."""
 
     @property
     def starts_in_thought(self) -> bool:

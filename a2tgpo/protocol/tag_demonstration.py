@@ -25,8 +25,9 @@ def to_trajectory(
     """Convert a demonstration to the trajectory that a rollout would record, with log-probs of 0.
 
     As in a rollout, the prompt, each turn's text and each observation are tokenised separately. In a turn's text,
-    only the protocol's tags can become control tokens. In an observation, only its first and its last
-    tag can. If the prompt already opened a thought, the <think> at the beginning of the first turn is removed.
+    only the protocol's tags can become control tokens. In an observation, only the first and the last
+    tag can become control tokens. If the prompt already opened a thought, the <think> at the beginning of the first
+    turn is removed.
 
     Args:
         tools: names of the tools that the policy may call.

@@ -31,7 +31,7 @@ def normalize_answer(text: str) -> str:
 
 
 def is_kept_as_written(text: str) -> bool:
-    """Return whether normalisation would remove all of `text`, so that `normalize_answer` keeps it."""
+    """Return whether `normalize_answer` keeps `text`, because normalisation would remove all of it."""
     return not _normalized(text)
 
 

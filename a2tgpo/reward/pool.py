@@ -66,7 +66,7 @@ class RewardPool:
     def take_counts(self) -> dict[str, int]:
         """Return the counts of all rewards that have a method `take_counts`, by the names `LABEL/COUNT`.
 
-        They cover the time since the last call of this method.
+        The counts cover the time since the last call of this method.
         """
         counts: Counter[str] = Counter()
         for named in self._rewards:

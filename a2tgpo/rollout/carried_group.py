@@ -41,8 +41,8 @@ def copied(trajectory: Trajectory) -> Trajectory:
 def shortened(group: CarriedGroup, limits: Limits) -> CarriedGroup:
     """Cut the trajectories of `group` that exceed `limits`, so that they can continue. Return the group.
 
-    A trajectory is cut after the last turn that leaves room for another turn, or before its first turn if no turn
-    does. A cut trajectory continues even if it had ended.
+    A trajectory is cut after the last turn that leaves room for another turn. If no turn leaves room, all turns are
+    removed. A cut trajectory continues even if it had ended.
     """
     members = [_shortened(member, limits) for member in group.trajectories]
     if all(one is other for one, other in zip(members, group.trajectories, strict=True)):

@@ -1,4 +1,4 @@
-"""Plain records of the engine's outputs. A module that uses them does not need to import vllm."""
+"""Plain records of the engine's outputs. Modules that use these records need not import vllm."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -52,7 +52,7 @@ class GroupRollout:
 
     Args:
         toolset: the tools that the policy may call. The caller must close the tools.
-        protocol: the protocol, which must name the tools of `toolset`.
+        protocol: the protocol for the tools of `toolset`.
         engine_group: the ranks that share the engine.
     """
 

@@ -290,7 +290,7 @@ class MultiTurnLoop:
                 self._observe(live)
 
     def _take_result(self, live: LiveTrajectory, place: int, result: ToolResult) -> None:
-        """Store the result of one call. After the last result of the turn, go on."""
+        """Store the result of one call. If no other call of the turn is open, append the observation."""
         call = live.results[place].call
         if result.error is not None:
             self._counts.failed_calls += 1

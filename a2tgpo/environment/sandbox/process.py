@@ -124,7 +124,7 @@ class SandboxProcess:
                     data = data[os.write(self._stdin, data) :]
 
     def _wait(self, timeout_s: float, output: BoundedOutput) -> bytes | None:
-        """Collect output until the launcher reports. Return the report, b"" if the launcher ended, or None."""
+        """Collect output until a report. Return the report, b"" if the launcher ended, or None at the deadline."""
         deadline = time.monotonic() + timeout_s
         report = None
         while report is None and (left_s := deadline - time.monotonic()) > 0:

@@ -96,6 +96,6 @@ class StatefulPython:
 
 
 def build(config: RunConfig) -> Python | StatefulPython:
-    """Build the tool, and try the isolation of its code."""
+    """Build the tool, and check that the isolation of its code works."""
     kind = StatefulPython if config.python.stateful else Python
     return kind(config.python, build_sandbox(config.python))

@@ -1,6 +1,6 @@
 """Connections that end at a deadline, even if the server sends single bytes without end.
 
-The timeouts of httpx limit single reads. If a server sends a byte every second, they never end the connection.
+The timeouts of httpx limit single reads. If a server sends a byte every second, these timeouts have no effect.
 """
 
 from __future__ import annotations

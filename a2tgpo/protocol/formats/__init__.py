@@ -1,4 +1,4 @@
 """The forms in which models write tool calls. `rollout.call_format` names a module.
 
-Each module has an object `FORMAT`, a `CallFormat`.
+Each module has a `CallFormat` with the name `FORMAT`.
 """

@@ -18,7 +18,7 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
 class Hermes:
-    """A call is <tool_call> {"name": NAME, "arguments": {...}} </tool_call>; the last closing tag may be missing."""
+    """A call is <tool_call> {"name": NAME, "arguments": {...}} </tool_call>. The last closing tag may be missing."""
 
     tags: tuple[str, ...] = (OPEN, CLOSE)
 
