@@ -14,6 +14,10 @@ REPLACEMENT = "\ufffd"
 """The character that a decoder writes in place of invalid bytes."""
 
 
+MAX_TOKEN_CHARS = 64
+"""Characters of a text that are read per token, so that the time of a cut does not grow with the text."""
+
+
 class PartCut:
     """Cuts texts that are too long, but never inside a character.
 
@@ -27,6 +31,7 @@ class PartCut:
         self._max_tokens = max_tokens
 
     def cut(self, text: str) -> str:
+        text = text[: self._max_tokens * MAX_TOKEN_CHARS]
         tokens = self._literal.encode(text)
         if len(tokens) <= self._max_tokens:
             return text

@@ -3,6 +3,8 @@
 import pytest
 from tiny_models import build_tokenizer
 
+from a2tgpo.data.literal_text import LiteralEncoder
+from a2tgpo.protocol.part_cut import MAX_TOKEN_CHARS, PartCut
 from a2tgpo.protocol.tag_observation import ObservationEncoder
 from a2tgpo.protocol.tag_syntax import SEARCH_CALLS
 
@@ -39,3 +41,17 @@ def test_an_observation_is_fitted_into_its_room_without_half_a_character(tokeniz
         assert room - 3 <= len(fitted) <= room and "\ufffd" not in shown
         assert shown.startswith(" <result>\n") and shown.endswith("\n</result>")
         assert text.startswith(shown.removeprefix(" <result>\n").removesuffix("\n</result>"))
+
+
+def test_only_the_beginning_of_a_huge_part_is_read(tokenizer):
+    class Recording(LiteralEncoder):
+        longest = 0
+
+        def encode(self, text):
+            self.longest = max(self.longest, len(text))
+            return super().encode(text)
+
+    literal = Recording(tokenizer)
+    part = PartCut(tokenizer, literal, max_tokens=50).cut("word " * 100_000)
+    assert literal.longest == 50 * MAX_TOKEN_CHARS
+    assert len(literal.encode(part)) == 50 and ("word " * 50).startswith(part)
