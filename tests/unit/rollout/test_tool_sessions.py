@@ -184,7 +184,7 @@ def test_no_session_is_left_whatever_the_order_in_which_trajectories_end(pool_of
     assert sorted(counter.closed) == sorted(counter.opened) and len(counter.opened) == NUM_SUMS
 
 
-def test_an_interruption_closes_the_sessions_of_calls_that_run_and_of_calls_that_wait(pool_of, counter):
+def test_an_interruption_closes_sessions_whose_calls_run_or_wait(pool_of, counter):
     pool = pool_of(max_concurrent_calls=1)
     idle, runs, waits = (pool.sessions_for(prompt(name)) for name in ("idle", "runs", "waits"))
     ask(pool, idle, "1")
@@ -233,9 +233,7 @@ def test_a_replay_that_fails_fails_the_call_and_leaves_no_session(pool_of, count
     assert counter.closed == counter.opened == ["q"]
 
 
-def test_a_call_that_hangs_fails_the_later_calls_of_its_trajectory_and_counts_as_a_leak(
-    pool_of, counter, monkeypatch
-):
+def test_a_hanging_call_fails_the_later_ones_and_counts_as_a_leak(pool_of, counter, monkeypatch):
     monkeypatch.setattr(tool_sessions, "CLOSE_S", 0.1)
     pool = pool_of(call_timeout_s=0.3)
     sessions, other = pool.sessions_for(prompt("hangs")), pool.sessions_for(prompt("other"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -125,7 +126,8 @@ def test_the_tool_prints_counts_and_writes_what_a_warm_start_reads(tmp_path, mon
     )
     assert "4 taken, of 3 questions" in said
     found = load_demonstrations(str(out))
-    assert [item.question for item in found] == [QUESTIONS[0], QUESTIONS[0], QUESTIONS[2], QUESTIONS[1]]
+    questions_of = [dataclasses.replace(item.question, record="{}") for item in found]
+    assert questions_of == [QUESTIONS[0], QUESTIONS[0], QUESTIONS[2], QUESTIONS[1]]
     call, answer = found[0].turns
     assert call == ("<think> a </think> <search> b </search>", " <result>\nc\n</result>")
     assert answer == ("<answer> 0 </answer>", None)
