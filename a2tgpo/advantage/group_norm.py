@@ -55,9 +55,10 @@ def normalize_groups(
 def group_deviations(
     values: torch.Tensor, group_index: torch.Tensor, *, num_groups: int, dp_group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return each value less its group's mean, and the sum of squares and the size of its group: three [n] float64.
+    """Return each value minus its group's mean, the group's sum of squared deviations, and the group's size.
 
-    Arguments and errors are those of `normalize_groups`. Every rank of `dp_group` must call this.
+    All three are [n] float64. The arguments and errors are those of `normalize_groups`. Every rank of `dp_group` must
+    call this.
     """
     moments = torch.stack([torch.ones_like(values), values])
     count, total = group_sums(moments, group_index, num_groups=num_groups, dp_group=dp_group)

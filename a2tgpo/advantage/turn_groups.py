@@ -20,8 +20,8 @@ def normalize_turn_groups(
         members: [N, T] bool: the turns that belong to turn groups.
 
     Returns:
-        Two [N, T] float64. Turns that are no members have 0 in both, and a member that is alone in its group has
-        normalised gain 0.
+        Two [N, T] float64. Turns outside `members` have 0 in both tensors, and a member that is alone in its group
+        has normalised gain 0.
     """
     deviation, m2, count = group_deviations(
         table.info_gain[members],

@@ -1,4 +1,4 @@
-"""Pack trajectories into micro-batches, so that all data-parallel replicas have the same number if possible."""
+"""Pack trajectories into micro-batches, equally many on all data-parallel replicas if possible."""
 
 from __future__ import annotations
 

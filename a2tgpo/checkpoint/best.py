@@ -54,9 +54,10 @@ class BestCheckpoint:
         return self._best.step if self._best else None
 
     def offer(self, step: int, scores: Mapping[str, float]) -> bool:
-        """Compare the evaluation after `step` steps with the best so far. Return whether to save a checkpoint now.
+        """Compare the evaluation after `step` steps with the best evaluation so far.
 
-        If step 0 is the new best, this method writes the file at once and returns False.
+        Return whether to save a checkpoint now. If step 0 is the new best, this method writes `best.json` at once and
+        returns False.
 
         Args:
             scores: the metrics that `evaluate` returned after `step` steps.

@@ -87,7 +87,8 @@ class CheckedWriter(torch_checkpoint.FileSystemWriter):
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
-            # After a write error, closing the file raises a second error. Search the chain of errors for the first.
+            # After a write error, closing the file raises a second error. Search the chain of errors for the write
+            # error.
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
@@ -134,7 +135,8 @@ def checked_reading(folder: Path, pieces: Mapping[str, list[Piece]]) -> Iterator
         yield
         return
     reader = _CheckedReader(folder, pieces)
-    # Megatron's loading strategy gets its reader from this function, and no argument can give it another reader.
+    # Megatron's loading strategy gets its reader from `_get_filesystem_reader`, and has no argument for another
+    # reader.
     choose = torch_strategy._get_filesystem_reader
     torch_strategy._get_filesystem_reader = lambda *_, **__: reader
     try:
@@ -175,7 +177,7 @@ def describe(folder: Path, names: list[str], group: dist.ProcessGroup) -> dict[s
 def size_and_crc(path: Path) -> tuple[int, int]:
     """Return the size of a file in bytes and the CRC-32 of its content."""
     size = crc = 0
-    # The block is small, because every save runs in a new thread. glibc keeps the freed memory of an ended thread in
+    # Read small blocks, because every save runs in a new thread. glibc keeps the freed memory of an ended thread in
     # the thread's arena, so megabytes would stay allocated in every arena of the process.
     block = memoryview(bytearray(1 << 18))
     with path.open("rb", buffering=0) as stream:

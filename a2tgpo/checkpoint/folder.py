@@ -67,8 +67,8 @@ def load_newest(
         The path of the checkpoint that was loaded, and the `state` in it.
 
     Raises:
-        ValueError: with a one-line message, if every checkpoint is damaged, or if `load` refused one for another
-            reason.
+        ValueError: with a one-line message, if every checkpoint is damaged, or if `load` refused an undamaged
+            checkpoint.
     """
     newest: Path | None = path
     while newest is not None:
@@ -167,7 +167,7 @@ def require_same_model(path: Path, record: dict[str, Any], hf_config: Pretrained
 
 
 def _require_same_optimizer(path: Path, record: dict[str, Any], optimizer: Any) -> None:
-    """Raise a ValueError of one line if only one of the saved optimizer and `optimizer` is distributed."""
+    """Raise a ValueError of one line if exactly one of the saved optimizer and `optimizer` is distributed."""
     mine = is_distributed(optimizer)
     saved = record.get("distributed_optimizer", mine)  # an older checkpoint has no such record
     if saved != mine:

@@ -1,4 +1,4 @@
-"""Remove old checkpoints of a run: keep the newest whole, and keep only the weights of some older checkpoints."""
+"""Remove old checkpoints of a run, and reduce some old checkpoints to their weights."""
 
 from __future__ import annotations
 

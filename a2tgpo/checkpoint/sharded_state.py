@@ -108,7 +108,8 @@ def write_sharded(path: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[st
 
     Raises:
         CheckpointException: on all ranks, if a rank could not write its tensors.
-        OSError: only on the first rank, if it could not write the common state. Other ranks still write.
+        OSError: only on the first rank, if it could not write the common state. All ranks have written their tensors
+            even then.
     """
     weights = {key: value for key, value in copy.tensors.items() if key.startswith(_WRAPPED)}
     others = {key: value for key, value in copy.tensors.items() if key not in weights}
@@ -246,7 +247,7 @@ def _saved_state(policy: Policy, optimizer: Any) -> dict[str, Any]:
         return {**models, "optimizer": optimizer.sharded_state_dict(dict(models), metadata=metadata)}
     parts = optimizer.chained_optimizers
     if len(parts) > 1:
-        optimizer._synchronize_steps()  # a rank without parameters in a group has not counted its steps
+        optimizer._synchronize_steps()  # a rank has not counted the steps of a group in which it has no parameters
     settings = [part.state_dict() for part in parts]
     return {
         **models,

@@ -1,4 +1,4 @@
-"""Copy the state to host memory in the training thread, and write the checkpoint in another thread.
+"""Copy a run's state to host memory in the training thread, and write the checkpoint in another thread.
 
 The writing thread has its own gloo group, so that its collectives cannot mix with those of the training. The ranks
 exchange their errors at the end of each stage of a save, so that a save fails on all ranks or on none.

@@ -1,8 +1,8 @@
 """Detect that a signal or the job's time limit requires this process to end. This module does not import torch.
 
-SIGTERM and SIGUSR1 request that the run save and exit with `START_AGAIN`. A signal before training ends the process
-at once. A signal during training is recorded until all ranks have agreed to stop (`lifecycle/stop_request.py`). Later
-signals do nothing, because schedulers send several.
+SIGTERM and SIGUSR1 request that the run save and exit with `START_AGAIN`. If a signal arrives before training has
+begun, the process ends at once. If it arrives during training, it is recorded until all ranks have agreed to stop
+(`lifecycle/stop_request.py`). Schedulers may send several signals: all after the first are ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class StopSignal:
         self.name = ""
         """Name of the first signal. Empty if there was none."""
         self.kept = ""
-        """A few words about what earlier starts have saved, printed if a signal ends the process at once."""
+        """A few words about what earlier starts of the run have saved. They are printed if a signal ends the process
+        at once."""
         self._is_noted_only = False
         for number in SIGNALS:
             signal.signal(number, self._receive)

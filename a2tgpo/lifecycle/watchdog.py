@@ -4,8 +4,8 @@ On every rank, a thread writes the rank's stage to the rendezvous store and chec
 first rank past its deadline prints one line that names the ranks that are behind. All ranks then append their stacks
 to `stacks/rank_R.txt` and exit with `BROKEN_RUN`.
 
-While a rank waits for a tool's service (`Outage`), the clock stops on all ranks, because other ranks may wait for
-that rank.
+While a rank waits for a tool's service (`Outage`), no rank counts the time towards its deadline, because other ranks
+may wait for that rank.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ POLL_S = 1.0
 GRACE_S = 10.0
 """Seconds that a rank waits for the other ranks to write their stacks."""
 BACKSTOP_S = 30.0
-"""Seconds after the deadline until a C thread ends this rank if a call blocks Python's own threads."""
+"""If a call blocks all Python threads, a C thread ends this rank this many seconds after the deadline."""
 BETWEEN = "between stages"
 STEADY = ("rollout", "evaluation", "score", "update")
 """Stages that take a similar time in every step. The limit of each stage depends on its longest duration so far."""

@@ -38,7 +38,7 @@ class Call:
     is_late: bool = False
     """Whether the call was abandoned because it exceeded its deadline."""
     is_wanted: bool = True
-    """Whether the pool still waits for the outcome."""
+    """Whether `Workers.take` must still return this call."""
 
 
 class Workers:
@@ -95,7 +95,7 @@ class Workers:
         with self._lock:
             outcomes = self._take_ended() + self._give_up_late()
             if not outcomes and self._has_wanted():
-                # If no call is running, count the next deadline from now.
+                # If no call is running yet, count the deadline of the next call from now.
                 first = self._running[0].started if self._running else self._clock()
                 left_s = first + self._deadline_s - self._clock()
                 self._has_outcome.wait(max(0.0, min(left_s, timeout_s)))

@@ -1,7 +1,7 @@
-"""Clip-Cov (arXiv 2505.22617): take the gradient from a few of the tokens that lower the entropy most.
+"""Clip-Cov (arXiv 2505.22617): give no gradient to a few of the tokens that lower the entropy most.
 
 An update lowers the entropy where log-probs and advantages of tokens covary. Few tokens carry most of the covariance:
-confident tokens with a large advantage. Clip-Cov chooses a small share of them at random.
+confident tokens with a large advantage. Clip-Cov chooses a small share of these tokens at random.
 """
 
 import torch

@@ -1,10 +1,10 @@
 """The weight of the entropy in the loss: constant, or adapted so that the entropy stays near a target.
 
-With a target, this is the adaptive entropy control of Skywork-OR1 (arXiv 2505.22312). The level c starts at 0. After
-each step, c rises by delta if the step's entropy is below the target, and falls by delta otherwise. The weight of
-the next step is c if the entropy is below the target, and 0 otherwise. The paper uses the entropy of the present
-step. Here the weight follows the entropy of the previous step, because a step of one mini-batch measures its entropy
-only in its training pass.
+The adaptation is the adaptive entropy control of Skywork-OR1 (arXiv 2505.22312). A level c starts at 0. After each
+step, c rises by delta if the step's entropy is below the target, and falls by delta otherwise. The weight of the next
+step is c if the entropy is below the target, and 0 otherwise. The paper uses the entropy of the present step. Here
+the weight follows the entropy of the previous step, because a step of one mini-batch measures its entropy only in its
+training pass.
 """
 
 import math

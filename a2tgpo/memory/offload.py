@@ -1,4 +1,4 @@
-"""Move tensors off the GPU, and later back to the same storages, without changing a bit.
+"""Move tensors off the GPU, and later back to the same storages, with exactly the same bits.
 
 Offloading frees the memory of a storage but keeps its tensors, because parameters, gradients and the optimizer's
 shards are views of Megatron's buffers. On a CPU, storages are emptied and refilled in the same way.

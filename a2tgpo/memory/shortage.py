@@ -16,7 +16,8 @@ _REMEDIES = {
     "score": "lower update.max_microbatch_tokens, or raise parallel.tensor or parallel.context",
     "update": _TRAINING,
 }
-"""For each memory phase, the three settings that most likely help. The other phases have `_STATE`."""
+"""For each memory phase, the three settings that most likely help. For phases that are not listed, `_STATE` names the
+settings."""
 
 
 def shortage_line(

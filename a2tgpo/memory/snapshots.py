@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 MAX_ENTRIES = 200_000
-"""Number of newest allocations and frees that a snapshot lists with the lines of code that made them."""
+"""A snapshot lists this many of the newest allocations and frees, each with the line of code that made it."""
 
 
 class MemorySnapshots:

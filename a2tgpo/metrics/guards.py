@@ -46,7 +46,7 @@ class Guards:
     metric is its mean over the first `baseline_steps` steps that have the metric.
 
     Args:
-        clip_low, clip_high: the clipping range. It gives the limit for the noise of the ratio.
+        clip_low, clip_high: the clipping range, which determines the limit for the noise of the ratio.
     """
 
     def __init__(self, config: GuardConfig, *, clip_low: float, clip_high: float):

@@ -14,7 +14,7 @@ def resident_bytes() -> int:
 
 
 def return_free_memory() -> None:
-    """Return freed memory, which glibc's allocator would keep, to the system.
+    """Give freed memory back to the system, because glibc's allocator would keep it.
 
     On its own, glibc returns only the memory at the end of its heap. The pages of a step's freed tensors would stay
     resident, and every step would add more such pages.

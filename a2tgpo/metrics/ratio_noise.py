@@ -1,8 +1,8 @@
 """Estimate how much of a ratio's distance from 1 is rounding noise, and advise which settings to change.
 
-At a step's first mini-batch, the weights are those with which the old log-probs were computed, so both passes round
-in the same way. From the second mini-batch on, the weights differ, so the ratio contains the full noise. The policy's
-movement grows from update to update, but the noise does not.
+At a step's first mini-batch, the training pass has the weights with which the old log-probs were computed, so both
+computations round in the same way. From the second mini-batch on, the training pass has other weights, so the ratio
+contains the full noise. The policy's movement grows from update to update, but the noise does not.
 """
 
 from __future__ import annotations

@@ -174,7 +174,8 @@ def wrap_for_training(
                 bucket_size=bucket_size,
             ),
             chunk,
-            # Other chunks are reduced during the backward pass of earlier chunks, so only the first needs buckets.
+            # The gradients of other chunks are reduced during the backward pass of earlier chunks, so only the first
+            # chunk needs buckets.
             disable_bucketing=number > 0,
         )
         for number, chunk in enumerate(policy.chunks)
@@ -192,7 +193,8 @@ def accumulate_in_float32(chunk: Any) -> None:
     """Make Transformer Engine's linear layers add their weight gradients directly to the float32 buffer.
 
     By default these layers first round each micro-batch's gradient to the weights' dtype. `chunk` must be wrapped in
-    DistributedDataParallel, which owns the buffer. Zero the buffer before each pass: a layer may overwrite it.
+    DistributedDataParallel, which owns the buffer. Set the buffer to 0 before each pass, because a layer may
+    overwrite the buffer instead of adding to it.
     """
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):

@@ -69,5 +69,5 @@ class ExpertLoad:
 
     def _count(self, layer: int, _router: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
         if self._is_real is not None:
-            # A product with the mask, because indexing by it would make the host wait for the GPU.
+            # Multiply by the mask, because indexing with the mask would make the host wait for the GPU.
             self._counts[layer] += (output[1] * self._is_real[:, None]).sum(0)

@@ -63,7 +63,7 @@ def expert_settings(
 
     If `norm_topk_prob` is set, Qwen3 renormalises the softmax weights of the chosen experts. The result equals a
     softmax over the chosen experts' logits, which Megatron computes without `pre_softmax`. No token is dropped and no
-    balancing loss is added, because the update must compute the policy that played.
+    balancing loss is added, because the update must compute with the same policy as the rollout.
     """
     if not has_experts(hf_config):
         return {}

@@ -31,10 +31,11 @@ def forward_packed(
     """Run a chunk of this stage on a row of packed sequences. Each sequence attends only to itself.
 
     All ranks of a data-parallel replica must call this with the same batch. With several pipeline stages, Megatron's
-    schedule must call this, because the schedule passes on the previous chunk's output. With context parallelism, the
-    batch must have the padding of `packing.alignment`. A rank then runs only its own positions of the batch (see
-    `context_split.context_positions`). Tokens after `cu_seqlens[-1]` form an additional segment. Do not call this
-    under `torch.inference_mode`, because training cannot use the rotary tables that Megatron would then cache.
+    schedule must call this, because the schedule gives each chunk the output of the previous chunk. With context
+    parallelism, the batch must have the padding of `packing.alignment`. A rank then runs only its own positions of
+    the batch (see `context_split.context_positions`). Tokens after `cu_seqlens[-1]` form an additional segment. Do
+    not call this under `torch.inference_mode`, because training cannot use the rotary tables that Megatron would then
+    cache.
 
     Args:
         tokens: [1, T] int64, T >= 1, on any device.

@@ -44,7 +44,8 @@ def require_number_formats(dtype: str, fp8: Fp8Config) -> None:
     """Raise `ConfigError` if the installed Transformer Engine does not support these number formats on this GPU."""
     if dtype == "float32":
         # In float32, Transformer Engine's attention would unpack a row into [segments, longest, ...] and keep
-        # [segments, heads, longest, longest] scores per layer. With context parallelism, it has no float32 attention.
+        # [segments, heads, longest, longest] scores per layer. With context parallelism, Transformer Engine has no
+        # float32 attention.
         raise ConfigError(
             "model.dtype is 'float32'; allowed on GPUs: bfloat16, since the memory of Transformer Engine's attention "
             "in float32 grows with the square of the longest sequence, and parallel.context > 1 has none; "

@@ -102,7 +102,8 @@ def transformer_config(
         cp_comm_type="p2p",  # Transformer Engine passes keys and values around a ring during the computation
         # Packed micro-batches differ in length, so a stage must send a tensor's shape before the tensor.
         variable_seq_lengths=parallel.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # variable_seq_lengths forbids the default, even without experts
+        # Even without experts, variable_seq_lengths forbids the default dispatcher.
+        moe_token_dispatcher_type="alltoall",
         # With virtual stages, Megatron frees an output right after it starts to send the output (schedules.py:1522).
         # NCCL keeps the buffer alive until it is sent, but gloo would send the data that has overwritten the buffer.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
@@ -115,11 +116,11 @@ def transformer_config(
 
 
 def _stages(parallel: ParallelConfig) -> dict[str, Any]:
-    """Return Megatron's settings for chunks and uneven stages. None: Megatron's default."""
+    """Return Megatron's settings for chunks and uneven stages. If a value is None, Megatron's default applies."""
     first, last = parallel.first_stage_layers or None, parallel.last_stage_layers or None
     if parallel.pipeline == 2 and first and last:
-        # `first` determines `last`. If both are set and stages are virtual, Megatron divides by the number of middle
-        # stages, 0.
+        # With two stages, `first` determines `last`. If both were set and stages were virtual, Megatron would divide
+        # by 0, the number of middle stages.
         last = None
     return {
         "virtual_pipeline_model_parallel_size": parallel.virtual if parallel.virtual > 1 else None,

@@ -52,7 +52,8 @@ _EXPECTED_WARNINGS = (
     "Apex is not installed|Transformer Engine and Apex are not installed|full scope is deprecated"
     "|If you are using transformer_engine"
 )
-"""Ignored warnings of Megatron, about GPU libraries that are absent on purpose and about its own defaults."""
+"""Megatron's warnings about GPU libraries that are absent on purpose, and about Megatron's own defaults. They are
+ignored."""
 
 
 def install() -> None:

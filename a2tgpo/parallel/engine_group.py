@@ -76,7 +76,8 @@ def build_engine_group(config: RunConfig, groups: ParallelGroups) -> EngineGroup
     own, timeout = None, timedelta(seconds=config.parallel.timeout_s)
     for first in range(0, groups.world_size, size):
         ranks = list(range(first, first + size))
-        # Communicate on the CPU. On the GPU, sharing a tool's answer would wait for the engine's step.
+        # Communicate on the CPU. On the GPU, the ranks would have to wait for the engine's step before they could
+        # share a tool's answer.
         group = dist.new_group(ranks, backend="gloo", timeout=timeout) if size > 1 else None
         if groups.rank in ranks:
             own = group

@@ -38,7 +38,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Profile the `with` block if `number` is one of the chosen steps. A block that raises leaves no trace."""
+        """Profile the `with` block if `number` is a chosen step. If the block raises, no trace is written."""
         if number not in self._config.steps:
             yield
             return

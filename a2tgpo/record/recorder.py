@@ -72,10 +72,10 @@ class Recorder:
         """Write the record of one training step. Every rank must call this.
 
         Args:
-            trajectories: this replica's share of the step. The trajectories are the rows of `table`, `advantages`,
+            trajectories: this replica's share of the step's trajectories. They are the rows of `table`, `advantages`,
                 `clip_scales` and `ratios` [N, T + 1].
             unjudged: this replica's trajectories on which the step does not train, because a reward could not judge
-                them. Only the records contain them.
+                them. Only the recorded rollouts contain them, not the metrics.
             engine_metrics: metrics of this rank's engine, which are reduced over the world.
             learning_metrics: metrics of this replica's trajectories, which are reduced over the data-parallel group.
             seconds: wall time of each stage on this rank as `time/STAGE_s`, and of the step as `time/step_s`.
@@ -94,7 +94,7 @@ class Recorder:
             learning_metrics.reduce(self._groups.dp_group)
         )
         metrics["speed/tokens_per_s"] = metrics["speed/sampled_tokens"] / seconds["time/step_s"]
-        # Broadcast the result, because all ranks must decide on exactly equal values.
+        # Broadcast the result, because all ranks must base their decisions on exactly equal values.
         metrics = broadcast_object(metrics, world, source=0)
         noise, noise_line = self._ratio_noise.watch(metrics)
         metrics |= noise

@@ -23,7 +23,8 @@ FOLDER = "rollouts"
 _PART = re.compile(r"replica_(\d+)_of_(\d+)\.jsonl\.zst")
 _STEP = re.compile(r"step_(\d+)(\.jsonl\.zst)?")
 _LEVEL = 1
-"""Level of zstd. The default level takes several times as long, and makes the files only a tenth smaller."""
+"""Level of zstd. zstd's default level takes several times as long as this level, and makes the files only a tenth
+smaller."""
 
 _MAX_RANGES = 6
 

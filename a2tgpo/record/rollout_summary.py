@@ -74,7 +74,7 @@ def gather_texts(
     The first rank of every replica must call this, with the same `chosen`.
 
     Args:
-        trajectories: this replica's share of the step.
+        trajectories: this replica's share of the step's trajectories.
         text_of: returns the text of the trajectory in a given row.
     """
     rows = {(t.prompt_index, t.sample_index): row for row, t in enumerate(trajectories)}

@@ -38,7 +38,7 @@ def refit(policy: Policy, engine: VllmEngine, *, version: int, bucket_mib: int) 
     Each rank passes full tensors to its own engine, which keeps only its part of them.
 
     Args:
-        version: the number of updates since `policy.path`, equal on all ranks.
+        version: the number of steps for which the weights were trained, equal on all ranks.
         bucket_mib: largest number of MiB of weights to gather at once. Two such buckets exist at the same time.
 
     Raises:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "fp8": 0.8}
 """Largest allowed mean |difference| per probe token, in nats, for each number format. If engine and trainer have
-different formats, the larger value applies. FP8 alone changes the probe's log-probs by 0.4 in a model of 135M
-(docs/fp8.md)."""
+different formats, the larger value applies. FP8 alone changes the probe's log-probs by 0.4 nats on average in a model
+of 135M parameters (docs/fp8.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,8 @@ class GainCheck:
 
         Args:
             version: the version of the policy's weights (`Turn.version`).
-            trajectories: this data-parallel replica's share of the step, before the policy is trained on it.
+            trajectories: this data-parallel replica's share of the step's trajectories, before the policy is trained
+                on them.
         """
         every, metrics = self._config.verify_every, MetricSums()
         if every == 0 or version % every:

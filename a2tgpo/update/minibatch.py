@@ -83,7 +83,8 @@ def build_minibatches(
     """Build mini-batches of `prompts_per_minibatch` prompts each, in the order of prompts.
 
     Every rank must call this, because loss normalisers are summed over the data-parallel group. `trajectories` is
-    this data-parallel replica's share of the step. Trajectory i has row i of `advantages` and `clip_scales`.
+    this data-parallel replica's share of the step's trajectories. Trajectory i has row i of `advantages` and
+    `clip_scales`.
     """
     prompts = config.update.prompts_per_minibatch
     is_correct = torch.tensor([t.exact_match == 1 for t in trajectories], dtype=torch.bool)
@@ -127,7 +128,7 @@ def _with_clip_cov(
     config: RunConfig,
     groups: ParallelGroups,
 ) -> list[Microbatch]:
-    """Return the micro-batches of one mini-batch with `is_cov_clipped`, by the log-probs of the engine."""
+    """Return the micro-batches of one mini-batch with `is_cov_clipped`, which is chosen by the engine's log-probs."""
 
     def sampled(values: Sequence[Tensor]) -> Tensor:
         chosen = [value[m.batch.loss_mask[0]] for m, value in zip(microbatches, values, strict=True)]

@@ -42,7 +42,8 @@ def compute_old_logprobs(
 ) -> tuple[list[Minibatch], MetricSums]:
     """Return the mini-batches with `old_logprobs`, and metrics. Every rank must call this.
 
-    A single mini-batch is returned unchanged, because `update_policy` takes its log-probs from the training pass.
+    If there is only one mini-batch, it is returned unchanged, because `update_policy` takes the old log-probs from
+    its training pass.
 
     The metrics are the entropy, the likelihood of the sampled tokens, and the gap between the log-probs of trainer
     and engine. `likelihood/correct` covers only trajectories whose answer matches. It is omitted if no answer
@@ -115,7 +116,7 @@ def update_policy(
             schedule.step()
         metrics.add("update/loss", result.loss, 1)
         metrics.add("update/grad_norm", result.grad_norm, 1)
-        # All replicas skip an update together, but the sum over replicas must count it only once.
+        # All replicas skip an update together, but the sum over replicas must count the skipped update only once.
         metrics.add("update/skipped", float(not result.update_ok and policy.groups.dp_rank == 0), 0)
         if result.metrics:
             _record(metrics, result.metrics, is_first=number == 0)

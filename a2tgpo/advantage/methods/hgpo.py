@@ -8,8 +8,8 @@ For k = 1 .. K + 1, a turn is compared with the turns of its prompt that were wr
 z_k is the z-score in group k, with the population's standard deviation. The sums run over the groups of the turn that
 have at least two members. A turn without such a group has advantage 0.
 
-As in the authors' scripts, the weights are those of their code, and no trajectory's advantage is added (their
-`base_group` is false). Their code also skips groups in which the z-score is exactly 0. Here these groups keep their
+The weights w_k are those of the authors' code. As in their scripts (`base_group` is false), no advantage of the whole
+trajectory is added. Their code also skips groups in which the z-score is exactly 0. Here these groups keep their
 weight. As in their code, a trajectory that repeats a state is in a group more than once.
 """
 

@@ -1,4 +1,4 @@
-"""A2TGPO's advantage with an account of the decision to stop: a turn that was not taken counts as gain 0.
+"""A2TGPO's advantage, changed so that a turn that a trajectory did not take counts as a turn with gain 0.
 
 In Eq. 6-9 of arXiv 2605.06200, a turn is compared only with trajectories that took it. The gains of a turn group then
 have mean 0 among the trajectories that went on, so going on earns no credit from gains, whatever the turn is worth.
@@ -9,7 +9,7 @@ sums the normalised gains from its own index to K:
 
     A_{i,t} = alpha sum_{k=t}^{K} gamma^{k-t} g_{i,k} / sqrt(K - t + 1) + R_i,    1 <= t <= n_i + 1
 
-With gamma 1 and without division by standard deviations, the sum is what the trajectory gains from turn t on, less
+With gamma 1 and without division by standard deviations, the sum is what the trajectory gains from turn t on, minus
 the group's mean of the same quantity. The sum is empty for a final turn at index K + 1.
 """
 
