@@ -188,7 +188,7 @@ def embed_in_processes(dense: DenseBuild, num_workers: int, bars: Bars) -> None:
             done = dense.blocks.num_done
             bars("embedding", done - shown, total)
             shown = done
-        bars("embedding", -shown, total)  # the caller embeds the missing passages, and counts from 0
+        bars("embedding", -shown, total)  # reset the bar: the caller's own loop counts all passages again
     finally:
         for process in processes:
             process.terminate()

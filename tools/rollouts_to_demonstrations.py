@@ -35,7 +35,7 @@ def main() -> int:
 
 
 def write_demonstrations(args: argparse.Namespace) -> None:
-    """Write the selected trajectories to `args.out`. Print the number left out for each reason."""
+    """Write the selected trajectories to `args.out`. Print how many trajectories were left out for each reason."""
     require(args.per_question >= 1, "--per-question", args.per_question, ">= 1")
     first, last = steps_of(args.steps)
     records, counts, num_read = demonstrations_of(

@@ -107,7 +107,7 @@ def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: thre
     config, inbox = player.config, Inbox(max_waiting=args.queue)
     protocol = build_protocol(
         config,
-        load_tokenizer(config.model.path),  # not the player's tokenizer, which another thread uses
+        load_tokenizer(config.model.path),  # a second tokenizer, because another thread uses the player's
         schemas=player.toolset.schemas,
         date=player.protocol.template.date,
     )

@@ -125,7 +125,7 @@ def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -
 
 
 def rollout_files(run_dir: Path) -> dict[int, list[Path]]:
-    """Return {step: its files of rollouts}, steps ascending. Raise ConfigError if the run has no rollouts."""
+    """Return {step: its files of rollouts}, ordered by step. Raise ConfigError if the run has no rollouts."""
     files = recorded_steps(run_dir)
     if not files:
         raise ConfigError(f"{run_dir} has no rollouts; give the folder of a run, like runs/quickstart")

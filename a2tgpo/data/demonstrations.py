@@ -28,7 +28,7 @@ class Demonstration:
 
     question: Question
     turns: tuple[tuple[str, str | None], ...]
-    """For each turn, the policy's text and the observation after it, or None if the turn is last or has `calls`."""
+    """For each turn, the policy's text and an observation, which is None if the turn is last or has `calls`."""
     calls: tuple[tuple[DemonstratedCall, ...], ...] = ()
     """The calls of each turn. Empty if the texts contain the calls as tags."""
     quality: str = ""

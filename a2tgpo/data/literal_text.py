@@ -76,7 +76,8 @@ class LiteralEncoder:
 
         Args:
             frame: puts each text into text that this program wrote.
-            begins_sequence: whether each result begins a sequence. If so, its first part keeps SentencePiece's space.
+            begins_sequence: whether each result begins a sequence. If so, SentencePiece's space before each result is
+                kept.
         """
 
         def encode(framed: list[str]) -> list[list[int]]:

@@ -81,7 +81,7 @@ def parse_question(record: dict, where: str, *, default_id: str, need_answers: b
 
 
 def _golds(record: dict, where: str, *, need_answers: bool) -> tuple[str, ...]:
-    """Return the gold answers of a record; none if the record has none and `need_answers` is False."""
+    """Return the gold answers of a record. If `need_answers` is False, the record may have none."""
     try:
         name, answers = answers_of(record, where)
     except ConfigError as error:

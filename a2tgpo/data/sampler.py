@@ -99,7 +99,7 @@ class PromptSampler:
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state`, which a sampler with another `per_step` or other weights may have saved.
 
-        Other weights apply from now on. The shares of earlier questions are not made up for.
+        If the weights have changed, the questions dealt before do not count towards the new shares.
 
         Raises:
             ConfigError: if the questions or the seed of `state` differ from this sampler's.
@@ -195,7 +195,7 @@ class _EpochOrder:
         self.epoch = state["epoch"]
         self._position = state["position"]
         self._deferred = list(state["deferred"])
-        # Checkpoints of 0.1 have no `num_dealt`; they were written with one set, which needs none.
+        # Checkpoints of version 0.1 have no `num_dealt`, because that version had only one set.
         self.num_dealt = state.get("num_dealt", 0)
         self._order = self._epoch_order()
 

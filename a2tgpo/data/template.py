@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _PROBE, _ANSWER = "Which river flows through Vienna?", "The Danube."
 KWARGS_KEY = "data.chat_template_kwargs"
 CHUNK = 512
-"""Largest number of questions in one tokenizer call, which needs about 20 kB of memory per question."""
+"""Largest number of questions in one call of the tokenizer. A call needs about 20 kB of memory per question."""
 
 
 class PromptTemplate:

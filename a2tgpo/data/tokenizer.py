@@ -56,7 +56,7 @@ def _require_embedded(tokenizer: PreTrainedTokenizerBase, path: str, key: str) -
     try:
         rows = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return  # the model is missing or malformed, which its reader reports
+        return  # config.json is missing or malformed; the code that loads the model reports this
     size = num_token_ids(tokenizer)
     if isinstance(rows, int) and size > rows:
         token = tokenizer.convert_ids_to_tokens(size - 1)

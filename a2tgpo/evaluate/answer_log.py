@@ -1,7 +1,8 @@
 """Write each answer to disk as soon as an engine gives it, so that an interrupted evaluation can resume.
 
 The log is a folder beside the report. Its file `settings.json` identifies the evaluation. Engine R appends its
-answers to the file `replica_R.jsonl`. The next start reads all files, even if it has another number of engines.
+answers to the file `replica_R.jsonl`. A resumed evaluation reads all these files, even if it has another number of
+engines.
 """
 
 from __future__ import annotations

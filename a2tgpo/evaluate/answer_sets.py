@@ -40,7 +40,7 @@ def answer_sets(
         log: the answer log of this engine. It is None unless this rank is the leader of its engine.
         rewards: computes the scores of the answers, on the leader of each engine.
         stop: reports a requested stop, which interrupts the evaluation.
-        bar: shows the progress of this engine, which is about that of all engines.
+        bar: shows the progress of this engine. All engines progress at about the same rate.
 
     Raises:
         StopAgreed: on all ranks, if the evaluation was interrupted. `log` contains the answers so far.

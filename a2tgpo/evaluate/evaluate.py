@@ -20,7 +20,7 @@ from a2tgpo.rollout.group_rollout import Finished, GroupRollout, RolloutInterrup
 from a2tgpo.trajectory import Prompt
 
 _SQUARE, _NUMBER = "square of ", "number of "
-"""Marks in the names of metrics that sum the squares of a score, and that count the score's values."""
+"""Marks in the names of two metrics of each score: its squares, and the number of its values."""
 WAIT_S = 1.0
 """Seconds for which an interruption may have to wait while rewards are being computed."""
 
@@ -64,7 +64,7 @@ def evaluate(
     rewards: RewardPool | None = None,
     stop: StopRequest | None = None,
 ) -> dict[str, float]:
-    """Answer every question greedily and, if requested, `num_samples` more times, and return metrics.
+    """Answer every question once greedily and `num_samples` times by sampling, and return metrics.
 
     Every rank of the world must call this. Each engine answers its share of the questions.
 

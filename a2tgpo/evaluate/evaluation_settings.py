@@ -50,7 +50,8 @@ _DECIDING = (
     "web.backend",
     "web.top_k",
 )
-"""Keys of the settings that decide the answers. The layout and `search.url` may change between two starts."""
+"""Keys of the settings that decide the answers. The layout and `search.url` are not among them, so they may change
+when an evaluation is resumed."""
 _OF_JUDGE = ("judge.max_tokens", "judge.model", "judge.pattern", "judge.scores")
 
 

@@ -64,11 +64,11 @@ class Player:
 def load_saved(
     file: str | Path, overrides: Sequence[str], path: str | Path, *, key: str = "--checkpoint"
 ) -> tuple[RunConfig, SavedModel]:
-    """Return a run's configuration and its saved weights. The layout is that of this launch's processes.
+    """Return a run's configuration, with a layout for this program's processes, and its saved weights.
 
     Args:
         file: the YAML file of the run. Its layout is ignored (`inference_config`).
-        overrides: overrides as in `load_config`, which may set another layout.
+        overrides: overrides as in `load_config`. They may set the layout.
         path: the path of the weights, as `find_model` accepts it.
         key: the option with which the user gave `path`, for error messages.
 
@@ -86,8 +86,8 @@ def load_saved(
 def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) -> Player:
     """Build a player whose engine has the weights of `model`; every rank must call this.
 
-    The weights of a checkpoint reach the engine through the trainer's model, as in training. The refit then verifies
-    the engine's weights on the probe.
+    The weights of a checkpoint reach the engine through the trainer's model, as in training. The engine's log-probs
+    of a fixed text, the probe, are then compared with the trainer's.
 
     Raises:
         ConfigError: with a one-line message, if the engine cannot play with these weights or settings.

@@ -149,7 +149,7 @@ def to_demonstration(candidate: Candidate, question: Question) -> dict[str, Any]
                 f"question {question.id!r} has a rollout whose calls have no closing tag; only rollouts in tags and "
                 "in the call format hermes can become demonstrations"
             )
-        # The last token may have text after the tag, and in the chat protocol the end of the turn follows.
+        # Drop what follows the tag: the rest of the tag's last token and, in the chat protocol, the end of the turn.
         end = text.rfind(closing) + len(closing)
         turns.append({"text": text[:end], "observation": turn["observation_text"]})
     turns.append({"text": record["turns"][-1]["text"]})

@@ -117,7 +117,7 @@ class RunResult:
         return self.records[-1]["step"] if self.records else 0
 
     def evaluations(self) -> list[dict]:
-        """Return the records that have a held-out score, steps ascending."""
+        """Return the records that have a held-out score, in the order of their steps."""
         return [record for record in self.records if record.get("evaluation/em") is not None]
 
 

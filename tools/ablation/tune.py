@@ -87,7 +87,7 @@ class Tuner:
         ]  # fmt: skip
 
     def play(self, trials: Sequence[Trial]) -> None:
-        """Run every trial that has no score yet, and store its score. If a trial fails, report it, and store -inf."""
+        """Run every trial that has no score yet, and store its score. The score of a failed trial is -inf."""
         todo = [trial for trial in trials if trial not in self.scores]
         with ThreadPoolExecutor(self._args.jobs) as pool:
             for trial, score in zip(todo, pool.map(self._score, todo), strict=True):

@@ -31,7 +31,8 @@ MIN_SAMPLES = 30
 PERCENTILES = (5, 25, 50, 75, 95)
 
 Columns = dict[str, np.ndarray]
-"""{name: column}, all columns of one length. Keys (turn, remaining, tool_calls) are int64, signals are float64."""
+"""{name: column}. All columns have the same length. Keys (turn, remaining, tool_calls) are int64, signals are
+float64."""
 
 
 def spread_out(steps: Sequence[int], count: int) -> list[int]:
@@ -75,7 +76,8 @@ def gain_signals(trajectories: Sequence[Trajectory]) -> Columns:
 def envelope_signals(trajectories: Sequence[Trajectory]) -> Columns:
     """Return a row for every turn of one step.
 
-    The column `remaining` is the number of process turns from this turn on. The other columns are advantages.
+    The column `remaining` is the number of process turns from this turn (included) to the last. The other columns are
+    advantages.
     """
     table = table_of(trajectories)
     column = torch.arange(table.max_turns + 1)

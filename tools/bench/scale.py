@@ -1,4 +1,4 @@
-"""Measure the part of one rank's work that depends on the number of ranks, per step and at the start.
+"""Measure the part of one rank's work that depends on the number of ranks, in a step and at start-up.
 
     python tools/bench/scale.py [--ranks 8,64,512,1024] [--real 2,4,8] [--page docs/performance.md]
 

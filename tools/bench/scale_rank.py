@@ -51,7 +51,7 @@ ROUNDS = 3
 
 
 class Peers:
-    """Simulates the other ranks: collectives return parts of all ranks, which are made from this rank's own part."""
+    """Simulates the other ranks: collectives make the parts of all other ranks from this rank's own part."""
 
     def __init__(self) -> None:
         self.calls = self.sent = self.received = 0

@@ -10,8 +10,8 @@ After `make setup-trl`, the bench also measures TRL's GRPOTrainer, with its own 
 environment. TRL trains on the same tokens with observations masked, and accumulates gradients over the same two
 micro-batches. TRL pads prompts on the left and completions on the right, each to the longest row of the batch. It
 computes entropies. TRL computes ratios per token or per sequence, not per turn. In the first update on a batch all
-ratios are 1, so loss and gradient are equal, and the bench checks this. TRL's fused output layer, which is made for
-GPUs, runs at every position, and once more in the backward pass.
+ratios are 1, so TRL's loss and gradient must equal this project's. The bench checks this. TRL's fused output layer,
+which is made for GPUs, runs at every position, and once more in the backward pass.
 
 Each variant runs in its own process, so its peak memory is that of its own training. Before the measured update, each
 process runs an update on a single trajectory. All variants give the same loss and gradient norm. All variants except

@@ -1,10 +1,10 @@
-"""Emulate the forward pass of FP8 linear layers with Transformer Engine's recipes by rounding, on any machine.
+"""Emulate the forward pass of linear layers in FP8 on any machine, by rounding as in Transformer Engine's recipes.
 
 The operands are rounded to values of scaled FP8 numbers, then multiplied and summed in float32. The result is rounded
-to the format of the layer's input. A tensor core with full accumulation computes in the same way. A GPU run differs
-in two points: the order of summation, and the set of values that share a scale in recipes with one scale per tensor.
-An emulated scale covers one matrix in Hugging Face's layout, and the input of one sequence. Megatron fuses matrices
-and packs sequences.
+to the format of the layer's input. A tensor core with full accumulation computes in the same way. A run on a GPU
+differs from the emulation in two points: the order of summation, and the set of values that share a scale in recipes
+with one scale per tensor. An emulated scale covers one matrix in Hugging Face's layout, and the input of one
+sequence. Megatron fuses matrices and packs sequences.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ RECIPES = {
 
 
 def round_to(values: Tensor, number_format: Format) -> Tensor:
-    """Round finite float32 values to the nearest number of `number_format`, ties to even. Return the same shape."""
+    """Round finite float32 values to the nearest number of `number_format`, ties to even."""
     power = (values.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
     step = power.clamp(min=2.0**number_format.min_exponent) * 2.0**-number_format.mantissa_bits
     rounded = torch.round(values / step) * step  # only `round` changes digits, because step is a power of two

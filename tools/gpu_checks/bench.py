@@ -44,7 +44,8 @@ class Settings:
     min_bus_gb_s: float | None = None
     """Smallest accepted bus bandwidth of the largest all-reduce, GB/s. None means the backend's default."""
     lengths: tuple[int, ...] | None = None
-    """Tokens of each packed sequence for wide heads. None means long sequences on a GPU, and short ones on a CPU."""
+    """Length in tokens of each sequence that the checks pack for a model with wide heads. None means long sequences
+    on a GPU, and short ones on a CPU."""
     like: str | None = None
     """The model whose slice is checked: a built-in name, or a folder with config.json. None means `DEFAULT_LIKE` on a
     GPU and `STAND_IN` on a CPU."""

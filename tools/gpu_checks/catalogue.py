@@ -34,7 +34,7 @@ class Check:
 
 
 COLD_ENGINE_S = 1200.0
-"""Time limit of checks that build engines, because torch.compile takes minutes with one thread and an empty cache."""
+"""Time limit of checks that build engines. With one thread and an empty cache, torch.compile takes minutes."""
 _FP8 = "FP8 is computed by Transformer Engine and vLLM on cards from compute capability 8.9 on"
 
 CHECKS: dict[str, Check] = {

@@ -33,7 +33,7 @@ SMALL = ModelDimensions(
     vocab=VOCAB_SIZE,
     tied=False,
 )
-"""A model of four layers, whose shapes the kernels of large models accept."""
+"""A model of four layers with shapes that the kernels for large models accept."""
 WIDE_HEADS = dataclasses.replace(SMALL, layers=2, heads=8, kv_heads=1, head_dim=128)
 """A model with the heads of one of 8 tensor-parallel ranks of Qwen2.5-72B or Llama-3.1-70B."""
 STAND_IN = ModelDimensions(
@@ -47,8 +47,8 @@ STAND_IN = ModelDimensions(
     vocab=152064,
     tied=False,
 )
-"""A small model for machines without a GPU. As in Qwen2.5-72B, the feed-forward channels of one of 8 ranks (464) are
-not a multiple of 128."""
+"""A small model for machines without a GPU. As in Qwen2.5-72B, the number of feed-forward channels on one of 8 ranks,
+here 464, is no multiple of 128."""
 DEFAULT_LIKE = "qwen2.5-72b"
 
 

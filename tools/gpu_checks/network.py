@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MIN_BUS_GB_S = {"nccl": 20.0, "gloo": 0.02}
 """{backend: smallest accepted bus bandwidth of the largest message}.
 
-One network port of 200 Gb/s reaches 20 GB/s. If the bandwidth is lower, NCCL uses TCP.
+One network port of 200 Gb/s reaches 20 GB/s. A bandwidth below the limit suggests that NCCL uses TCP.
 """
 SIZES_MIB = {"nccl": (1, 16, 128, 1024), "gloo": (1, 16)}
 SMALL_KIB = 16

@@ -17,14 +17,14 @@ LONG_LENGTHS = (17, 700, 1, 3000, 426)
 MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.03}
 """Limit in nats for the mean |difference| between this project's log-probs and transformers' log-probs in float32.
 
-On a CPU, this project's layers differ by 2e-7 in float32, and by 0.005 in bfloat16. If attention crossed the end of a
-packed sequence, the difference would be 0.5 or more.
+On a CPU, the difference is 2e-7 if this project computes in float32, and 0.005 in bfloat16. If attention crossed the
+end of a packed sequence, the difference would be 0.5 or more.
 """
 MAX_GRADIENT_GAP = {"float32": 1e-4, "bfloat16": 0.06}
 """Limit for |difference| / |gradient| between this project and transformers, with all gradients in one vector.
 
-On a CPU, this project's layers differ by 5e-7 in float32, and by 0.015 in bfloat16. If attention crossed the end of a
-packed sequence, the difference would be 1.2.
+On a CPU, the value is 5e-7 if this project computes in float32, and 0.015 in bfloat16. If attention crossed the end
+of a packed sequence, the value would be 1.2.
 """
 
 

@@ -28,11 +28,12 @@ The limits are those of the probe (refit.verify.TOLERANCES), because gold answer
 probe's tokens.
 """
 MIN_FP8_GAP, MAX_FP8_GAP = 0.02, 0.3
-"""Limits in nats for the difference in `MAX_SAMPLED_GAP` if engine, trainer or both compute in FP8.
+"""Limits in nats for the difference that `MAX_SAMPLED_GAP` limits, if engine, trainer or both compute in FP8.
 
-bfloat16 gives less than 0.01, so a difference below the lower limit shows that FP8 was not used. Emulated FP8
-(`fp8_study/emulation.py`) changes the log-probs by 0.06, or by 0.09 if both sides round independently. The upper
-limit is about three times 0.09, because scales of fused matrices and packed rows are coarser than emulated scales.
+In bfloat16 the difference is less than 0.01, so a difference below the lower limit shows that FP8 was not used.
+Emulated FP8 (`fp8_study/emulation.py`) changes the log-probs by 0.06, or by 0.09 if both sides round independently.
+The upper limit is about three times 0.09, because scales of fused matrices and packed rows are coarser than emulated
+scales.
 """
 MAX_FP8_GAIN_GAP = 0.8
 """Limit in nats for gold answers in FP8, which is the value of refit.verify.TOLERANCES for FP8."""
@@ -126,7 +127,7 @@ def check_fp8_step(bench: Bench) -> None:
 
 
 def _fp8_steps(bench: Bench, *settings: dict[str, Any]) -> None:
-    """Run training steps in FP8, and check that engine and trainer differ by the noise of FP8."""
+    """Run training steps in FP8, and check that the log-probs of engine and trainer differ by the noise of FP8."""
     parts, trainer = _start(bench, CORRECTION, *settings)
     for step in range(1, STEPS + 1):
         metrics = _take_step(bench, trainer, f"step {step}")

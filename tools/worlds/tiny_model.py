@@ -124,7 +124,7 @@ def build_model(vocab_size: int, *, seed: int) -> PreTrainedModel:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,  # the smallest that the engine's attention supports on a CPU
+        head_dim=32,  # the smallest value that the engine's attention supports on a CPU
         initializer_range=0.04,
         tie_word_embeddings=True,
         max_position_embeddings=1024,
