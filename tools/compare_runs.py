@@ -4,7 +4,7 @@
     python tools/compare_runs.py RUN RUN --exact
 
 RUN is a run's folder (runs/NAME). The program writes curves.png and table.md to FOLDER, by default runs/comparison.
-With --exact, the program writes no files. It exits with 1 if the numbers of two runs differ in any bit.
+With --exact, the program writes no files. The exit code is then 1 if the numbers of two runs differ in any bit.
 """
 
 from __future__ import annotations

@@ -225,7 +225,8 @@ def main() -> int:
 
 
 def address_of(bound: socket.socket) -> str:
-    """Return the URL that reaches `bound`. If it listens on all addresses, the host is this machine's name."""
+    """Return the URL of the socket `bound`. If the socket listens on all addresses, the host is this machine's
+    name."""
     host, port = bound.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = platform.node()

@@ -30,7 +30,7 @@ _ANCHOR = "\n"
 
 
 class LiteralEncoder:
-    """Encode text of other authors within a frame that this program wrote.
+    """Encode text that this program did not write, inside text that it did write (the frame).
 
     Args:
         tokenizer: the policy's tokenizer. A token that was added to its vocabulary is a control token if it is marked

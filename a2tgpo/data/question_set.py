@@ -40,7 +40,7 @@ def load_questions(path: str, *, key: str = "data.train", need_answers: bool = T
 
     Args:
         key: the configuration key that names `path`, for error messages.
-        need_answers: whether a record without answers is malformed.
+        need_answers: whether a record must have answers.
 
     Raises:
         ConfigError: with a one-line message, if the file cannot be read, if a record is malformed, or if the file has

@@ -8,11 +8,12 @@ from a2tgpo.io.errors import ConfigError, require
 
 
 class PromptSampler:
-    """Returns question indices, `per_step` at a time. The seed and the numbers of the epochs determine their order.
+    """Returns question indices, `per_step` at a time. The seed and the number of the epoch determine the order of the
+    questions.
 
-    The questions of several sets may be mixed. Each set has epochs of its own. A question of the step comes from the
-    set that is furthest behind its share, so after any number of questions each set is within one question of its
-    share. If the step already has all questions of a set, the set waits for the next step.
+    The questions of several sets may be mixed. Each set has epochs of its own. Each next question comes from the set
+    that is furthest behind its share, so each set stays within one question of its share. If the step already
+    has all questions of a set, the set waits for the next step.
 
     A step may span two epochs of a set. No step contains a question twice, because the questions that are already in
     the step move to the end of the new epoch's order. Every rank has the same sampler and takes its share of the

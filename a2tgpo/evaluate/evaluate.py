@@ -41,8 +41,8 @@ class Answer:
     tool_calls: int
     stop_reason: str
     scores: dict[str, float] = field(default_factory=dict)
-    """The values of the run's rewards and of their parts by name, and as `reward` their weighted sum. Empty if no
-    rewards were computed, or if a reward could not judge the answer."""
+    """{name: value} of the run's rewards and of their parts. The entry `reward` is the weighted sum of the rewards.
+    Empty if no rewards were computed, or if a reward could not judge the answer."""
 
     @property
     def exact_match_gated(self) -> float:
@@ -79,8 +79,8 @@ def evaluate(
         format does not change it), em_format_gated and f1 and, with samples, mean_at_K and pass_at_k.
         standard_error_SCORE is the standard error of SCORE. Other metrics are format_ok_rate, tool_calls,
         num_questions, and em_N_hops, the em over the questions with N hops. If there are several sets, the map also
-        has SET/METRIC for each set and metric. With `rewards`, the scores include those in
-        `Answer.scores` of the greedy answers.
+        has SET/METRIC for each set and metric. With `rewards`, the map also has the `Answer.scores` of the greedy
+        answers.
 
     Raises:
         StopAgreed: on all ranks, if the evaluation was interrupted.
@@ -231,7 +231,7 @@ def _add(sums: MetricSums, prefix: str, answer: Answer, scores: Mapping[str, flo
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     """Return the probability that at least one of k answers is right (arXiv:2107.03374, Eq. 1).
 
-    The k answers are drawn without replacement from `num_samples` answers, of which `num_right` are right. For k = 1
-    it is the share of right answers.
+    The k answers are drawn without replacement from `num_samples` answers, of which `num_right` are right. For k = 1,
+    the probability is the share of right answers.
     """
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)

@@ -66,7 +66,7 @@ def load_evaluation_sets(
     """Return the questions of each held-out set of `config`, by the name of the set.
 
     Args:
-        is_whole: whether to return all questions of each set, whatever its limit for evaluations during training is.
+        is_whole: whether to ignore the sets' limits for evaluations during training, and return all questions.
         need_answers: whether a question without answers is an error.
 
     Raises:

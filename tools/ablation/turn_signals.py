@@ -31,8 +31,8 @@ MIN_SAMPLES = 30
 PERCENTILES = (5, 25, 50, 75, 95)
 
 Columns = dict[str, np.ndarray]
-"""{name: column}. All columns have the same length. Keys (turn, remaining, tool_calls) are int64, signals are
-float64."""
+"""{name: column}. All columns have the same length. Counts and indices (turn, remaining, tool_calls) are int64.
+Signals are float64."""
 
 
 def spread_out(steps: Sequence[int], count: int) -> list[int]:

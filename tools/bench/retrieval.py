@@ -26,7 +26,7 @@ import numpy as np
 
 @dataclass
 class Outcome:
-    """The result of the load with one number of clients."""
+    """The measurements with one number of clients."""
 
     clients: int
     seconds: float = 0.0

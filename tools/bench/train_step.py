@@ -1,10 +1,10 @@
 """Compare one update of SmolLM2-135M with a plain loop of transformers and torch.optim that pads.
 
 Both programs run in float32 with one thread, on the same trajectories. Both run forward and backward passes of the
-turn-level loss in two micro-batches, clip the gradients, and take a step of AdamW. The old policy's log-probs come
-from the same forward pass. This project's update packs trajectories, and runs the output layer only where a token was
-sampled. The plain loop pads rows on the right, either in their given order or sorted by length, and runs the output
-layer at every position. The plain loop computes no entropies and no metrics.
+turn-level loss in two micro-batches, clip the gradients, and take a step of AdamW. The forward pass of the update
+also gives the old policy's log-probs. This project's update packs trajectories, and runs the output layer only where
+a token was sampled. The plain loop pads rows on the right, either in their given order or sorted by length, and runs
+the output layer at every position. The plain loop computes no entropies and no metrics.
 
 After `make setup-trl`, the bench also measures TRL's GRPOTrainer, with its own training loop and AdamW, in its own
 environment. TRL trains on the same tokens with observations masked, and accumulates gradients over the same two
@@ -53,7 +53,8 @@ from a2tgpo.update.policy_update import update_policy
 MODEL = "artifacts/models/smollm2-135m"
 ROUNDS = 2
 LENGTHS = (64, 96, 70, 128, 180, 80, 104, 66)
-"""Tokens of each trajectory. Real trajectories are 20 times longer, with the same relative spread and a long tail."""
+"""Number of tokens of each trajectory. Real trajectories are 20 times longer, with the same relative spread and a
+long tail."""
 NUM_MICROBATCHES = 2
 CONFIG, UPDATE = AlgorithmConfig(), UpdateConfig()
 

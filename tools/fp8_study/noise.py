@@ -167,7 +167,7 @@ def move_weights(model: Any, drift: float, *, seed: int) -> None:
 
 
 def noise_rows(old: Mapping[str, Logprobs], new: Mapping[str, Logprobs]) -> list[dict[str, Any]]:
-    """Return the table's rows, one for each question, format and length.
+    """Return the table's rows, one for each question of study.py (rounding, gap, ratio), format and length.
 
     Args:
         old, new: the results of `measure` before and after `move_weights`.
@@ -193,7 +193,8 @@ def _difference(left: Logprobs, right: Logprobs) -> Logprobs:
 
 
 def piece_means(differences: Logprobs, length: int) -> Tensor:
-    """Cut all turns into pieces of `length` tokens, drop incomplete pieces, and return the pieces' means [pieces].
+    """Cut all turns into pieces of `length` tokens, drop incomplete pieces, and return the mean of each piece
+    [pieces].
 
     If `length` is `WHOLE`, each turn is one piece.
     """

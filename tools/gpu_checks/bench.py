@@ -34,7 +34,7 @@ class Row:
     note: str = ""
     """Why the row failed or was skipped, or further observations."""
     quantity: str = ""
-    """The key in `QUANTITIES` of the plan's assumption that `measured` can replace, or empty."""
+    """The plan's assumption that `measured` can replace, named as in `QUANTITIES`, or empty."""
 
 
 @dataclass(frozen=True, kw_only=True)

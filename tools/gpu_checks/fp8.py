@@ -46,7 +46,8 @@ def check_slice(bench: Bench) -> None:
     groups = passes.join(bench)
     timed = 8192 if on_gpu else 256
     path = write_model(bench.work / "slice", dimensions, max_positions=timed, device=groups.device)
-    # Use bfloat16 also on a CPU, because these rows test number formats. `packed_attention` tests the computation.
+    # Use bfloat16 also on a CPU, because these rows test number formats. The check `packed_attention` tests the
+    # computation itself.
     plain = passes.logprobs_and_gradients(path, groups, dtype="bfloat16")
     expected = passes.by_transformers(path, groups.device)
     gap = (plain[0] - expected[0]).abs().mean().item()
@@ -58,7 +59,7 @@ def check_slice(bench: Bench) -> None:
     _time(bench, path, groups, dimensions, tokens=timed, recipe=None)
     if not on_gpu:
         return bench.skip("slice in fp8", "needs a GPU: FP8 is computed by Transformer Engine")
-    # Use e4m3 here, because the check `fp8` uses the other format.
+    # Use the format e4m3 here, because the check `fp8` uses the format hybrid.
     for recipe in _compare_recipes(bench, "slice in fp8", path, groups, plain, number_format="e4m3"):
         _time(bench, path, groups, dimensions, tokens=timed, recipe=recipe)
     return None

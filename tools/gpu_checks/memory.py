@@ -37,7 +37,7 @@ class Trained:
 
 
 def check_memory(bench: Bench) -> None:
-    """Train twice on the GPU and once with offloading after each update, and compare the results."""
+    """Train twice without offloading and once with offloading after each update, and compare the results."""
     import torch
 
     on_gpu = torch.cuda.is_available()
