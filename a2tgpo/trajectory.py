@@ -89,7 +89,7 @@ class Turn:
     """The information gain P_t - P_{t-1}, or log P_t - log P_{t-1}. None for a final turn, or if a probability is
     missing."""
     score: float | None = None
-    """How much a process turn increased the chance of success, by a reward or a tool. None if unknown."""
+    """Rise in the chance of success through a process turn, according to a reward or a tool. None if unknown."""
     version: int = 0
     """Version of the weights that sampled this turn. Version N is the result of N training steps."""
 

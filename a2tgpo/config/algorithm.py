@@ -32,7 +32,7 @@ class AlgorithmConfig:
     gamma: float = 1.0
     """Discount factor of each further turn, in [0, 1] (paper: 1.0)."""
     alpha: float = 1.0
-    """Weight of the accumulated gain beside the outcome's weight of 1 (Eq. 9: 1.0; released scripts: 0.3). For gigpo,
+    """Weight of the accumulated gain; the outcome has weight 1 (Eq. 9: 1.0; released scripts: 0.3). For gigpo,
     this is the weight of the step advantage (GiGPO's omega: 1.0). For gtpo and mt_grpo, it is the weight of the
     rewards of turns. For hgpo, it is the exponent of the weights of long histories (HGPO: 1.0)."""
     rescale: bool = True
@@ -40,10 +40,11 @@ class AlgorithmConfig:
     normalize_by_std: bool = True
     """true: normalise a group's values to mean 0 and standard deviation 1. false: only subtract the mean."""
     gain_spread_floor: float = 0.0
-    """Smallest number by which the gains of a turn group are divided, in units of the gain. It takes the place of
-    smaller standard deviations. Raise it if advantage/narrow_signal_share is large (docs/methods.md)."""
+    """The gains of a turn group are divided by their standard deviation, or by this number if the standard
+    deviation is smaller. Raise it if advantage/narrow_signal_share is large (docs/methods.md)."""
     hgpo_history: int = 2
-    """For hgpo: number of states before the present one that the longest compared histories have (HGPO: 2 or 4)."""
+    """For hgpo: HGPO compares histories of different lengths. The longest histories have this many states before
+    the present state (HGPO: 2 or 4)."""
     ratio: Literal["turn", "sequence", "token"] = "turn"
     """Unit that has one importance ratio: the turn (Eq. 10), the whole sequence, or the token."""
     clip_low: float = 3e-3
@@ -69,14 +70,14 @@ class AlgorithmConfig:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL divergence. Training refuses k1, because the expected gradient of k1 is 0."""
     entropy_coef: float = 0.0
-    """Weight of the entropy of the policy, which the loss rewards; 0: no entropy term. With entropy_target, this is
-    the largest weight."""
+    """Weight of the policy's entropy, which is subtracted from the loss; 0: no entropy term. With entropy_target,
+    this is the largest weight."""
     entropy_target: float = 0.0
     """Entropy in nats per token below which the entropy term is switched on (Skywork-OR1: 0.2, with entropy_coef
     0.005). 0: the weight is always entropy_coef."""
     entropy_delta: float = 1e-4
-    """With entropy_target, the weight starts at 0. It changes by this much per step: up if the entropy is below the
-    target, down if not."""
+    """With entropy_target, the weight starts at 0. Each step raises the weight by this number if the entropy is
+    below the target, and lowers it if not."""
     clip_cov_share: float = 0.0
     """Share of the sampled tokens that get no gradient because they lower the entropy (Clip-Cov: 2e-4); 0: none."""
     clip_cov_low: float = 1.0

@@ -10,7 +10,7 @@ GpuKind = Literal["a100-80gb", "h100-80gb", "h200-141gb", "h20-96gb", "b200-180g
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """The GPUs that `tools/plan.py` and `--dry-run` assume, and the limit at which a start is refused.
+    """The GPUs that `tools/plan.py` and `--dry-run` assume, and the limit of memory above which a run is refused.
 
     A run itself uses the processes with which it is started.
     """
@@ -20,9 +20,9 @@ class ClusterConfig:
     gpu: GpuKind = "h100-80gb"
     """Kind of GPU."""
     plan_margin: float = 0.5
-    """A start on GPUs is refused if its plan exceeds a GPU's or a machine's free memory by more than this share. If
-    the plan exceeds the memory by less, a warning is printed. 0: never refuse a start. The default is high, because
-    the plan has not been compared with a real GPU yet."""
+    """A run on GPUs is refused if its plan needs more memory than a GPU or a machine has free, and the excess is
+    above this share of the free memory. A smaller excess causes a warning. 0: never refuse a run. The default is
+    high, because the plan has not been compared with a real GPU yet."""
 
     def __post_init__(self) -> None:
         require(self.gpus >= 1, "cluster.gpus", self.gpus, ">= 1")

@@ -30,7 +30,7 @@ class DataConfig:
     test: Expanded = ""
     """File of questions for evaluation, in the format of `train`. It is not read if `evaluation.sets` names files."""
     instructions: str = SEARCH_INSTRUCTIONS
-    """System message; empty: none. With rollout.protocol=chat, the default stands for a text without tags."""
+    """System message; empty: none. With rollout.protocol=chat, a text without tags replaces the default."""
     chat_template_kwargs: dict = field(default_factory=dict)
     """Variables for the tokenizer's chat template, for example {enable_thinking: false}."""
     max_prompt_tokens: int = 2000

@@ -67,7 +67,7 @@ class EvaluationConfig:
         }
 
     def score_names(self, rewards: Iterable[str]) -> list[str]:
-        """Return the names of the scores that `checkpoint.best_by` may name, with those of the `rewards`."""
+        """Return the names that `checkpoint.best_by` may have. `rewards` are the names of the run's rewards."""
         names = list(dict.fromkeys([*SCORES, *sampled_scores(self.samples), *rewards]))
         return [*names, *(f"{of_set}/{name}" for of_set in self.sets if len(self.sets) > 1 for name in names)]
 

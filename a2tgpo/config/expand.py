@@ -15,9 +15,9 @@ _MARK = "expanded"
 Expanded = Annotated[str, _MARK]
 """Type of a configuration field in which ~ and environment variables are replaced."""
 ExpandedMapping = Annotated[dict, _MARK]
-"""Type of a field with a mapping, in which the names and all texts are expanded."""
+"""Type of a field that holds a mapping. The mapping's keys and all texts in its values are expanded."""
 ExpandedOrMapping = Annotated[str | dict, _MARK]
-"""Type of a field with a text or an `ExpandedMapping`."""
+"""Type of a field that holds a text or an `ExpandedMapping`."""
 
 _VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\}?|([A-Za-z_]\w*))")
 _NAME = re.compile(r"[A-Za-z_]\w*")

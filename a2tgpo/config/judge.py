@@ -36,15 +36,16 @@ class JudgeConfig:
     timeout_s: float = 30.0
     """Seconds that one request waits for the reply."""
     max_attempts: int = 3
-    """Number of attempts for a verdict, also if a reply has no verdict. If all fail, the rollout has no reward."""
+    """Number of attempts to get a verdict. A reply without a verdict is a failed attempt. If all fail, the
+    rollout has no reward."""
     max_calls_per_step: int = 0
-    """Most requests that each engine's first rank sends for the rollouts of a step; 0: no limit. Rollouts that would
-    need more have no reward."""
+    """Most requests that each engine's first rank sends for the rollouts of a step; 0: no limit. Once the limit
+    is reached, further rollouts have no reward."""
     token_file: Expanded = ""
     """File with the server's bearer token. Without a file, the environment variable A2TGPO_JUDGE_TOKEN is used, if it
     exists."""
     cache: bool = True
-    """Store the replies in the run's folder judge/, so that the run never asks the same again."""
+    """Store the replies in the run's folder judge/, so that the run never sends the same request twice."""
 
     def __post_init__(self) -> None:
         try:

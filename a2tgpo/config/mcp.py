@@ -8,19 +8,21 @@ from a2tgpo.io.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class McpConfig:
-    """The server, and the one of its tools that the policy calls (docs/tools.md)."""
+    """The MCP server, and its tool that the policy calls (docs/tools.md)."""
 
     command: tuple[str, ...] = ()
-    """Program and arguments that start the server; they talk over its standard input and output."""
+    """Program and arguments that start the server. Requests go to the server's standard input, and answers come
+    from its standard output."""
     url: Expanded = ""
     """Address of a server that runs already (Streamable HTTP), in place of `command`."""
     tool: str = ""
-    """Name of the server's tool. Empty: the only one."""
+    """Name of the server's tool. Empty: the server's only tool."""
     timeout_s: float = 60.0
-    """Seconds that a call waits for the server's answer, and that the server may take to start."""
+    """Longest time, in seconds, that a call waits for the server's answer. The server's start may take the same
+    time."""
     stateful: bool = False
     """Each trajectory has a connection of its own, and with `command` a server process of its own. false: all
-    trajectories of a rank share one."""
+    trajectories of a rank share one connection."""
 
     def __post_init__(self) -> None:
         require(self.timeout_s > 0, "mcp.timeout_s", self.timeout_s, "> 0")

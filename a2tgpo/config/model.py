@@ -13,7 +13,7 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The policy's model, from which the reference model starts too."""
+    """The model with which training begins. The reference model is a copy of it."""
 
     path: Expanded
     """Folder of a Hugging Face checkpoint: config.json, *.safetensors and tokenizer.json."""

@@ -33,8 +33,8 @@ class ParallelConfig:
     timeout_s: float = 7200.0
     """Seconds that a rank waits in one collective before the job ends."""
     start_timeout_s: float = 300.0
-    """Seconds that ranks wait at the start for the last rank to arrive. After its arrival, the ranks have the same
-    time again to check their machines and to connect."""
+    """Before a run begins, its ranks wait this many seconds for the last rank to arrive. The ranks then have the
+    same time again to check their machines and to connect."""
 
     def __post_init__(self) -> None:
         for name in ("tensor", "context", "expert", "pipeline", "virtual"):

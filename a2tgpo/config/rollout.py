@@ -34,8 +34,8 @@ class GainConfig:
     """Most aliases that answer_reduction=max scores. An alias with too many tokens is left out."""
     scaffold: str = "</think> <answer> \\boxed{"
     """Text between a context and the gold answer. A leading </think> is left out if the context has no open thought.
-    A leading <think> is left out if the context has an open thought. With rollout.protocol=chat, the default means
-    \\boxed{ and, if the model thinks, an empty thought before it. Any other text is used unchanged."""
+    A leading <think> is left out if the context has an open thought. With rollout.protocol=chat, \\boxed{
+    replaces the default, after an empty thought if the model thinks. Any other text is used unchanged."""
     verify_every: int = 0
     """Number of steps between checks. In a check, the trainer also scores gold answers, and the difference from the
     engine's scores is logged as `gain/engine_trainer_gap`. 0: no checks."""
@@ -126,10 +126,10 @@ class RolloutConfig:
     """With protocol=chat, most calls that one turn makes. They run at the same time. Further calls of the turn get an
     error as their result."""
     strict_format: bool = True
-    """With protocol=chat, the rule for a well-formed response. true: no call is wrong, and each turn of a thinking
-    model has one thought. false: only the last turn, with the answer, counts."""
+    """With protocol=chat, the rule for a well-formed response. true: no turn has a wrong call, and each turn of a
+    thinking model has one thought. false: only the last turn, which has the answer, is judged."""
     max_turns: int = 6
-    """Most turns with tool calls in a trajectory (paper: 6). One more such turn ends the trajectory."""
+    """Most turns with tool calls in a trajectory (paper: 6). One more turn with calls ends the trajectory."""
     max_turn_tokens: int = 1024
     """Most tokens that the policy may sample in one turn."""
     max_response_tokens: int = 6192
@@ -147,8 +147,8 @@ class RolloutConfig:
     max_concurrent: int = 256
     """Most trajectories that one engine decodes at a time."""
     kv_cache_gib: float = 0.0
-    """GiB of KV cache on each rank of the engine; 0 only on GPUs. With 0, the KV cache gets the part of
-    gpu_memory_fraction that vLLM finds unused. If gpu_memory_fraction is 0 too, the plan chooses both."""
+    """GiB of KV cache on each rank of the engine; 0 is allowed only on GPUs. With 0, the KV cache gets the part
+    of gpu_memory_fraction that vLLM finds unused. If gpu_memory_fraction is 0 too, the plan chooses both."""
     gpu_memory_fraction: float = 0.0
     """Share of the GPU's memory for the engine, which must be free when the engine starts. 0: the plan chooses a
     share that leaves a tenth of the memory free. `tools/plan.py` prints this share."""
@@ -211,7 +211,7 @@ class RolloutConfig:
             f"at most rollout.prompts_per_step ({self.prompts_per_step}), since one step must be able to take "
             "all carried-over groups",
         )
-        # vLLM raises lower temperatures to 0.01.
+        # vLLM raises temperatures below 0.01 to 0.01.
         require(0.01 <= self.temperature <= 2, "rollout.temperature", self.temperature, "in [0.01, 2]")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
         require(

@@ -45,8 +45,9 @@ class RunSettings:
     """Number of trajectories per step that TensorBoard shows: half of them the best, half the worst. The run's folder
     rollouts/ has all trajectories."""
     keep_rollouts_gb: float = 100.0
-    """GB of disk space for recorded rollouts; 0: no limit. If the rollouts need more, the oldest steps before the
-    newest checkpoint are removed first. Steps that are multiples of 100 are removed last."""
+    """GB of disk space for recorded rollouts; 0: no limit. If the rollouts need more, only rollouts of steps
+    before the newest checkpoint are removed, the oldest first. The rollouts of every 100th step are removed
+    last."""
 
     def __post_init__(self) -> None:
         require(
@@ -196,7 +197,7 @@ class RunConfig:
         )
 
     def _check_tools(self) -> None:
-        """Check that the tools can work, and that each of their calls can end before it is given up."""
+        """Check that the tools can work, and that `tools.call_timeout_s` gives their calls enough time."""
         if "web_search" in self.tools.names or (
             "visit" in self.tools.names and self.web.backend == "recorded"
         ):

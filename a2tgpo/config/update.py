@@ -13,7 +13,7 @@ class UpdateConfig:
     prompts_per_minibatch: int = 8
     """Number of prompts per optimizer step (paper: 8); a divisor of rollout.prompts_per_step."""
     max_microbatch_tokens: int = 16384
-    """Most tokens in one forward pass. A longer trajectory gets its own micro-batch."""
+    """Most tokens in one forward pass. A trajectory with more tokens gets its own micro-batch."""
     lr: float = 1e-6
     """Highest learning rate (paper: 1e-6)."""
     min_lr: float = 0.0

@@ -31,8 +31,8 @@ class WarmstartConfig:
     """Number of steps between computations of the held-out loss; 0: none. The loss is always computed before the
     first step and after the last one."""
     checkpoint_every: int = 100
-    """Number of steps between checkpoints; 0: none. A stopped warm start and the last step always write one. Only the
-    newest checkpoint is kept, until model.path is written."""
+    """Number of steps between checkpoints; 0: none. A checkpoint is always written if the warm start is stopped,
+    and after the last step. Only the newest checkpoint is kept, until model.path is written."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "warmstart.steps", self.steps, ">= 1")

@@ -1,4 +1,4 @@
-"""Time limits for the stages of a start and of a step."""
+"""Time limits for the stages of a program's start and of a training step."""
 
 from dataclasses import dataclass, fields
 
@@ -12,8 +12,9 @@ STARTUP = ("assemble", "restore")
 class WatchdogConfig:
     """Longest time, in seconds, that a rank may spend in a stage; 0: no limit.
 
-    A stage that a rank has completed before gets a shorter limit. It is `slack` times the longest duration so far,
-    but at least `min_s` and at most the stage's own limit.
+    After a rank has first completed a stage, a shorter limit replaces the stage's own limit. The shorter limit is
+    `slack` times the rank's longest duration of the stage, but at least `min_s` and at most the stage's own
+    limit.
 
     If one rank hangs, the other ranks wait for it in other stages. The shortest limit of all these stages ends the
     job. No limit should exceed parallel.timeout_s: a collective would time out first, and its error does not name the
@@ -33,9 +34,10 @@ class WatchdogConfig:
     other_s: float = 2400.0
     """Limit of every other stage, such as waiting for other ranks' rollouts, and of the time between stages."""
     slack: float = 10.0
-    """A stage's shorter limit is this many (> 1) times its longest duration so far. 0: no shorter limits."""
+    """After a stage was completed, its limit becomes this many (> 1) times its longest duration so far. 0: the
+    limit stays."""
     min_s: float = 300.0
-    """Lower bound, in seconds, of the shorter limits."""
+    """Lower bound, in seconds, of every limit that is computed from `slack`."""
     slow_ratio: float = 1.5
     """A rank is slow if its rollout takes more than this many times as long as the median rank's. A warning names a
     rank that is slow in `slow_steps` consecutive steps."""

@@ -19,8 +19,8 @@ class WebConfig:
     searxng: a SearXNG server whose settings allow the format json. recorded: the answers in `cassette` only, also for
     visit."""
     url: Expanded = ""
-    """Address of the service: with serper of its endpoint (empty: https://google.serper.dev/search), with searxng of
-    the server."""
+    """Address of the service. serper: the address of its endpoint; empty: https://google.serper.dev/search.
+    searxng: the address of the server."""
     top_k: int = 5
     """Number of results that a query returns."""
     cassette: Expanded = ""

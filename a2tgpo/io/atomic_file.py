@@ -62,7 +62,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def folders_beside(path: Path) -> tuple[Path, Path]:
-    """Return two folders beside `path`: one for its new content, and one for its old content."""
+    """Return the paths of two folders beside `path`: one for its new content, and one for its old content."""
     return path.with_name(f".{path.name}{_SUFFIX}"), path.with_name(f".{path.name}.replaced")
 
 

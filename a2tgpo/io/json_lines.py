@@ -17,7 +17,7 @@ def read_json_lines(path: str | Path, *, key: str) -> Iterator[tuple[str, dict]]
         key: the configuration key or command-line option that names the file, for error messages.
 
     Raises:
-        ConfigError: in the cases of `open_unpacked` and `parse_line`.
+        ConfigError: for the same reasons as `open_unpacked` and `parse_line`.
     """
     with open_unpacked(path, key=key) as stream:
         for number, raw in enumerate(stream, start=1):

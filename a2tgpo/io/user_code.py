@@ -90,7 +90,7 @@ def _module(path: Path, key: str) -> ModuleType:
     found = importlib.util.spec_from_file_location(name, place)
     assert found is not None and found.loader is not None, place
     module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # the module dataclasses looks up a class's module here
+    sys.modules[name] = module  # `@dataclass` looks up the module of a class here
     try:
         found.loader.exec_module(module)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Collect facts about each rank's machine before a run, and find the ranks that differ from most ranks."""
+"""Collect facts about each rank's machine before a run, and find the ranks with unusual facts."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def path_fingerprint(path: str) -> str:
 def host_memory_faults(
     found: list[RankFacts], planned: list[HostMemory], config: RunConfig
 ) -> dict[int, list[str]]:
-    """Return a fault for each machine that has too little host memory left, by the machine's first rank.
+    """Map the first rank of each machine that has too little host memory left to the machine's fault.
 
     If the need exceeds the memory by at most the share `cluster.plan_margin`, the machine gets a warning instead of a
     fault.
@@ -224,7 +224,7 @@ def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[
 
 
 def _odd(values: list[dict[str, str]]) -> Iterator[tuple[int, str, str, str]]:
-    """Yield (rank, name, value of the rank, value of most ranks) for each value that differs from most ranks."""
+    """Yield (rank, name, value of the rank, value of most ranks) if these two values differ."""
     names = dict.fromkeys(name for of_rank in values for name in of_rank)
     for name in names:
         column = [of_rank.get(name, "none") for of_rank in values]

@@ -18,7 +18,7 @@ from tenacity import (
 MAX_WAIT_S = 8.0
 """Longest wait before a further try, seconds."""
 RETRIED_STATUS = frozenset({408, 425, 429})
-"""With these statuses, and with every status from 500, the same request may succeed later."""
+"""If the server answers with one of these statuses, or with 500 or above, the same request may succeed later."""
 
 
 class PostError(RuntimeError):
@@ -88,7 +88,7 @@ def fetch(
         max_bytes: largest size of the answer.
 
     Raises:
-        PostError: there is no such answer with status 200.
+        PostError: if no answer with status 200 arrives within these limits.
     """
     deadline = time.monotonic() + timeout_s
     try:
@@ -114,8 +114,8 @@ def retrying(
     """Return an object that calls a function again if it raises `kind`, at most `max_attempts` times in all.
 
     The wait doubles before each further try, a random time of up to `first_wait_s` is added, and no wait is longer
-    than `MAX_WAIT_S`. If the exception has an attribute `retry_after_s`, the wait is at least as long, within the
-    same bound.
+    than `MAX_WAIT_S`. If the exception has an attribute `retry_after_s`, the wait is at least that many seconds,
+    but never above `MAX_WAIT_S`.
     """
     exponential = wait_exponential_jitter(initial=first_wait_s, max=MAX_WAIT_S, jitter=first_wait_s)
 

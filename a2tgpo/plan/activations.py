@@ -18,7 +18,7 @@ LOGIT_CHUNK_COPIES = 4
 """Number of float32 tensors per chunk of tokens that exist at once in the backward pass of token_logprobs."""
 
 EXPERT_CROWDING = 1.25
-"""Tokens of the busiest expert-parallel rank, divided by the mean over these ranks. The value is a guess."""
+"""Tokens of the busiest expert-parallel rank, divided by the mean over all ranks. The value is a guess."""
 
 
 @dataclass(frozen=True, kw_only=True)

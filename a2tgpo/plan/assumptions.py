@@ -26,7 +26,8 @@ class Assumptions:
     collective_latency_s: float = 12e-6
     """Seconds of one small all-reduce in the engine. An engine step has two all-reduces per layer."""
     tail_concurrency: float = 0.125
-    """Mean share of the trajectories that run in the tail, which begins when the trajectories of mean length end."""
+    """Share of the concurrent trajectories that still run, on average, in the rollout's tail. The tail begins
+    when the trajectories of mean length end."""
     answer_tokens: float = 16.0
     """Tokens of scaffold and gold answer together. They are scored after every turn."""
     fixed_s: float = 5.0

@@ -83,8 +83,8 @@ def kv_bytes_per_token(config: RunConfig, dimensions: ModelDimensions) -> int:
 def cache_gib_of_share(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> float:
     """Return the GiB of KV cache that `rollout.gpu_memory_fraction` leaves, rounded down to half a GiB.
 
-    If `rollout.kv_cache_gib` is not set to this value, vLLM measures the remaining memory at the start. A version of
-    vLLM with a larger overhead would then silently hold fewer trajectories.
+    Set `rollout.kv_cache_gib` to this value. Otherwise, vLLM measures the remaining memory when the engine
+    starts. If a later version of vLLM leaves less memory, the engine then silently holds fewer trajectories.
     """
     by_share = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, kv_cache_gib=0.0))
     return max(0.0, engine_memory(by_share, dimensions, gpu).kv_cache // (GIB / 2) / 2)

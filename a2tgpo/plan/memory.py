@@ -206,10 +206,10 @@ def _update_parts(
 
 
 def chunks_in_flight(parallel: ParallelConfig, stage: int, microbatches: int) -> int:
-    """Return how often a stage runs a chunk forward before its first backward pass in the 1F1B schedule.
+    """Return how many forward passes over a chunk a stage makes before its first backward pass (1F1B schedule).
 
-    Each of these runs keeps the activations of the chunk's layers. The number for interleaved stages comes from
-    megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches.
+    Each of these forward passes keeps the activations of the chunk's layers. The number for interleaved stages
+    comes from megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches.
     """
     num_later = parallel.pipeline - stage - 1
     if parallel.virtual == 1:

@@ -15,7 +15,7 @@ WEIGHT_BYTES = {"blockwise": 1 + 4 / 128**2, "tensorwise": 1.0, "mxfp8": 1 + 1 /
 WEIGHT_COPIES = 2
 """Number of FP8 copies of each weight: one for the forward pass, and a transposed copy for the backward pass.
 
-They exist in addition to the bfloat16 weight (transformer_engine/pytorch/module/base.py, `_fp8_workspaces`).
+The copies do not replace the bfloat16 weight (transformer_engine/pytorch/module/base.py, `_fp8_workspaces`).
 """
 ENGINE_WEIGHT_BYTES = 1 + 4 / 128**2
 """Bytes per weight in a quantised engine, including scales."""

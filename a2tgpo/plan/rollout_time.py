@@ -62,8 +62,8 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
     # Observations and tool calls are assumed to grow in proportion to the sampled tokens.
     stretch = geometry.longest_sampled / sampled if sampled else 1.0
     scored = (workload.turns + 1) * assumed.answer_tokens * trajectories if workload.turns else 0.0
-    # A trajectory without room in the cache loses its cached context in each turn: in a preemption, or to other
-    # trajectories while its tool runs.
+    # A trajectory without room in the cache loses its cached context in each turn. Either a preemption drops the
+    # context, or other trajectories take its place while the tool runs.
     recomputed = geometry.displaced * (workload.turns + 1) * context
     return RolloutTime(
         prefill=(prompts * workload.prompt_tokens + trajectories * observed) * forward / peak,

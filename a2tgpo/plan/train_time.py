@@ -12,7 +12,7 @@ from a2tgpo.plan.inputs import PlanInputs
 from a2tgpo.plan.parameters import optimizer_parameters, stage_parameters
 
 OPTIMIZER_BYTES = 30
-"""Bytes that an optimizer step reads and writes for each parameter of a rank's shard.
+"""Bytes that an optimizer step reads and writes for each parameter whose optimizer state the rank holds.
 
 The step reads the gradient, reads and writes the master weight and two moments, and writes the new weight.
 """
@@ -99,7 +99,7 @@ def update_volume(given: PlanInputs) -> Volume:
     passes = _update_passes(config)
     gradient_and_weight = FLOAT32_BYTES + given.element_bytes
     if not config.update.distributed_optimizer:
-        gradient_and_weight = 2 * FLOAT32_BYTES  # gradients are all-reduced instead, which moves them twice
+        gradient_and_weight = 2 * FLOAT32_BYTES  # an all-reduce moves each gradient twice
     return Volume(
         tensor=count * _update_collectives(config) * _tensor_bytes(given),
         context=count * passes * _ring_bytes(given),
@@ -110,12 +110,12 @@ def update_volume(given: PlanInputs) -> Volume:
 
 
 def _update_passes(config: RunConfig) -> int:
-    """Return a layer's work in forward passes: a backward pass counts as 2, and full recomputation as 1."""
+    """Return a layer's work in an update in forward passes. A backward pass counts as 2, recomputation as 1."""
     return 4 if config.model.recompute == "full" else 3
 
 
 def _update_collectives(config: RunConfig) -> int:
-    """Return the number of all-reduces per layer. The two gathers of sequence parallelism count as one all-reduce."""
+    """Return a layer's number of all-reduces in an update. Two gathers of sequence parallelism count as one."""
     return 4 + (2 if config.model.recompute == "full" else 0) + (1 if config.parallel.sequence else 0)
 
 
@@ -179,7 +179,7 @@ def _dispatch_seconds(given: PlanInputs) -> float:
 
 
 def _expert_wait(config: RunConfig) -> float:
-    """Return the time of the busiest expert rank relative to an even load. It is 1 if each rank holds all experts."""
+    """Return the time of the busiest expert rank, divided by its time under an even load."""
     return EXPERT_CROWDING if config.parallel.expert > 1 else 1.0
 
 

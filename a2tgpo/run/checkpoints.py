@@ -81,7 +81,8 @@ class RunCheckpoints:
         """Step of the last complete checkpoint, and the best policy up to this step; 0 and None if there is none."""
         self._saving: tuple[int, dict | None] = self._complete
         self.evaluation_is_due = False
-        """Whether the run must still make the evaluation after its last step. `restore` sets this value."""
+        """Whether the resumed run must first make the evaluation after the checkpoint's step. `restore` sets this
+        value."""
         self._reported = 0
         self._num_failures = 0
 
@@ -216,7 +217,7 @@ class RunCheckpoints:
     def _tidy(self, step: int, best: dict | None) -> None:
         """Write best.json, and then remove old checkpoints and rollouts; only rank 0 calls this.
 
-        In this order, best.json always names a checkpoint that exists.
+        Because of this order, best.json always names a checkpoint that exists.
         """
         write_best(self._path, best)
         kept = self._config.checkpoint

@@ -42,10 +42,10 @@ def parse_environment(text: str) -> dict[str, str]:
 
 
 def environment_changes(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[Changes, Changes]:
-    """Return two maps of changed packages, code and user's files: refused changes, and changes that are reported.
+    """Return the changes of packages, code and user's files as two maps: refused changes and reported changes.
 
-    Code is compared by content, so a commit that changes no executed file is not a change. A change of code is only
-    reported if the last start had uncommitted changes or no checkout.
+    Code is compared by content, so a commit that changes no executed file is not a change. A change of code is
+    reported, but not refused, if the last start had uncommitted changes or no checkout.
     """
     compared = [*package_versions(), *(name for name in now if name.startswith(PREFIX))]
     packages = changes(before, {name: now[name] for name in compared})

@@ -47,7 +47,8 @@ class Holder:
     started: int
     """Start time of the process, in ticks after boot. A process id alone is not unique, because ids are reused."""
     boot: str
-    """Boot id and PID namespace of the process. If either differs, another process cannot check the process id."""
+    """Boot id and PID namespace of the process. Only a process with the same boot id and namespace can check the
+    process id."""
     slurm_job: str = ""
     slurm_restarts: int = 0
     since: float = 0.0

@@ -19,8 +19,8 @@ class AnswerCache:
     """Stores answers up to a total size, and evicts the least recently used answers first. Threads may share it.
 
     Args:
-        max_bytes: largest size of all answers, each with the full size of its passages. An answer above `max_bytes`
-            is not stored.
+        max_bytes: largest total size of the stored answers. A passage counts once for each answer that contains
+            it. An answer above `max_bytes` is not stored.
     """
 
     def __init__(self, max_bytes: int):
