@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from a2tgpo.trajectory import Trajectory
 
 NO_STATE = -1
-"""Key in the columns of turns that a trajectory does not have."""
+"""Key in columns in which a trajectory has no turn."""
 
 
 def turn_states(trajectory: Trajectory) -> list[int]:

@@ -24,8 +24,8 @@ def normalize_groups(
     """Return the z-score of each value within its group. A group's members may be on several ranks of `dp_group`.
 
     Every rank of `dp_group` must call this, even if it has no values. The call costs two small all-reduces. The
-    variance is computed in a second pass, so the result is exact even if a group's mean is much larger than its
-    spread.
+    variance is computed in a second pass over the values, so the result is exact even if a group's mean is much
+    larger than its spread.
 
     Args:
         values: [n] float64.
@@ -35,8 +35,8 @@ def normalize_groups(
         by_std: divide by the standard deviation. If False, only subtract the mean.
         sample_std: use the sample variance, as GRPO does. If False, use the population variance plus
             `VARIANCE_FLOOR`.
-        keep_single: keep a value that is alone in its group, as GRPO does (mean 0, standard deviation 1). If False,
-            set it to 0.
+        keep_single: return a value that is alone in its group unchanged, as GRPO does (with mean 0 and standard
+            deviation 1). If False, set it to 0.
 
     Raises:
         ValueError: if a group index is out of range.

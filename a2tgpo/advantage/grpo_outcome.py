@@ -13,7 +13,8 @@ def grpo_outcome(
 ) -> torch.Tensor:
     """Return each outcome R_i normalised within its prompt's group, [N] float64.
 
-    The sample standard deviation is used. For an outcome that is alone in its group, mean is 0 and deviation is 1.
+    The sample standard deviation is used. For an outcome that is alone in its group, the mean is taken as 0 and the
+    standard deviation as 1.
     """
     return normalize_groups(
         table.outcome,

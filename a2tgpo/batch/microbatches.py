@@ -24,7 +24,7 @@ def pack_microbatches(
     """Pack `trajectories[i] for i in rows` of this data-parallel replica. Every rank must call this.
 
     The replica that needs the most micro-batches determines their number. Every other replica makes the same number
-    of micro-batches, or one for each trajectory if it has fewer trajectories.
+    of micro-batches, or one for each of its trajectories if they are fewer.
     """
     lengths = [align.segment_length(packed_length(trajectories[i])) for i in rows]
     fewest = torch.tensor(len(microbatches(lengths, max_tokens, row=align.row)))

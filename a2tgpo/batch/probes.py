@@ -1,4 +1,5 @@
-"""Pack a sequence with all texts to score after prefixes of the sequence, so that the model runs the sequence once.
+"""Pack a sequence together with all texts that are scored after its prefixes, so that the model runs the sequence
+once.
 
     row        trunk x_0 .. x_{n-1} | scaffold answer | scaffold answer | ...
     positions  0 .. n-1             | c_0, c_0 + 1 .. | c_1, c_1 + 1 .. | ...

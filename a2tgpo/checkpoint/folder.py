@@ -93,7 +93,8 @@ def load(
 ) -> dict[str, Any]:
     """Load a checkpoint's weights, optimizer state, schedule and random states.
 
-    If the saving run had another layout, the random states are not restored, because each belongs to one rank.
+    If the saving run had another layout than this run, the random states are not restored, because each belongs to
+    one rank.
 
     Args:
         is_checked: True if `latest` has already checked the files. This function then checks only the tensors.
@@ -218,7 +219,7 @@ def latest(root: str | Path, *, before: int | None = None) -> Path | None:
     checksums are not read, because `load` checks them.
 
     Args:
-        before: return only a checkpoint of an earlier step. None: the checkpoint may be of any step.
+        before: return only a checkpoint of a step before this one. None: the checkpoint may be of any step.
     """
     for step in steps_in(Path(root)):
         if before is not None and step >= before:

@@ -173,7 +173,7 @@ def load_sharded(
     models, shared = model_shards(policy), []
     if is_distributed(optimizer):
         common = dist_checkpointing.load_common_state_dict(str(folder))
-        optimizer.load_state_dict(_settings(common["optimizer"]))  # creates missing moments, too
+        optimizer.load_state_dict(_settings(common["optimizer"]))  # also creates missing moments
         slices = owned_shards(optimizer, models, piece_bytes=UNCUT)
         _read(folder, {_SLICES: slices}, pieces)
         shared = share_reads(models, policy.groups)

@@ -15,7 +15,7 @@ class MemorySnapshots:
     """Snapshots of this rank's GPU memory in one step. In the `with` block, torch records every allocation.
 
     Args:
-        folder: an existing folder. The snapshot of a phase is `memory_PHASE.rank_R.pickle`, which
+        folder: an existing folder for the snapshots. The snapshot of a phase is `memory_PHASE.rank_R.pickle`, which
             https://docs.pytorch.org/memory_viz shows.
         phases: the phases of which to write a snapshot.
     """

@@ -29,7 +29,7 @@ STYLE: Any = {
 
 
 def smooth(values: np.ndarray, weight: float = 0.85) -> np.ndarray:
-    """Return the exponential moving average of `values`, without bias towards 0 at the start. [n] -> [n]."""
+    """Return the exponential moving average of `values`. Its first entries are not biased towards 0. [n] -> [n]."""
     averages, total, norm = [], 0.0, 0.0
     for value in values:
         total = weight * total + (1 - weight) * value

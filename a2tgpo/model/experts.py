@@ -49,7 +49,7 @@ def check_expert_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -
             f"parallel.expert is {parallel.expert}; allowed: a divisor of the model's {hf_config.num_experts} experts"
         )
     if parallel.tensor > 1 and not parallel.sequence:
-        # Megatron itself raises an error only in the first training step (moe/moe_layer.py, forward).
+        # Without this check, Megatron would raise an error in the first training step (moe/moe_layer.py, forward).
         raise ConfigError(
             f"parallel.sequence is false; allowed: true where parallel.tensor ({parallel.tensor}) > 1 and the "
             "model has experts, otherwise every tensor-parallel rank would send them the same tokens"

@@ -89,7 +89,7 @@ def _engine(rollout: RolloutConfig, world_size: int, explicit: Set[str]) -> Roll
         fraction = MEMORY_FRACTION
     if "rollout.kv_cache_gib" not in explicit:
         # On a GPU, the KV cache takes the memory that the weights leave free. On a CPU, the engine's cache keeps its
-        # total size, so a rank's part grows if the engine has fewer ranks.
+        # total size, so a rank's part grows if the engine has fewer ranks than `rollout.tensor_parallel`.
         cache = 0.0 if torch.cuda.is_available() else cache * rollout.tensor_parallel / size
     return dataclasses.replace(
         rollout, tensor_parallel=size, gpu_memory_fraction=fraction, kv_cache_gib=cache

@@ -40,7 +40,8 @@ def token_logprobs(
 
     Every rank of `tp_group` must call this with the same targets. The softmax is over the first `vocab_size` entries
     of the vocabulary. Padding entries get no gradient. Only `chunk_size` tokens at a time are converted to float32
-    (float64 for float64 logits). The only additional tensor as large as the logits is therefore their gradient.
+    (float64 for float64 logits). The only additional tensor as large as the logits is therefore the gradient of the
+    logits.
 
     Args:
         logits: [n, padded vocabulary / tp]. Rank r of `tp_group` holds the r-th slice.

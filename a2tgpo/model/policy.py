@@ -70,7 +70,7 @@ def require_weights(policy: Policy) -> None:
 def gather_weights(policy: Policy) -> None:
     """Finish the optimizer's parameter all-gather. Every rank must call this before it reads the weights.
 
-    If the all-gather overlaps with computation, other ranks' updates have not arrived before this call.
+    If the all-gather overlaps with computation, other ranks' updates may not have arrived before this call.
 
     Raises:
         RuntimeError: if the weights are off the GPU.

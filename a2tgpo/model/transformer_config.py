@@ -151,7 +151,7 @@ def _fusions(transformer_engine: bool) -> dict[str, Any]:
 
 
 def _fp8(fp8: Fp8Config) -> dict[str, Any]:
-    """Return Megatron's FP8 settings. Weights are not stored in FP8, so the optimizer needs no settings."""
+    """Return Megatron's FP8 settings. Weights are not stored in FP8, so the optimizer needs no FP8 settings."""
     if not fp8.enabled:
         return {}
     return {

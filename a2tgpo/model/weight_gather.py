@@ -45,7 +45,7 @@ def record_of(stage: int, name: str, parameter: torch.nn.Parameter) -> Parameter
 def buckets(
     records: Sequence[ParameterRecord], groups: ParallelGroups, *, dtype: torch.dtype, bucket_bytes: int
 ) -> list[list[ParameterRecord]]:
-    """Return `records`, in order, in buckets of at most `bucket_bytes`. A larger parameter has its own bucket."""
+    """Divide `records`, in order, into buckets of at most `bucket_bytes`. A larger parameter has its own bucket."""
     grouped: list[list[ParameterRecord]] = []
     size = 0
     for record in records:

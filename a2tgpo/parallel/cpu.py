@@ -26,7 +26,7 @@ KEPT_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 """Environment variable and value that limit oneDNN's cache to 64 compiled kernels.
 
 Each number of tokens needs its own kernels. oneDNN's default cache of 1,024 kernels takes 0.25 GiB and is full within
-ten steps. From then on, kernels are replaced one by one, which fragments the heap. Recompiling takes 0.3 ms.
+ten steps. From then on, kernels are replaced one by one, which fragments the heap. Recompiling a kernel takes 0.3 ms.
 """
 
 _FACTORIES = (

@@ -41,7 +41,8 @@ def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None)
         _be_alone()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     check_layout(config, world_size)
-    # Megatron requires this if tensor > 1. The GPU then runs a layer's communication and computation in order.
+    # Megatron requires this variable if parallel.tensor > 1. The GPU then runs a layer's communication and
+    # computation in order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Megatron calls some collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings(

@@ -6,16 +6,17 @@ from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
 from a2tgpo.metrics.reduce import MetricSums
 
 NARROW_SPREAD = 0.01
-"""Standard deviation of a turn group's gains, in units of the gain, below which the group is narrow."""
+"""A turn group is narrow if the standard deviation of its gains is smaller than this gain."""
 
 
 def add_advantage_metrics(
     metrics: MetricSums, table: TurnTable, advantages: TurnAdvantages, clip_scales: torch.Tensor
 ) -> None:
-    """Add the extremes and the means of advantages and clip scales over all turns of this replica's trajectories.
+    """Add to `metrics` the extremes and means of advantages and clip scales over all turns of this replica's
+    trajectories.
 
     `advantage/narrow_signal_share` is the share of the normalised gains, in absolute values, that come from turn
-    groups with a spread below `NARROW_SPREAD`.
+    groups whose gains have a standard deviation below `NARROW_SPREAD`.
     """
     columns = torch.arange(table.max_turns + 1)
     present = columns <= table.num_process_turns[:, None]  # [N, T + 1]

@@ -31,7 +31,7 @@ class RolloutRetention:
         self._has_warned = False
 
     def trim(self, covered: int) -> None:
-        """Remove recorded steps until the limit is met. Keep the steps from `covered` on for a resumed run.
+        """Remove recorded steps before `covered`, the step of the newest checkpoint, until the limit is met.
 
         Files that cannot be removed are ignored.
         """

@@ -18,7 +18,7 @@ class RolloutSummary(msgspec.Struct, frozen=True, array_like=True):
     sample_index: int
     reward: float
     gains: tuple[float | None, ...]
-    """Gains, or scores, of the trajectory's process turns. None: the gain was not computed."""
+    """Gains, or scores, of the trajectory's process turns. An entry is None if the gain was not computed."""
 
     @classmethod
     def of(cls, trajectory: Trajectory, turn_signal: str = "gain") -> RolloutSummary:

@@ -74,7 +74,7 @@ def verify_refit(
         trainer_logprobs: [len(probe) - 1] float: log p of probe[1:] by the trainer at temperature 1, in nats.
         version: the version of the weights, for the error message.
         tolerance: the largest allowed mean |difference|, in nats.
-        group: the ranks that all raise an error if one of them finds a difference. None: this rank alone.
+        group: the ranks that all raise an error if one of them finds too large a difference. None: this rank alone.
 
     Raises:
         RuntimeError: with a one-line message on all ranks of `group`, if the mean difference exceeds `tolerance`, or

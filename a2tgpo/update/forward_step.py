@@ -140,7 +140,7 @@ def _logprobs(
         values = values.new_zeros(own.numel()).index_copy(0, scored.rows, values)
         if groups.cp_size > 1:
             values = gather_context(values, scored.positions, groups.cp_group)
-        return values.where(batch.loss_mask[0], 0.0)  # also masks index 0 if `loss_mask` is nowhere True
+        return values.where(batch.loss_mask[0], 0.0)  # this also masks index 0 if `loss_mask` is nowhere True
 
     # Scatter log-probs and entropies separately. If they were stacked, autograd would run backward through both.
     return over_the_row(found[0]), over_the_row(found[1])

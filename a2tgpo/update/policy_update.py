@@ -46,9 +46,9 @@ def compute_old_logprobs(
     its training pass.
 
     The metrics are the entropy, the likelihood of the sampled tokens, and the gap between the log-probs of trainer
-    and engine. `likelihood/correct` covers only trajectories whose answer matches. It is omitted if no answer
-    matches. `gap/train_engine_*` covers the tokens at which both log-probs are finite. `gap/unusable_tokens` is the
-    number of all other tokens.
+    and engine. `likelihood/correct` covers only trajectories whose answer is an exact match. It is omitted if there
+    is no such trajectory. `gap/train_engine_*` covers the tokens at which both log-probs are finite.
+    `gap/unusable_tokens` is the number of all other tokens.
 
     Args:
         distribution: the distribution from which the engine sampled.
@@ -99,9 +99,9 @@ def update_policy(
     This function returns metrics and, on the last pipeline stage, the ratios of the turns. If a correction is
     configured, the loss uses importance weights.
 
-    At the first mini-batch, the policy is still the one that played, so the true ratio is 1. The metric
-    `ratio/noise_floor` is the measured deviation from 1. If the first mini-batch has no `old_logprobs`, its training
-    pass computes them and adds the metrics of `compute_old_logprobs`. In this case, the ratio is exactly 1.
+    At the first mini-batch, the policy still has the weights that played the rollout, so the true ratio is 1. The
+    metric `ratio/noise_floor` is the measured deviation from 1. If the first mini-batch has no `old_logprobs`, its
+    training pass computes them and adds the metrics of `compute_old_logprobs`. In this case, the ratio is exactly 1.
 
     Args:
         entropy_weight: the weight of the entropy in the loss. If it is 0, the entropy gets no gradient.

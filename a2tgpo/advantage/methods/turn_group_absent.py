@@ -26,7 +26,7 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 def advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
-    """Return the advantages of all turns. A turn whose gain is unknown is neutral, as in `turn_group`."""
+    """Return the advantages of all turns. A turn whose gain is unknown has normalised gain 0."""
     deepest = deepest_turns(table, dp_group=dp_group)
     columns = torch.arange(table.max_turns + 1)
     absent = (columns[:-1] >= table.num_process_turns[:, None]) & (columns[:-1] < deepest[:, None])
