@@ -196,7 +196,7 @@ def main() -> int:
         token=token,
         max_requests_per_s=options.max_requests_per_s,
     )
-    bound.listen(LISTEN_BACKLOG)  # before the address is published, so that no client is refused
+    bound.listen(LISTEN_BACKLOG)  # listen before the address is published, so that no client is refused
     url = address_of(bound)
     if options.url_file:
         write_address(options.url_file, url)

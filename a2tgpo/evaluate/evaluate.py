@@ -130,8 +130,8 @@ def answer_questions(
 ) -> Iterator[Answer]:
     """Play the questions of `prompts` on this rank's engine, and yield each answer as soon as it is complete.
 
-    All ranks of the engine must iterate in the same way. The iteration raises the errors of `GroupRollout.finished`
-    and of `RewardPool.take`.
+    All ranks of the engine must call this and iterate over the result. The iteration raises the errors of
+    `GroupRollout.finished` and of `RewardPool.take`.
 
     Args:
         num_samples: the number of answers to draw per question at `rollout.temperature`. 0 means one greedy answer.

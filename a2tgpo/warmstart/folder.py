@@ -48,7 +48,8 @@ class WarmStartFolder:
         Args:
             resume: `auto`: resume from the newest complete checkpoint, if there is one. `none`: rename the existing
                 folder, and begin anew.
-            accept_changes: whether to continue although settings, code or packages differ from the last start.
+            accept_changes: whether to continue although settings, code or packages differ from those of the last
+                start.
 
         Raises:
             ConfigError: on all ranks, with a one-line message, if the folder cannot be claimed or contains another

@@ -78,7 +78,7 @@ def refuse_other_config(folder: Path, config: RunConfig) -> None:
         return
     recorded = dict(leaves(config_to_dict(load_config(folder / CONFIG_FILE))))
     for key, value in leaves(config_to_dict(config)):
-        # run.root may differ, because the whole folder may have been moved.
+        # run.root may differ from its recorded value, because the whole folder may have been moved.
         if key != "run.root" and recorded[key] != value:
             raise ConfigError(
                 f"{folder} was started with {key}={recorded[key]!r}, but it is now {value!r}; "

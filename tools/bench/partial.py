@@ -117,7 +117,8 @@ def _prompts(indices: Sequence[int], positions: Sequence[int]) -> list[Prompt]:
 
 
 def count(partial: PartialConfig) -> tuple[float, float]:
-    """Return the mean number of engine steps per training step, and how many of them have few busy slots (< 1/4)."""
+    """Return the mean number of engine steps per training step, and how many of them have less than 1/4 of the slots
+    busy."""
     rollout = CountedRollout()
     config = RolloutConfig(prompts_per_step=GROUPS, group_size=GROUP_SIZE, partial=partial)
     state = RolloutState(sampler=PromptSampler(2 * GROUPS * STEPS, GROUPS, seed=0))

@@ -84,7 +84,7 @@ def make_prompts() -> list[Prompt]:
 
 
 class Variants:
-    """The variants, which play the same trajectories on one engine."""
+    """Plays the same trajectories in each variant, on one engine."""
 
     def __init__(self, model: Path) -> None:
         self.config = RolloutConfig(

@@ -10,7 +10,7 @@ and the program measures these turns instead.
 The program answers three questions, for whole turns and for turns cut into pieces of equal length:
 
 rounding   How large is a format's error? log p in the format minus log p in float32, with equal weights.
-gap        How much do a trainer in bfloat16 and an engine in FP8 differ? log p in FP8 minus log p in bfloat16, with
+gap        How far is an engine in FP8 from a trainer in bfloat16? log p in FP8 minus log p in bfloat16, with
            equal weights.
 ratio      Which error remains if the trainer computes the old log-probs itself, in its training format?
            log(p_new / p_old) in the format minus log(p_new / p_old) in float32. A new weight is the old weight plus

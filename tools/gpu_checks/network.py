@@ -67,7 +67,7 @@ def _all_reduce(num_bytes: int, bench: Bench, device: torch.device, *, repeats: 
     import torch.distributed as dist
 
     numbers = torch.full((num_bytes // 4,), float(bench.rank + 1), device=device)
-    dist.all_reduce(numbers)  # also connects the ranks, so that the timed calls do not
+    dist.all_reduce(numbers)  # connects the ranks, so that the timed calls need not do it
     error = (numbers - float(sum(range(1, bench.world_size + 1)))).abs().max().item()
     if error:
         raise RuntimeError(f"all-reduce of {num_bytes} bytes is wrong by {error}")

@@ -21,7 +21,7 @@ MAX_CITIES_PER_COUNTRY = 14
 MIN_CITY_POPULATION = 60_000
 MIN_TOWN_POPULATION = 15_000
 RANK_MARGIN = 1.15
-"""Smallest accepted ratio of the two largest populations. If it is lower, the year of the count may decide the
+"""Smallest accepted ratio of the two largest populations. If the ratio is lower, the year of the count may decide the
 order."""
 
 
@@ -158,7 +158,8 @@ def _language(record: dict, info: Mapping) -> Name | None:
 
 
 def _add_cities(world: dict[str, Country], records: list[dict]) -> None:
-    """Add its largest cities with unambiguous names to each country, and the towns north and south to each city."""
+    """Add to each country its largest cities with unambiguous names, and to each city the towns north and south of
+    it."""
     homonyms = Counter(key_of(record["name"]) for record in records)
     country_names = {key_of(spelling) for country in world.values() for spelling in country.name.answers}
     records = sorted(records, key=lambda record: (-record["population"], record["geonameid"]))
