@@ -22,7 +22,7 @@ def turn_states(trajectory: Trajectory) -> list[int]:
         if turn.is_process:
             queries = " ".join(" ".join(call.arguments for call in turn.calls).casefold().split())
             states.append(_key(f"{prompt} {queries}", turn.observation_tokens))
-    # If a trajectory was cut after an observation, its last state has no turn.
+    # If a trajectory was cut after an observation, no turn follows the last state.
     return states[: len(trajectory.turns)]
 
 

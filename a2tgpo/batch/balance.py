@@ -70,8 +70,8 @@ def _even(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[in
 def _filled(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[int]]:
     """Return micro-batches that are filled to `max_tokens` one after the other.
 
-    Each micro-batch takes the longest remaining item, and then the set of other items that fills it best. The largest
-    micro-batches are divided in two until there are `min_count` micro-batches.
+    Each micro-batch takes the longest remaining item, and then the set of other items that best fills the remaining
+    room. The largest micro-batches are divided in two until there are `min_count` micro-batches.
     """
     left = sorted(range(len(sizes)), key=lambda place: (-sizes[place], place))
     groups = []

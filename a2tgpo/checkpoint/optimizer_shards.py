@@ -36,14 +36,14 @@ def is_distributed(optimizer: Any) -> bool:
 
 
 def owned_shards(optimizer: Any, models: dict[str, Any], *, piece_bytes: int) -> dict[str, ShardedTensor]:
-    """Return the shards of a distributed optimizer's state that this rank owns, under arbitrary keys.
+    """Return, under arbitrary keys, the shards of a distributed optimizer's state that this rank owns.
 
     Each shard is a view of the optimizer's memory. A float32 parameter is its own master weight, so it has no `param`
     shard.
 
     Args:
         optimizer: Megatron's chain of distributed optimizers, which must already have their moments.
-        models: sharded state dicts of the model chunks, which contain the parameters themselves.
+        models: sharded state dicts of the model chunks, with the model's own parameters and no copies.
         piece_bytes: largest size of a shard in bytes. A row that is larger is one shard.
 
     Returns:

@@ -1,6 +1,7 @@
 """Read each weight of a checkpoint on one rank, and send the weight to the other ranks that need it.
 
-If every data-parallel rank read its weights, the shared storage would have to deliver the same weights many times.
+If every data-parallel rank read all its weights itself, the shared storage would have to deliver the same weights
+many times.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def share_reads(models: dict[str, dict[str, Any]], groups: ParallelGroups) -> li
     Every rank must call this. Every rank still reads all entries that are not parameters.
 
     Args:
-        models: sharded state dicts of the model chunks, which contain the parameters themselves.
+        models: sharded state dicts of the model chunks, with the model's own parameters and no copies.
     """
     shared = []
     loads: dict[ProcessGroup, list[int]] = {}

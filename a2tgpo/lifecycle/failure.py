@@ -31,7 +31,7 @@ def report_failure(error: ConfigError | RuntimeError | OSError, *, is_ending: bo
     """Print the error's message in one line, and return the program's exit code, `BAD_CONFIG` or `BROKEN_RUN`.
 
     If `is_ending`, this process is already stopping, and an error that another rank's end has caused is not printed.
-    A RuntimeError with several lines is from a library, so it is raised again for its traceback.
+    A RuntimeError with several lines is from a library, so it is raised again to show its traceback.
     """
     if isinstance(error, ReportedByRank0):
         return BROKEN_RUN

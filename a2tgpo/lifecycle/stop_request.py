@@ -1,7 +1,7 @@
 """Stop a run early, so that the program can continue the run when it is started again.
 
-A rank requests the stop after a signal, before the job's end, or in a long outage, and writes the request to the
-rendezvous store. During long stages, the other ranks poll the store. They interrupt their work if they find a
+A rank requests the stop after a signal, shortly before the job's end, or in a long outage, and writes the request to
+the rendezvous store. During long stages, the other ranks poll the store. They interrupt their work if they find a
 request. All ranks then call `agree` at a point where no work is half done.
 """
 

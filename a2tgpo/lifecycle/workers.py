@@ -1,8 +1,8 @@
 """Threads that run calls of tools and rewards, including calls that hang.
 
-The deadline of a call counts from the start of the call, not from its submission. If a call exceeds its deadline, its
-thread is abandoned, and a new thread replaces it. When the call returns, its answer is discarded and its thread ends.
-All threads are daemons, so a hanging thread does not keep the process alive.
+The deadline of a call counts from the start of the call, not from its submission. If a call exceeds its deadline, the
+call's thread is abandoned, and a new thread replaces it. When the call returns, its answer is discarded and its
+thread ends. All threads are daemons, so a hanging thread does not keep the process alive.
 """
 
 from __future__ import annotations

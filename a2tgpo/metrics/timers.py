@@ -17,7 +17,8 @@ class StageTimers:
     Args:
         synchronize: function that waits for the device, such as torch.cuda.synchronize. It runs at the beginning and
             the end of a stage, so that the stage's time includes queued work. None on CPUs.
-        enter: function that is called with the stage's name when an outermost stage begins, and with "" at its end.
+        enter: function that is called with the stage's name when an outermost stage begins, and with "" when that
+            stage ends.
     """
 
     def __init__(

@@ -202,5 +202,6 @@ def accumulate_in_float32(chunk: Any) -> None:
 
 
 def _one_or_list(functions: list[Any]) -> Any:
-    """Return the list, or its only element, because Megatron accepts a list only with interleaved stages."""
+    """Return the only element of a list of one, and any other list itself: Megatron takes lists only with interleaved
+    stages."""
     return functions if len(functions) > 1 else functions[0]

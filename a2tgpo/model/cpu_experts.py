@@ -20,7 +20,8 @@ from megatron.core.transformer.utils import (
 from torch.nn.parameter import Parameter
 
 if not hasattr(moe_utils, "te_general_gemm"):
-    # The router checks whether this name is None, but without Transformer Engine Megatron leaves it undefined.
+    # The router checks whether this name is None, but Megatron does not define the name if Transformer Engine is
+    # missing.
     moe_utils.te_general_gemm = None
 
 

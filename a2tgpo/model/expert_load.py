@@ -41,8 +41,8 @@ class ExpertLoad:
     def counting(self, batch: PackedBatch) -> Iterator[None]:
         """Count in the `with` block, which must run one chunk on `batch`.
 
-        A layer that is computed again in the backward pass is not counted again, because that happens outside the
-        block.
+        A layer that is computed again in the backward pass is not counted again, because the backward pass runs
+        outside the block.
         """
         is_real, groups = batch.sequence_ids[0] != PADDING, self._groups
         if groups.cp_size > 1:

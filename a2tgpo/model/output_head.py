@@ -26,7 +26,7 @@ def output_at(model: GPTModel, rows: Tensor) -> Iterator[None]:
     def at_rows(_layer: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
         hidden = arguments[0]  # [T, 1, hidden]; [T / tp, 1, hidden] if `is_split`
         if is_split:
-            # The layer sums the gradient of its input over the ranks, so the gather's backward pass need not sum it.
+            # The layer sums the gradient of its input over the ranks, so the gather must not sum it again.
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=layer.tp_group
             )

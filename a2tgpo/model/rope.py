@@ -1,4 +1,4 @@
-"""Take the rotary position embedding of a checkpoint from transformers, and apply it to Megatron's model."""
+"""Let transformers compute a checkpoint's rotary position embedding, and set it in Megatron's model."""
 
 from __future__ import annotations
 

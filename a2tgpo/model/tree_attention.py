@@ -48,9 +48,9 @@ class TreeAttention(nn.Module):
         num_queries, num_keys = query.size(0), key.size(0)
         mask = None
         if num_keys > num_queries:
-            # PyTorch has no fused GPU kernel for a mask with grouped heads. For a branch, it creates float32 scores
-            # [heads, queries, keys] and copies keys and values for every head. The cost is small, because branches
-            # have few queries and run one after the other.
+            # PyTorch has no fused GPU kernel for a mask with grouped heads. For a branch, PyTorch creates float32
+            # scores [heads, queries, keys] and copies keys and values for every head. The cost is small, because
+            # branches have few queries and run one after the other.
             mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
             mask = mask.tril(num_keys - num_queries)
         return attend(query, key, value, mask, self._scale)

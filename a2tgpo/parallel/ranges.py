@@ -1,4 +1,4 @@
-"""Switch Megatron's NVTX ranges, which name its layers and its pipeline schedule in Nsight Systems."""
+"""Turn on Megatron's NVTX ranges, which name Megatron's layers and pipeline schedule in Nsight Systems."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -6,7 +6,7 @@ from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
 from a2tgpo.metrics.reduce import MetricSums
 
 NARROW_SPREAD = 0.01
-"""A turn group is narrow if the standard deviation of its gains is smaller than this gain."""
+"""A turn group is narrow if the standard deviation of its gains is smaller than this number."""
 
 
 def add_advantage_metrics(

@@ -25,7 +25,9 @@ from a2tgpo.trajectory import Trajectory
 
 
 class Recorder:
-    """Gather metrics from all ranks and write them on rank 0. The first rank of every replica writes its rollouts.
+    """Gather metrics from all ranks and write them on rank 0.
+
+    The first rank of every replica writes the replica's rollouts.
 
     Args:
         writer: the metric writer, which is enabled only on rank 0.
@@ -159,7 +161,7 @@ class Recorder:
         self.writer.print(f"warning: {line}; the next scheduled save tries again")
 
     def record_evaluation(self, step: int, scores: dict[str, float], seconds: dict[str, float]) -> None:
-        """Write the scores of one evaluation, which are equal on all ranks, and the wall time of its stages."""
+        """Write the scores of one evaluation and the wall time of its stages. The scores are equal on all ranks."""
         self.writer.log(step, {f"evaluation/{name}": value for name, value in scores.items()} | seconds)
         self.writer.print(
             f"step {step}: held-out EM {scores['em']:.3f}, with the format gate "

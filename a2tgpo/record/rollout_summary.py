@@ -12,7 +12,7 @@ from a2tgpo.trajectory import Trajectory
 
 
 class RolloutSummary(msgspec.Struct, frozen=True, array_like=True):
-    """The values by which the trajectories of a step are compared."""
+    """The values of a trajectory by which it is compared with the other trajectories of its step."""
 
     prompt_index: int
     sample_index: int

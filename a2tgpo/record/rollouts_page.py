@@ -42,8 +42,8 @@ def write_page(out: Path, name: str, steps: Mapping[int, Sequence[dict]], decode
     Args:
         name: the name of the run.
         steps: the recorded rollouts of each step.
-        decode: converts token ids to text. The page then shows each token in the colour of its log-prob. None: tokens
-            have no colours.
+        decode: converts token ids to text. The page then shows each token in a colour that depends on the token's
+            log-prob. None: tokens have no colours.
     """
     content = {
         "name": name,

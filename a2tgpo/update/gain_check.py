@@ -39,7 +39,7 @@ class GainCheck:
         self._max_tokens = max_tokens
 
     def run(self, version: int, trajectories: Sequence[Trajectory]) -> MetricSums:
-        """Return how far the engine's log-probs are from the trainer's. Every rank must call this.
+        """Return metrics of the gap between the engine's and the trainer's log-probs. Every rank must call this.
 
         A check runs only if `version` is a multiple of `verify_every`. For each context, log P is the best alias's
         mean log-prob per token, in nats. The gap of a context is |log P by the engine - log P by the trainer|.

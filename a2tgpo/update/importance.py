@@ -33,8 +33,8 @@ def correction_metrics(
       the tokens for which w can be computed. If there is no such token, these three metrics are omitted.
     - `correction/truncated_share` and `correction/masked_share` are shares of all sampled tokens.
     - `correction/unusable_tokens` is the number of tokens that have weight 0 because a log-prob is not finite.
-    - `correction/effective_sample_share` is (sum w)^2 / (n sum w^2), where w are the weights in the loss. It is 1 if
-      all weights are equal, and 0 if all weights are 0.
+    - `correction/effective_sample_share` is (sum w)^2 / (n sum w^2), where w are the weights in the loss. The share
+      is 1 if all weights are equal, and 0 if all weights are 0.
     """
     metrics = MetricSums()
     if config.kind == "none":

@@ -35,7 +35,7 @@ class StepResult:
     grad_norm: float
     """L2 norm of all gradients of the model before clipping."""
     update_ok: bool
-    """Whether the update was made. It is skipped if the loss or the gradients are not finite."""
+    """Whether the update was made. The update is skipped if the loss or the gradients are not finite."""
     metrics: dict[str, Tensor]
     """Sums over the micro-batches of this data-parallel replica, on the CPU, equal on all ranks of the replica."""
 
