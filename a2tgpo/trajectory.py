@@ -141,7 +141,7 @@ class Trajectory:
     rewards: dict[str, float] = field(default_factory=dict)
     """Value of each reward and of its parts, by name. The format gate does not change these values."""
     task_reward: float = 0.0
-    """Weighted sum of the rewards, or the reward of a wrong format, before a length penalty."""
+    """The reward before a length penalty: the weighted sum of the rewards, or the reward of a wrong format."""
     outcome_reward: float = 0.0
     """`task_reward` with the length penalty."""
     reward_error: str | None = None
@@ -227,7 +227,7 @@ def decode_records(content: bytes, kind: type[Record]) -> Record:
 
 
 def from_dict(record: dict) -> Trajectory:
-    """Return the trajectory that `Trajectory.to_dict` turned into `record`. Unknown keys are ignored.
+    """Convert `record`, a result of `Trajectory.to_dict`, back to a trajectory. Unknown keys are ignored.
 
     Raises:
         msgspec.ValidationError: if a field is missing or has the wrong type.

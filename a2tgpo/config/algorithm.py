@@ -81,9 +81,9 @@ class AlgorithmConfig:
     clip_cov_share: float = 0.0
     """Share of the sampled tokens that get no gradient because they lower the entropy (Clip-Cov: 2e-4); 0: none."""
     clip_cov_low: float = 1.0
-    """Smallest covariance of a token that clip_cov_share may choose (Clip-Cov: 1)."""
+    """Smallest covariance of log-prob and advantage at which a token may lose its gradient (Clip-Cov: 1)."""
     clip_cov_high: float = 5.0
-    """Largest covariance of a token that clip_cov_share may choose (Clip-Cov: 5)."""
+    """Largest covariance of log-prob and advantage at which a token may lose its gradient (Clip-Cov: 5)."""
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     """Importance weights that correct for differences between the log-probs of engine and trainer."""
 

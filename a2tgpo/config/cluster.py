@@ -20,8 +20,8 @@ class ClusterConfig:
     gpu: GpuKind = "h100-80gb"
     """Kind of GPU."""
     plan_margin: float = 0.5
-    """A run on GPUs is refused if its plan needs more memory than a GPU or a machine has free, and the excess is
-    above this share of the free memory. A smaller excess causes a warning. 0: never refuse a run. The default is
+    """A run on GPUs is refused if its plan exceeds the memory of a GPU, or the free host memory of a machine, by
+    more than this share of that memory. A smaller excess causes a warning. 0: never refuse a run. The default is
     high, because the plan has not been compared with a real GPU yet."""
 
     def __post_init__(self) -> None:

@@ -31,8 +31,8 @@ class EvaluationConfig:
     """Evaluate the policy before the first step, as a baseline."""
     max_questions: int = 256
     """Number of questions of each set in an evaluation during training, the same for all seeds; 0: all. Every
-    combination of `data_source` and `hops` contributes its first questions, in proportion to its size. Of questions
-    with neither field, every nth question is used."""
+    combination of `data_source` and `hops` contributes its first questions, in proportion to its size. If
+    questions have neither field, every nth question is used."""
     sets: ExpandedMapping = field(default_factory=dict)
     """Sets of held-out questions by name, instead of data.test. Each value is a file, or a mapping with the keys file
     and max_questions. Example: {nq: nq.jsonl, bamboogle: {file: bamboogle.jsonl, max_questions: 0}}. Scores over all

@@ -279,7 +279,7 @@ def _hint(value: Any, kind: Any) -> str:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in a field's value: in a text, a list or a mapping."""
+    """Yield every text in a field's value, which may be a text, a list or a mapping."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list | tuple):

@@ -7,7 +7,7 @@ from a2tgpo.config.expand import Expanded
 from a2tgpo.io.errors import require
 
 LONGEST_START_S = 30.0
-"""Seconds within which the process of a call must have started."""
+"""Longest time, in seconds, that the process of a call may take to start."""
 
 
 @dataclass(frozen=True, kw_only=True)

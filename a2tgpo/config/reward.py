@@ -10,7 +10,7 @@ from a2tgpo.io.user_code import is_user_code
 
 REWARDS_PACKAGE = "a2tgpo.reward.methods"
 _TAKEN = ("reward", "none", "em_format_gated", "format_ok_rate", "tool_calls", "num_questions")
-"""Scores of an evaluation, whose names no function of the user may have."""
+"""Names of an evaluation's scores. A user's reward function may not have such a name."""
 
 
 def reward_names() -> list[str]:

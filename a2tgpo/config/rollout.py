@@ -150,8 +150,8 @@ class RolloutConfig:
     """GiB of KV cache on each rank of the engine; 0 is allowed only on GPUs. With 0, the KV cache gets the part
     of gpu_memory_fraction that vLLM finds unused. If gpu_memory_fraction is 0 too, the plan chooses both."""
     gpu_memory_fraction: float = 0.0
-    """Share of the GPU's memory for the engine, which must be free when the engine starts. 0: the plan chooses a
-    share that leaves a tenth of the memory free. `tools/plan.py` prints this share."""
+    """Share of the GPU's memory that the engine takes. The share must be free when the engine starts. 0: the plan
+    chooses a share that leaves a tenth of the memory free. `tools/plan.py` prints this share."""
     block_size: int = 0
     """Number of tokens in one block of the KV cache; 0: 32 on CPUs, 16 on GPUs."""
     enforce_eager: bool = False

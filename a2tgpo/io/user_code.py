@@ -67,7 +67,7 @@ def load_user_code(spec: str, key: str) -> Any:
 
 
 def fault_line(error: BaseException, path: Path) -> str:
-    """Return one line that says what an exception is and where it was raised, if possible by a line in `path`."""
+    """Return one line that says what an exception is and where it was raised. Lines in `path` are preferred."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename) == path.absolute()] or frames
     kind, text = type(error).__name__, first_line(error)

@@ -1,4 +1,4 @@
-"""Let the ranks that mpirun started agree where to meet, and express the result in torchrun's variables."""
+"""Choose the address at which the ranks that mpirun started meet, and return it in torchrun's variables."""
 
 from __future__ import annotations
 

@@ -52,7 +52,8 @@ class Needs:
 
     disk: tuple[DiskNeed, ...]
     has_engine: bool
-    """Whether the program plays rollouts. If so, it needs GPU memory for an engine, and the search server."""
+    """Whether the program plays rollouts. If so, the program needs GPU memory for an engine, and the search
+    server."""
 
 
 def training_needs(config: RunConfig) -> Needs:

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from a2tgpo.plan.plan import Plan
 
 NUM_WORDS = 2
-"""Number of messages that rank 0 sends in a meeting: first its time and a test file, then whether to continue."""
+"""Number of messages that rank 0 sends in a meeting. The first message contains its time and a test file, and the
+second contains its decision."""
 END = "end"
 LISTEN_S = 1.0
 """Seconds of one wait for a message. The wait is short, because a signal cannot interrupt it."""
@@ -184,7 +185,7 @@ class Meeting:
         raise ReportedByRank0
 
     def _linger(self) -> None:
-        """Wait until the other ranks have read the decision, because the store ends when rank 0 ends."""
+        """Wait until the other ranks have read rank 0's decision, because the store ends when rank 0 ends."""
         from torch.distributed import DistError
 
         deadline = time.monotonic() + GRACE_S
@@ -224,7 +225,7 @@ class Meeting:
             try:
                 self._store.wait([key], timedelta(seconds=LISTEN_S))
                 word = self._store.get(key).decode()
-            except DistStoreError:  # no message has come; Python handles signals before the next wait
+            except DistStoreError:  # no message has come yet; Python handles signals before the next wait
                 continue
             except DistError:
                 break

@@ -67,7 +67,8 @@ def host_change(config: RunConfig) -> str:
 
 
 def _change(plan: Plan, phase_name: str) -> str:
-    """Return the first setting that makes the whole plan fit, or else the first that makes phase `phase_name` fit."""
+    """Return the first setting that makes the whole plan fit. If none does, return the first with which phase
+    `phase_name` fits."""
     mends_phase = None
     for settings, config in _changes(plan.given_config, has_experts=bool(plan.dimensions.experts)):
         try:

@@ -29,7 +29,8 @@ from a2tgpo.plan.workload import Geometry
 OF_ACTIVATIONS = ("activations", "backward workspace")
 """Names of the parts that are multiplied by `Assumptions.activation_ratio`."""
 PHASES = ("start", "refit", "rollout", "score", "update")
-"""Phases of `residency.PHASES` that need the most memory. Every other phase needs less than one of these phases."""
+"""Phases of `residency.PHASES` that need the most memory. Each phase that is missing here needs less than a
+listed one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,7 +119,7 @@ class RunCheckpoints:
                 )
             self._state.carried = self._read_carried(path, step, changed)
             self.evaluation_is_due = state.get("evaluation_is_due", False)
-            # A checkpoint of an earlier version may lack these states, or a best policy.
+            # A checkpoint of an earlier version may lack the following states, or a best policy.
             if "entropy_weight" in state:
                 self._entropy_weight.load_state_dict(state["entropy_weight"])
             if "guards" in state:

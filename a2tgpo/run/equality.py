@@ -24,10 +24,11 @@ NOT_COMPARED = (
     "memory/",
     "refit/",
 )
-"""Prefixes of metrics that two equal runs need not share.
+"""Prefixes of metrics whose values may differ between two equal runs.
 
-They depend on the clock, on failures, on the order in which tools answer, or on the weights that an engine had before
-a refit. The order of the answers changes what an engine finds in its KV cache, but no sampled token.
+These metrics depend on the clock, on failures, on the order in which tools answer, or on the weights that an
+engine had before a refit. The order of the answers changes which contexts an engine finds in its KV cache, but
+not the sampled tokens.
 """
 
 

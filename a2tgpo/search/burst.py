@@ -42,8 +42,8 @@ def measure_burst(
     """Query the server of `config` for `seconds`, wait for the pending queries, and return the result.
 
     Args:
-        queries: queries that resemble the run's. A random suffix is added to each query, so that no cache has the
-            answer.
+        queries: queries that resemble the queries of the run. A random suffix is added to each query, so that no
+            cache has the answer.
         clients: number of concurrent queries, at most `MAX_CLIENTS`.
     """
     clients = min(clients, MAX_CLIENTS)

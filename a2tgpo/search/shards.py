@@ -13,9 +13,9 @@ from a2tgpo.search.passage import Passage
 class ShardedIndex:
     """Searches all shards, each with its own client, and merges the answers by score.
 
-    Dense scores are comparable across shards. A BM25 score depends on how rare a word is in its shard. In interleaved
-    parts of a corpus (tools/build_index.py --part), a word is about equally rare, so the merged order is nearly the
-    order of one index.
+    Dense scores are comparable across shards. A BM25 score depends on how rare a word is in its shard. A word is
+    about equally rare in all interleaved parts of a corpus (tools/build_index.py --part), so the merged order is
+    nearly the order of one index.
     """
 
     kind = "shards"
