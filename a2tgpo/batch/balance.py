@@ -1,6 +1,6 @@
 """Divide trajectories over data-parallel replicas, and the trajectories of one replica over micro-batches.
 
-Both divisions depend only on the trajectories' lengths, so all ranks compute the same division.
+Both divisions depend only on the trajectories' lengths, so all ranks compute the same divisions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ def deal(lengths: Sequence[int], num_bins: int) -> list[int]:
     """Assign each item to a bin so that the bins have similar total lengths. Return the index of each item's bin.
 
     The items are taken from the longest to the shortest. Each goes into the bin that has the fewest tokens so far.
-    The largest bin has at most 4/3 of the optimal number of tokens.
+    The largest bin has at most 4/3 times as many tokens as the largest bin of the best possible assignment.
     """
     assert num_bins >= 1, f"num_bins is {num_bins}; at least one bin is needed"
     loads = [(0, 0, number) for number in range(num_bins)]  # (tokens, items, bin); sorted, so a heap

@@ -1,7 +1,7 @@
 """Clip-Cov (arXiv 2505.22617): give no gradient to a few of the tokens that lower the entropy most.
 
-An update lowers the entropy where log-probs and advantages of tokens covary. Few tokens carry most of the covariance:
-confident tokens with a large advantage. Clip-Cov chooses a small share of these tokens at random.
+An update lowers the entropy where log-probs and advantages of tokens covary. A few tokens carry most of the
+covariance: confident tokens with a large advantage. Clip-Cov chooses a small share of these tokens at random.
 """
 
 import torch
@@ -44,6 +44,6 @@ def clip_covariance(
     num_in_band = in_band.sum().double()
     if dp_group is not None:
         num_in_band = all_reduce_sum(num_in_band, dp_group)
-    # Each token of the band is chosen independently. The number is then right on average, and no rank needs to know
-    # the tokens of another rank.
+    # Each token whose covariance is within the limits is chosen independently of the others. The number of chosen
+    # tokens is then right on average, and no rank needs to know the tokens of another rank.
     return in_band & (draws * float(num_in_band) < config.clip_cov_share * num_tokens)

@@ -214,7 +214,7 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             "and clip_high to twice the noise",
         ),
         "engine_gap": Alarm(
-            # If no log-prob is finite, the first metric is missing.
+            # If no log-prob is finite, the first of these metrics is missing.
             metrics=("gap/train_engine_abs_mean", "gap/unusable_tokens"),
             key="guard.max_train_engine_gap",
             threshold=config.max_train_engine_gap,

@@ -32,8 +32,8 @@ def noise_of(after_one: float, after_two: float) -> float:
 
 
 class RatioNoise:
-    """Estimate the noise in the ratios of one start of a run. From the same metrics, all ranks get the same
-    results.
+    """Estimate the noise in a run's ratios, over the steps since the run was last started. From the same metrics, all
+    ranks get the same results.
     """
 
     def __init__(self, config: RunConfig):

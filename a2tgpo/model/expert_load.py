@@ -17,7 +17,7 @@ from a2tgpo.parallel.groups import ParallelGroups
 
 
 class ExpertLoad:
-    """Counts this rank's tokens by layer and expert, without padding. Every rank of the model has one.
+    """Counts this rank's tokens by layer and expert, without padding. Every rank of the model has an instance.
 
     Args:
         models: the chunks of this rank's pipeline stage, whose feed-forward layers are mixtures of experts.

@@ -96,8 +96,8 @@ def _packed_seq_params(
     )
     if boundaries[-1] < num_tokens:
         boundaries.append(num_tokens)
-    # The longest length must be exact. If it were the length of the packed row, Megatron would not restart the rotary
-    # positions at each segment (megatron/core/models/common/embeddings/rope_utils.py:212).
+    # The length of the longest segment must be exact. If it were the length of the packed row, Megatron would not
+    # restart the rotary positions at each segment (megatron/core/models/common/embeddings/rope_utils.py:212).
     longest = max(end - start for start, end in pairwise(boundaries))
     segments = torch.tensor(boundaries, dtype=torch.int32).to(device, non_blocking=True)
     return PackedSeqParams(

@@ -23,7 +23,8 @@ class ParameterRecord:
     shape: tuple[int, ...]
     """Shape of one rank's part."""
     split_dim: int | None
-    """Dimension that tensor-parallel ranks split. None for experts, and for parameters that are not split."""
+    """Dimension along which tensor-parallel ranks split the parameter. None for experts, and for parameters that are
+    not split."""
 
     def num_parts(self, groups: ParallelGroups) -> int:
         """Return the number of parts that one gather collects from the tensor- or expert-parallel ranks."""

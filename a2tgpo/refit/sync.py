@@ -22,7 +22,7 @@ from a2tgpo.update.logprobs import compute_logprobs
 def sync_engine(
     policy: Policy, engine: VllmEngine, phases: MemoryPhases, config: RunConfig, *, version: int
 ) -> MetricSums:
-    """Give the engine the policy's weights, and enter memory phase rollout. Every rank must call this.
+    """Give the engine the policy's weights, and enter the memory phase `rollout`. Every rank must call this.
 
     New weights are verified on a fixed probe. The first weights of a run are also verified, because engine and
     trainer read them from the same files with different code.

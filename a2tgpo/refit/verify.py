@@ -65,7 +65,7 @@ def verify_refit(
     tolerance: float,
     group: dist.ProcessGroup | None,
 ) -> ProbeGap:
-    """Compare the engine's log-probs of the probe with the trainer's. Every rank of `group` must call this.
+    """Compare the engine's log-probs of the probe with the trainer's log-probs. Every rank of `group` must call this.
 
     The engine must be idle and awake.
 

@@ -1,4 +1,4 @@
-"""Compare the trainer's probabilities of the gold answers with the engine's."""
+"""Compare the trainer's probabilities of the gold answers with those of the engine."""
 
 from __future__ import annotations
 
