@@ -255,7 +255,7 @@ def gain_lines(history: History) -> list[str]:
 
 
 def spread_columns(history: History, stage: str) -> str:
-    """Return two columns for `stage`: the mean over steps of the fastest and of the slowest rank's seconds."""
+    """Return two columns for `stage`: the fastest rank's mean seconds per step, and the slowest rank's."""
     metric = "step" if stage == "whole step" else stage
     fastest, slowest = (history.series(f"time/{metric}_{end}_s")[1] for end in ("min", "max"))
     return f"   {fastest.mean():>12.2f}   {slowest.mean():>12.2f}" if len(fastest) else ""

@@ -11,7 +11,8 @@ calculator, and demonstrations. Equal seeds give equal files.
 SET is one of hotpotqa, 2wiki, musique, bamboogle, nq, triviaqa, popqa and jsonl. RAW is the published file, which may
 be compressed. For jsonl, RAW is a JSONL or Parquet file that has the fields `question` and `answers`, or the format
 of verl's training sets for search agents. FILE can be used as data.train or data.test. FILE.report.json has counts,
-duplicates and lengths. If --against is given, the report also has the overlap with the questions of that file.
+duplicates and lengths. With --against, the report also has the number of questions that FILE shares with the other
+file.
 """
 
 import argparse

@@ -80,7 +80,7 @@ def health_url(url: str) -> httpx.URL:
 
 
 def open_shards(urls: list[str], token: str | None) -> tuple[ShardedIndex, int]:
-    """Return an index that queries the servers at `urls`, and the sum of their passages.
+    """Return an index that queries the servers at `urls`, and the number of passages of all servers.
 
     Raises:
         ConfigError: if a server does not answer.
@@ -225,7 +225,7 @@ def main() -> int:
 
 
 def address_of(bound: socket.socket) -> str:
-    """Return the URL of the socket `bound`. If the socket listens on all addresses, the host is this machine's
+    """Return the URL of the socket `bound`. If the socket listens on all addresses, the URL has this machine's
     name."""
     host, port = bound.getsockname()[:2]
     if host in ("0.0.0.0", "::"):

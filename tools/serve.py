@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 LOOK_S = 0.5
 """Longest wait for a request, in seconds. After each wait, the server checks whether it should end."""
 KEEP_ALIVE_S = 60.0
-"""Longest time between two messages from rank 0, in seconds. The other ranks wait up to parallel.timeout_s."""
+"""Longest time between two messages from rank 0, in seconds. The other ranks wait up to parallel.timeout_s for a
+message."""
 GRACE_S = 30.0
 """Seconds that answers have to reach their clients once the server ends."""
 

@@ -133,7 +133,8 @@ def rollout_files(run_dir: Path) -> dict[int, list[Path]]:
 
 
 def page(run_dir: Path, out: Path, *, step: int | None, prompt: str | None) -> str:
-    """Write the page to `out`, and return the line to print. If `step` is None, show as many steps as fit."""
+    """Write the page to `out`, and return the line to print. If `step` is None, show as many steps as the page can
+    hold."""
     if step is not None:
         steps = {step: select(run_dir, step=step, prompt=prompt, order="index")[1]}
     else:

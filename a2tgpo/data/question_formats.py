@@ -141,7 +141,8 @@ def _read_nq(path: Path) -> Iterator[Item]:
 
 
 def _annotated_nq(where: str, record: dict) -> Item:
-    """Return the item in a Natural Questions record that includes its document, in the simplified or full format."""
+    """Return the item of a Natural Questions record that contains the document, as the simplified and the full format
+    do."""
     tokens = _nq_tokens(where, record)
     answers: list[str] = []
     for annotation in record["annotations"]:

@@ -11,8 +11,8 @@ class PromptSampler:
     """Returns question indices, `per_step` at a time. The seed and the number of the epoch determine the order of the
     questions.
 
-    The questions of several sets may be mixed. Each set has epochs of its own. Each next question comes from the set
-    that is furthest behind its share, so each set stays within one question of its share. If the step already
+    The questions of several sets may be mixed. Each set has epochs of its own. The next question always comes from
+    the set that is furthest behind its share, so each set stays within one question of its share. If the step already
     has all questions of a set, the set waits for the next step.
 
     A step may span two epochs of a set. No step contains a question twice, because the questions that are already in

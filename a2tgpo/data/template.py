@@ -108,7 +108,8 @@ class PromptTemplate:
                 conversations,
                 add_generation_prompt=has_header,
                 tokenize=False,
-                # transformers' own `strftime_now` reads the clock, so processes and starts could get different dates.
+                # transformers' own `strftime_now` reads the clock, so two processes, or two starts of a run, could
+                # get different dates.
                 strftime_now=self.date.strftime,
                 tools=self._tools or None,  # type: ignore[arg-type]  # transformers' annotation lacks plain dicts
                 **self._kwargs,

@@ -79,7 +79,7 @@ class AnswerLog:
 
 
 def open_log(folder: Path, settings: Mapping[str, Any]) -> dict[Key, Answer]:
-    """Return the answers that earlier starts wrote to `folder`. Create the folder if it is missing.
+    """Return the answers that earlier starts of the evaluation wrote to `folder`. Create the folder if it is missing.
 
     Only one process may call this.
 

@@ -20,9 +20,9 @@ from a2tgpo.rollout.group_rollout import Finished, GroupRollout, RolloutInterrup
 from a2tgpo.trajectory import Prompt
 
 _SQUARE, _NUMBER = "square of ", "number of "
-"""Marks in the names of two metrics of each score: its squares, and the number of its values."""
+"""Marks in the names of two metrics of each score: the mean of its squares, and the number of its values."""
 WAIT_S = 1.0
-"""Seconds for which an interruption may have to wait while rewards are being computed."""
+"""Seconds between two checks for a requested stop while rewards are being computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def evaluate(
         stop.agree(is_interrupted)
     sums = MetricSums()
     sums.add("num_questions", 0, 0)
-    # The order is always that of the prompts, because a sum of floats depends on its order.
+    # Always sum in the order of the prompts, because a sum of floats depends on the order of its terms.
     for prompt in prompts if engine_group.is_leader else ():
         scores = _scores(greedy[prompt.id]) | _sampled_scores(samples[prompt.id])
         for prefix in ("", f"{sets.name_of(prompt.index)}/") if len(sets.sets) > 1 else ("",):

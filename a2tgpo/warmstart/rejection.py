@@ -216,7 +216,8 @@ def _num_calls(record: Mapping[str, Any]) -> int:
 
 
 def _num_failed(turn: Mapping[str, Any]) -> int:
-    """Return the number of the turn's calls that failed. A turn of an earlier version has at most one call."""
+    """Return the number of the turn's calls that failed. A turn that an earlier version recorded has at most one
+    call."""
     return sum(call["failed"] for call in turn.get("calls") or [{"failed": turn["tool_failed"]}])
 
 

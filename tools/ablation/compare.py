@@ -87,7 +87,8 @@ def refuse_other_config(folder: Path, config: RunConfig) -> None:
 
 
 def leaves(mapping: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield (dotted key, value) for every entry of `mapping` and of its nested dicts that is not a dict."""
+    """Yield (dotted key, value) for every value of `mapping` that is not a dict, including the values of nested
+    dicts."""
     for name, value in mapping.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{name}.")
@@ -186,7 +187,8 @@ def compare(experiment: Experiment, plan: Plan, out: Path, *, jobs: int) -> list
 def play(
     experiment: Experiment, plan: Plan, runs: Sequence[Run], progress: Progress, *, jobs: int
 ) -> list[RunResult]:
-    """Train `runs` in order, `jobs` at a time, and rewrite the report when a run ends. Return the failed results."""
+    """Train `runs` in order, `jobs` at a time, and rewrite the report when a run ends. Return the results of failed
+    runs."""
     waiting, running, failed = list(runs), list[Job](), list[RunResult]()
     try:
         while waiting or running:

@@ -51,7 +51,7 @@ def write_report(out: Path) -> str:
 
 
 def result_row(result: RunResult) -> Row:
-    """Return the run's row of results.csv. If the run is not finished, its scores are empty."""
+    """Return the run's row of results.csv. If the run is not finished, the row has no scores."""
     evaluations = result.evaluations() if result.is_finished else []
     trained = [record["evaluation/em"] for record in evaluations if record["step"] > 0]
     last = evaluations[-1] if evaluations else {}

@@ -16,7 +16,7 @@ class Estimate:
     mean: float
     """The mean, or NaN if no seed has a value."""
     half_width: float | None
-    """Half of the 95 % interval (Student's t), or None for fewer than two values."""
+    """Half the width of the 95 % interval (Student's t), or None for fewer than two values."""
     count: int
 
     @property

@@ -7,8 +7,8 @@ The vectors and the encoder's weights are random, which does not change the spee
 shape of e5-base-v2, 12 layers of 768 channels. Its tokenizer is that of all-MiniLM-L6-v2, which equals the tokenizer
 of e5-base-v2. The server runs with OMP_NUM_THREADS=1 in its environment, as in a Slurm job. The table has queries per
 second of wall time, queries per CPU second, and the number of cores that other programs kept busy. Trust the ratios
-only if this number is almost 0. Every round measures each number of threads once. The last lines have medians over
-the rounds, and their ratios to the medians of the first number of threads.
+only if other programs kept almost no cores busy. Every round measures each number of threads once. The last lines
+have medians over the rounds, and their ratios to the medians of the first number of threads.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def serve(corpus: Path, index: Path, *, threads: int, clients: int, seconds: flo
 
 
 def medians(table: list[dict[str, float]]) -> list[str]:
-    """Return a line for each number of threads: medians, and the query rate relative to the first number."""
+    """Return a line for each number of threads: medians, and the query rate relative to that with the first
+    number."""
     by_threads: dict[float, list[dict[str, float]]] = {}
     for row in table:
         by_threads.setdefault(row["threads"], []).append(row)

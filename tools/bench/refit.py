@@ -1,4 +1,4 @@
-"""Compare a refit of SmolLM2-135M in bfloat16 on one rank with one copy of the weights.
+"""Compare the cost of a refit of SmolLM2-135M in bfloat16 on one rank with that of one copy of the weights.
 
 The bench measures the CPU seconds of a whole `refit` (export, handover and the engine's load), of the export alone,
 and of the engine's load alone. Each baseline copies the same number of bytes once, tensor by tensor, into allocated

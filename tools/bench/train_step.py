@@ -286,7 +286,8 @@ def rows() -> list[measure.Row]:
 
 
 def sampled_share() -> float:
-    """Return the share of tokens that were sampled. This project's update runs the output layer only for these."""
+    """Return the share of tokens that were sampled. This project's update runs the output layer only for these
+    tokens."""
     return sum(t.num_sampled_tokens for t in trajectories_of(LENGTHS)) / sum(LENGTHS)
 
 

