@@ -143,7 +143,7 @@ class Trainer:
         self.checkpoints.save(self.step, evaluation_is_due=evaluation_is_due)
 
     def train_step(self) -> dict[str, float]:
-        """Run one step, and return its metrics. They are equal on all ranks.
+        """Run one step, and return its metrics. The metrics are equal on all ranks.
 
         The stages are refit, rollout (which includes gain and reward), exchange, advantage, score, update and record.
         If an earlier start crashed after the rollout of this step, the bank has this rollout. The stages refit and

@@ -7,8 +7,8 @@ from a2tgpo.io.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """Limits of a step's metrics. An alarm starts after two consecutive steps in which a metric is past its limit. It
-    ends after two consecutive steps within the limit. A limit of 0 turns its alarm off.
+    """Limits of a step's metrics. An alarm starts after two consecutive steps in which a metric is past its
+    limit. The alarm ends after two consecutive steps within the limit. A limit of 0 turns its alarm off.
     """
 
     baseline_steps: int = 5

@@ -18,8 +18,8 @@ class McpConfig:
     tool: str = ""
     """Name of the server's tool. Empty: the server's only tool."""
     timeout_s: float = 60.0
-    """Longest time, in seconds, that a call waits for the server's answer. The server's start may take the same
-    time."""
+    """Longest time, in seconds, that a call waits for the server's answer. A server that `command` starts may
+    also take this long to start."""
     stateful: bool = False
     """Each trajectory has a connection of its own, and with `command` a server process of its own. false: all
     trajectories of a rank share one connection."""

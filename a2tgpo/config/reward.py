@@ -40,7 +40,7 @@ class RewardConfig:
     """Seconds after which scoring a rollout counts as failed."""
     max_failed_share: float = 0.25
     """Largest share of a step's rollouts that may have no reward because a reward failed. The step does not train on
-    these rollouts. If the share is larger, the run ends."""
+    these rollouts. If a larger share has no reward, the run ends."""
     overlong_buffer_tokens: int = 0
     """DAPO's soft overlong penalty begins this many tokens before rollout.max_response_tokens, and grows linearly. 0:
     no penalty."""

@@ -61,7 +61,7 @@ class RunSettings:
             f"a folder name without /, of printable characters, at most {MAX_NAME_BYTES} bytes in UTF-8",
         )
         require(self.steps >= 1, "run.steps", self.steps, ">= 1")
-        # vLLM passes the seed to NumPy's generator, which accepts no larger seed.
+        # vLLM passes the seed to NumPy's generator, which accepts only seeds below 2^32.
         require(0 <= self.seed < 2**32, "run.seed", self.seed, "0 to 4294967295 (2^32 - 1)")
         require(self.log_rollouts >= 0, "run.log_rollouts", self.log_rollouts, ">= 0")
         require(self.keep_rollouts_gb >= 0, "run.keep_rollouts_gb", self.keep_rollouts_gb, ">= 0")
@@ -84,8 +84,8 @@ class CheckpointConfig:
     max_failures: int = 3
     """Number of consecutive failed saves after which the run ends."""
     margin_s: float = 120.0
-    """A run in a Slurm job stops in time to save before the job's end (SLURM_JOB_END_TIME). It reserves the time of
-    the longest update and save so far, plus this many seconds."""
+    """A run in a Slurm job stops in time to save before the job's end (SLURM_JOB_END_TIME). The run reserves the
+    time of the longest update and save so far, plus this many seconds."""
     best_by: str = "em"
     """Held-out score that decides which checkpoint is the best: em, em_format_gated, f1, reward (the weighted sum of
     the rewards), or the name of a reward of reward.names. With evaluation.samples, mean_at_K and pass_at_K are

@@ -111,7 +111,7 @@ class Deadline:
 
     def __init__(self, store: Store, seconds: float, *, rank: int, world_size: int):
         self._store, self._seconds, self._rank, self._world_size = store, seconds, rank, world_size
-        # The other ranks wait longer, so that rank 0 is the first to report.
+        # The other ranks wait longer than rank 0, so that rank 0 is the first to report.
         self._timer = threading.Timer(seconds + (GRACE_S if rank else 0), self._end)
         self._timer.daemon = True
         self._timer.start()

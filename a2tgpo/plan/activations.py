@@ -13,7 +13,8 @@ from a2tgpo.plan.dimensions import ModelDimensions
 
 FLOAT32_BYTES = 4
 LOGIT_CHUNK_TOKENS = 512
-"""Number of tokens whose float32 logits exist at a time. It equals the default of model.logprobs.token_logprobs."""
+"""Number of tokens whose float32 logits exist at a time. The number equals the default in
+model.logprobs.token_logprobs."""
 LOGIT_CHUNK_COPIES = 4
 """Number of float32 tensors per chunk of tokens that exist at once in the backward pass of token_logprobs."""
 
@@ -128,7 +129,8 @@ class MicrobatchShape:
     def logit_bytes(self, *, with_gradient: bool) -> int:
         """Return the bytes of the last stage's logits, their float32 copies and, if `with_gradient`, their gradient.
 
-        Every position is assumed to have logits. This is almost true if the policy makes no tool calls.
+        Every position is assumed to have logits. If the policy makes no tool calls, almost every position has
+        logits.
         """
         width = self.dimensions.padded_vocab(self.parallel.tensor) // self.parallel.tensor
         chunk = min(self.tokens, LOGIT_CHUNK_TOKENS) * LOGIT_CHUNK_COPIES * width * FLOAT32_BYTES

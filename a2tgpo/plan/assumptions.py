@@ -1,4 +1,5 @@
-"""Assumptions of a plan. They are round figures, and most can be replaced with measurements (`plan.measured`)."""
+"""Assumptions of a plan. The values are round figures, and most can be replaced with measurements
+(`plan.measured`)."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ class Assumptions:
     """Share of the concurrent trajectories that still run, on average, in the rollout's tail. The tail begins
     when the trajectories of mean length end."""
     answer_tokens: float = 16.0
-    """Tokens of scaffold and gold answer together. They are scored after every turn."""
+    """Tokens of scaffold and gold answer together. The engine scores these tokens after every turn."""
     fixed_s: float = 5.0
     """Seconds per step for exchange, advantages, packing, records, and the engine's sleep and wake-up."""
     activation_ratio: float = 1.0

@@ -30,7 +30,7 @@ class EngineMemory:
     """Bytes for activations and sampling while the engine is awake."""
     graphs: float
     kv_cache: float
-    """Bytes of the KV cache. They are negative if the engine's share of the GPU is too small for the other parts."""
+    """Bytes of the KV cache; negative if the engine's share of the GPU is too small for the other parts."""
 
     @property
     def total(self) -> float:

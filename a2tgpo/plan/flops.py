@@ -15,7 +15,7 @@ class TokenFlops:
     """Operations of the decoder's linear layers, without the experts."""
     attention: float
     experts: float
-    """Operations of the experts that the token chose, over all layers. They are 0 in a dense model."""
+    """Operations of the experts that the router chose for the token, over all layers; 0 in a dense model."""
     output: float
     """Operations of the output layer, averaged over all tokens."""
 

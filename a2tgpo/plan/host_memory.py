@@ -21,11 +21,12 @@ class HostMemory:
     """Bytes of host memory that one rank needs, or that several ranks need together."""
 
     offloaded: float
-    """Page-locked memory for state that was offloaded from the GPU. It is 0 if `update.offload` is False."""
+    """Page-locked memory for state that was offloaded from the GPU; 0 if `update.offload` is False."""
     saving: float
     """Copies of the state that is being written to a checkpoint."""
     loading: float
-    """Tensors that the start reads from a checkpoint or `model.path`, before any state is offloaded or saved."""
+    """Tensors that a rank reads at its start from a checkpoint or `model.path`, before any state is offloaded or
+    saved."""
     processes: float
 
     @property

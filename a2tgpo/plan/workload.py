@@ -59,7 +59,7 @@ class Geometry:
     trajectories: int
     """Number of trajectories of the step, over all engines."""
     trajectories_per_engine: float
-    """Mean number of trajectories of one engine. It is below 1 if there are more engines than trajectories."""
+    """Mean number of trajectories of one engine; below 1 if there are more engines than trajectories."""
     tokens: float
     """Number of tokens that the trainer computes in the step, without padding."""
     sampled_tokens: float

@@ -4,9 +4,10 @@ The process that holds the folder writes its identity to `holder.json`, and then
 intervals as a sign of life. Locks of the file system are unsuitable, because Lustre is often mounted without locks,
 NFS keeps the locks of a crashed node, and a forked child keeps the lock of its dead parent.
 
-A start that finds another holder on the same machine checks the holder's process id and start time. A holder from
-before a requeue of the same Slurm job has ended. In all other cases the start watches whether the file still changes.
-The start opens the file anew for each read, because only then does NFS ask the server.
+If a start finds another holder on the same machine, the start checks the holder's process id and start time. If
+the holder started before its Slurm job was requeued, the holder has ended. In all other cases the start watches
+whether the file still changes. The start opens the file anew for each read, because only then does NFS ask the
+server.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from a2tgpo.config.run import RunConfig
 Changes = dict[str, tuple[Any, Any]]
 """Maps the key of each changed setting to its values (before, now)."""
 PLACES = ("run.name", "run.root")
-"""Settings that decide where the folder of a run is. They do not identify the experiment."""
+"""Settings that decide where the folder of a run is. These settings do not identify the experiment."""
 MAX_SHOWN = 12
 """Largest number of changes that a message lists."""
 
