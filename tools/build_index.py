@@ -196,7 +196,7 @@ def embed_in_processes(dense: DenseBuild, num_workers: int, bars: Bars) -> None:
 
 
 def visible_gpu(number: int) -> str:
-    """Return the name in CUDA_VISIBLE_DEVICES of the GPU that torch calls `cuda:number`."""
+    """Return the name that CUDA_VISIBLE_DEVICES gives to the GPU that torch calls `cuda:number`."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return names.split(",")[number] if names else str(number)
 

@@ -75,9 +75,8 @@ class LiteralEncoder:
         """Return the token ids of each text in `frame(texts)`, with the frame's control tokens and no others.
 
         Args:
-            frame: puts each text into text that this program wrote.
-            begins_sequence: whether each result begins a sequence. If so, SentencePiece's space before each result is
-                kept.
+            frame: a function that puts the frame around each text.
+            begins_sequence: whether each result begins a sequence. If so, SentencePiece's space before it is kept.
         """
 
         def encode(framed: list[str]) -> list[list[int]]:
@@ -86,7 +85,7 @@ class LiteralEncoder:
         encoded = encode(frame([self.broken_up(text) for text in texts]))
         (of_frame,) = map(self._control_tokens, encode(frame(["?"])))
         for place, text in enumerate(texts):
-            # A tokenizer that normalises text may create a new spelling. Then break up the text at every character.
+            # A tokenizer that normalises text may create a new spelling. If so, break up the text at every character.
             if self._control_tokens(encoded[place]) != of_frame:
                 (encoded[place],) = encode(frame([BREAK.join(self.broken_up(text))]))
         return encoded
@@ -126,7 +125,7 @@ class LiteralEncoder:
             return self._ids(parts)
         width = len(self._anchor)
         return [
-            # If the part merges with the anchor, use the encoding that has the space.
+            # If the tokenizer merges the part with the anchor, use the encoding that has the space.
             anchored[width:] if anchored[:width] == self._anchor else plain
             for plain, anchored in zip(
                 self._ids(parts), self._ids([_ANCHOR + part for part in parts]), strict=True

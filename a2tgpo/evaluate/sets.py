@@ -32,7 +32,8 @@ class EvaluationSets:
 
     @property
     def fingerprint(self) -> str:
-        """A digest that is equal for equal sets. If there is only one set, this is the fingerprint of the set."""
+        """A digest that is equal for equal sets. If there is only one set, the digest is the fingerprint of the
+        set."""
         fingerprints = [of_set.fingerprint for of_set in self.sets.values()]
         if len(fingerprints) == 1:
             return fingerprints[0]

@@ -1,4 +1,4 @@
-"""Write the file that describes an exported agent to the folder of its weights."""
+"""Write the file that describes an exported agent. The file is in the folder of the agent's weights."""
 
 from __future__ import annotations
 

@@ -55,7 +55,8 @@ SMOOTHED_FROM = 12
 
 LEARNING_PANELS: Sequence[tuple[str, str, tuple[str, ...]]] = (
     ("Held-out exact match, greedy", "", ("evaluation/em",)),
-    # With dynamic sampling, reward/mean covers only the groups trained on. Prefer the mean over all played groups.
+    # With dynamic sampling, reward/mean covers only the groups that were kept for training. Prefer the mean over all
+    # played groups.
     ("Reward while training", "", ("sampling/reward_all_mean", "reward/mean")),
     ("Policy entropy", "nats a token", ("entropy/mean",)),
     ("Tool calls while training", "a rollout", ("turns/process_turns",)),

@@ -5,7 +5,7 @@ the first rollout ends with its first token. Times are wall seconds from the run
 baseline is a program that uses only transformers and vLLM. The baseline loads the tokenizer, builds an
 engine with the same settings, and samples one token.
 
-In a warm start, vLLM's cache of model architectures is filled. In a cold start, this cache is empty. Python's
+If the start is warm, vLLM's cache of model architectures is filled. If it is cold, this cache is empty. Python's
 __pycache__ and the system's file cache are filled in both cases.
 
 The bench takes about 4 minutes.
