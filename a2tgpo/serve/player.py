@@ -87,7 +87,7 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
     """Build a player whose engine has the weights of `model`; every rank must call this.
 
     The weights of a checkpoint reach the engine through the trainer's model, as in training. The engine's log-probs
-    of a fixed text, the probe, are then compared with the trainer's.
+    of fixed tokens, the probe, are then compared with the trainer's.
 
     Raises:
         ConfigError: with a one-line message, if the engine cannot play with these weights or settings.

@@ -67,8 +67,8 @@ class Country:
     neighbours: tuple[str, ...] = ()
     """ISO alpha-2 codes of the neighbours. The world contains all of them."""
     largest_neighbour: str | None = None
-    """The most populous of `neighbours`. None if the two packages name different countries, or if two populations are
-    too close."""
+    """The most populous of `neighbours`. None if the two packages list different neighbours, or if the two largest
+    populations are too close."""
     cities: list[City] = field(default_factory=list)
 
 
@@ -220,7 +220,7 @@ def _capital(country: Country, record: dict) -> Name | None:
 
 
 def _add_neighbours(country: Country, record: dict, world: dict[str, Country]) -> None:
-    """Add the neighbours that both packages list, and the most populous of them if the packages agree on it."""
+    """Add the neighbours that both packages list. If the two lists are equal, add the most populous neighbour."""
     borders = CountryInfo(country.code).info().get("borders") or []
     found = [pycountry.countries.get(alpha_3=code) for code in borders]
     second = {entry.alpha_2 for entry in found if entry is not None}
