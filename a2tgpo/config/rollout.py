@@ -85,7 +85,7 @@ class PartialConfig:
 
     def check_questions(self, num_questions: int, *, prompts_per_step: int) -> None:
         """Raise `ConfigError` if there are so few questions that a question in flight could be drawn again."""
-        # The sampler moves questions in flight to the end of an epoch when the epoch starts, but not later.
+        # The sampler moves questions in flight to the end of an epoch, but only when the epoch starts.
         needed = self.extra_prompts + (self.max_staleness + 1) * prompts_per_step
         require(
             self.extra_prompts == 0 or needed <= num_questions,

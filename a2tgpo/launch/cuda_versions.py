@@ -26,7 +26,7 @@ def driver_version() -> str:
 
 
 def unusable_gpus() -> list[str]:
-    """Return why torch sees none of this machine's GPUs, or an empty list if the machine has no GPU.
+    """Return lines that say why torch sees none of this machine's GPUs; an empty list if the machine has no GPU.
 
     Call this if torch sees no GPU. A run on a machine with unusable GPUs would otherwise train on its CPUs.
     """

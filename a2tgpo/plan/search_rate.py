@@ -14,7 +14,7 @@ ENCODER_FLOPS = 2 * 85e6 * 16
 
 @dataclass(frozen=True, kw_only=True)
 class SearchDemand:
-    """The tool calls of a step. Every tool call counts as a search."""
+    """The searches of a step. Every tool call counts as a search."""
 
     queries: float
     per_second: float

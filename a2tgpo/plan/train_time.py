@@ -26,7 +26,8 @@ reads and writes every token once.
 
 @dataclass(frozen=True, kw_only=True)
 class PassTime:
-    """Seconds that one rank takes for all micro-batches of a step. No communication overlaps with computation."""
+    """Seconds that one rank takes for all micro-batches of a step. The plan assumes that no communication
+    overlaps with computation."""
 
     compute: float
     """Matrix products and attention of the slowest pipeline stage."""

@@ -32,7 +32,7 @@ class EncoderSettings:
 class Encoder:
     """Embeds texts as unit vectors, on the GPU if there is one.
 
-    A text's vector is the mean of the encoder's last layer over the tokens, scaled to length 1.
+    A text's vector is the mean of the last layer's outputs over the text's tokens, scaled to length 1.
 
     Args:
         dtype: dtype of weights and layers. auto is bfloat16 on a GPU that supports bfloat16, and float32 elsewhere.
