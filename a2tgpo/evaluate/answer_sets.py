@@ -65,6 +65,7 @@ def answer_sets(
                 seed=seed,
                 skip=found.keys(),
                 rewards=rewards if engine_group.is_leader else None,
+                engine_group=engine_group,
                 should_stop=stop.should_stop,
             ):
                 mine.append(answer)

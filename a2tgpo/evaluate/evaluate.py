@@ -12,10 +12,11 @@ from a2tgpo.config.evaluation import powers_of_two, sampled_scores
 from a2tgpo.evaluate.sets import EvaluationSets
 from a2tgpo.lifecycle.stop_request import StopRequest
 from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.parallel.engine_group import ALONE, EngineGroup
 from a2tgpo.reward.answer_match import exact_match, f1_score
 from a2tgpo.reward.episode import Episode, reader_of
-from a2tgpo.reward.pool import RewardPool
+from a2tgpo.reward.pool import RewardFaultError, RewardPool
 from a2tgpo.rollout.group_rollout import Finished, GroupRollout, RolloutInterruptedError
 from a2tgpo.trajectory import Prompt
 
@@ -95,6 +96,7 @@ def evaluate(
             rollout,
             prompts,
             rewards=rewards if engine_group.is_leader else None,
+            engine_group=engine_group,
             should_stop=should_stop,
         ):
             greedy[answer.question_id] = answer
@@ -126,12 +128,13 @@ def answer_questions(
     seed: int = 0,
     skip: Container[tuple[int, int]] = (),
     rewards: RewardPool | None = None,
+    engine_group: EngineGroup = ALONE,
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[Answer]:
     """Play the questions of `prompts` on this rank's engine, and yield each answer as soon as it is complete.
 
     All ranks of the engine must call this and iterate over the result. The iteration raises the errors of
-    `GroupRollout.finished` and of `RewardPool.take`.
+    `GroupRollout.finished`, and `RewardFaultError` if a reward has a fault.
 
     Args:
         num_samples: the number of answers to draw per question at `rollout.temperature`. 0 means one greedy answer.
@@ -148,30 +151,76 @@ def answer_questions(
         score_gain=False,
         skip=skip,
     )
-    reader, unjudged = reader_of(rollout.protocol), dict[int, Answer]()
+    reader, judging = reader_of(rollout.protocol), _Judging(rewards)
+
+    def is_stopped() -> bool:
+        return bool(judging.fault) or (should_stop is not None and should_stop())
+
     try:
-        for done in rollout.finished(playing, should_stop=should_stop):
+        for done in rollout.finished(playing, should_stop=is_stopped if should_stop else None):
             episode = reader.read(done.trajectory, done.prompt, done.turn_texts, is_evaluation=True)
-            answer = _answer(done, episode)
-            if rewards is None:
-                yield answer
-            else:
-                unjudged[rewards.submit(episode)] = answer
-                yield from _judged(rewards, unjudged, timeout_s=0.0)
-        while rewards is not None and unjudged:
-            yield from _judged(rewards, unjudged, timeout_s=WAIT_S)
-            if unjudged and should_stop is not None and should_stop():
+            yield from judging.judge(_answer(done, episode), episode)
+        while engine_group.any(judging.is_busy):
+            yield from judging.take(timeout_s=WAIT_S)
+            if engine_group.any(is_stopped()):
                 raise RolloutInterruptedError
+    except RolloutInterruptedError:
+        judging.raise_fault(engine_group)
+        raise
     finally:
-        if rewards is not None:
-            rewards.drop_all()
+        judging.drop_all()
 
 
-def _judged(rewards: RewardPool, unjudged: dict[int, Answer], *, timeout_s: float) -> Iterator[Answer]:
-    """Remove from `unjudged` the answers that have been judged, and yield these answers with their scores."""
-    for key, verdict in rewards.take(timeout_s=timeout_s):
-        scores = {} if verdict.error is not None else verdict.rewards | {"reward": verdict.total}
-        yield replace(unjudged.pop(key), scores=scores)
+class _Judging:
+    """The answers of one engine that wait for their rewards.
+
+    Args:
+        rewards: computes the scores of the answers. None: the answers get no scores, and never wait.
+    """
+
+    def __init__(self, rewards: RewardPool | None):
+        self._rewards = rewards
+        self._unjudged: dict[int, Answer] = {}
+        self.fault = ""
+        """What is wrong with a reward, in one line; empty if nothing is wrong."""
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._unjudged)
+
+    def judge(self, answer: Answer, episode: Episode) -> Iterator[Answer]:
+        """Submit `answer`, and yield the answers that have been judged meanwhile."""
+        if self._rewards is None:
+            yield answer
+        else:
+            self._unjudged[self._rewards.submit(episode)] = answer
+            yield from self.take(timeout_s=0.0)
+
+    def take(self, *, timeout_s: float) -> Iterator[Answer]:
+        """Yield the answers that have been judged, with their scores. If a reward has a fault, store the fault."""
+        if self._rewards is None or not self._unjudged or self.fault:
+            return
+        try:
+            judged = self._rewards.take(timeout_s=timeout_s)
+        except RewardFaultError as error:
+            self.fault = str(error)
+            return
+        for key, verdict in judged:
+            scores = {} if verdict.error is not None else verdict.rewards | {"reward": verdict.total}
+            yield replace(self._unjudged.pop(key), scores=scores)
+
+    def raise_fault(self, engine_group: EngineGroup) -> None:
+        """If the leader's rewards have a fault, raise `RewardFaultError` on all ranks of the engine."""
+        fault = self.fault
+        if engine_group.group is not None:
+            fault = broadcast_object(fault, engine_group.group, source=0)
+        if fault:
+            raise RewardFaultError(fault)
+
+    def drop_all(self) -> None:
+        """Discard the answers that still wait."""
+        if self._rewards is not None:
+            self._rewards.drop_all()
 
 
 def _answer(done: Finished, episode: Episode) -> Answer:
