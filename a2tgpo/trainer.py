@@ -72,7 +72,14 @@ class Trainer:
         self.profiler = StepProfiler(
             parts.config.profile, folder.profile, parts.phases, rank=parts.groups.rank
         )
-        self.bank = RolloutBank(folder.bank, parts.config, parts.state, parts.groups, parts.engine_group)
+        self.bank = RolloutBank(
+            folder.bank,
+            parts.config,
+            parts.state,
+            parts.groups,
+            parts.engine_group,
+            questions=parts.train_prompts.content_fingerprint,
+        )
         self.step_rollout = StepRollout(
             parts.config.rollout,
             RewardedRollout(

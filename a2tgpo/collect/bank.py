@@ -68,6 +68,7 @@ class RolloutBank:
     Args:
         folder: the folder `bank/` of the run.
         state: the state that `put` stores with the rollouts and that `take` restores.
+        questions: fingerprint of the questions, answers and records (`PromptSet.content_fingerprint`).
     """
 
     def __init__(
@@ -77,9 +78,11 @@ class RolloutBank:
         state: RolloutState,
         groups: ParallelGroups,
         engine_group: EngineGroup,
+        *,
+        questions: str = "",
     ):
         self._folder = folder
-        self._config_key = _config_key(config, state.sampler.fingerprint, groups)
+        self._config_key = _config_key(config, [state.sampler.fingerprint, questions], groups)
         self._state = state
         self._is_first_rank = groups.rank == 0
         self._engine_group = engine_group
@@ -179,10 +182,10 @@ def _digest(payload: bytes) -> bytes:
     return hashlib.blake2b(payload, digest_size=_DIGEST_BYTES).digest()
 
 
-def _config_key(config: RunConfig, questions: str, groups: ParallelGroups) -> str:
+def _config_key(config: RunConfig, questions: list[str], groups: ParallelGroups) -> str:
     """Return a fingerprint of the settings, questions and layout on which an engine's rollouts may depend."""
     sections = dataclasses.asdict(config)
-    for name in ("run", "guard", "watchdog", "evaluation", "checkpoint", "warmstart", "refit"):
+    for name in ("run", "guard", "watchdog", "evaluation", "checkpoint", "warmstart", "refit", "profile"):
         del sections[name]
     values = [sections, file_digests(config), config.run.seed, questions, groups.rank, groups.world_size]
     text = json.dumps(values, sort_keys=True)

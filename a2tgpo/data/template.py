@@ -243,6 +243,16 @@ class PromptSet:
             digest.update(json.dumps([question.id, question.question]).encode())
         return digest.hexdigest()
 
+    @property
+    def content_fingerprint(self) -> str:
+        """Hexadecimal digest that also depends on the answers and on the records, which rewards and tools read."""
+        digest = hashlib.blake2b(digest_size=16)
+        for question in self.questions:
+            digest.update(
+                json.dumps([question.id, question.question, question.answers, question.record]).encode()
+            )
+        return digest.hexdigest()
+
     def first_too_long(self, share: slice = slice(None)) -> tuple[int, str] | None:
         """Return the index of the first question in `share` whose prompt is too long, and an error message."""
         indices = range(len(self))[share]

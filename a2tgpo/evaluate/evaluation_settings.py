@@ -11,6 +11,7 @@ from a2tgpo.config.load import flat_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.config.user_files import file_digests
 from a2tgpo.data.question_set import Question
+from a2tgpo.io.user_code import is_user_code
 
 _DECIDING = (
     "calculator.decimals",
@@ -18,14 +19,7 @@ _DECIDING = (
     "data.chat_template_kwargs",
     "data.instructions",
     "data.max_prompt_tokens",
-    "mcp.stateful",
-    "mcp.tool",
     "model.dtype",
-    "python.max_output_chars",
-    "python.memory_mib",
-    "python.packages",
-    "python.stateful",
-    "python.timeout_s",
     "reward.format_gate",
     "reward.names",
     "reward.weights",
@@ -46,13 +40,20 @@ _DECIDING = (
     "search.top_k",
     "tools.max_part_tokens",
     "tools.names",
-    "visit.max_chars",
-    "web.backend",
-    "web.top_k",
 )
 """Keys of the settings that decide the answers. The layout and `search.url` are not among them, so they may change
 when an evaluation is resumed."""
 _OF_JUDGE = ("judge.max_tokens", "judge.model", "judge.pattern", "judge.scores")
+_OF_TOOLS = {
+    "mcp": ("mcp.command", "mcp.stateful", "mcp.tool"),
+    "python": (
+        *("python.max_output_chars", "python.memory_mib", "python.packages"),
+        *("python.stateful", "python.timeout_s"),
+    ),
+    "visit": ("visit.allow_private", "visit.max_bytes", "visit.max_chars", "web.backend", "web.cassette"),
+    "web_search": ("web.backend", "web.cassette", "web.top_k"),
+}
+"""Further keys for each tool; they decide only if `tools.names` has the tool."""
 
 
 def evaluation_settings(
@@ -65,15 +66,22 @@ def evaluation_settings(
         sets: the questions of each data set.
     """
     flat = flat_config(config)
-    questions = {f"questions of {name}": _fingerprint(members) for name, members in sets.items()}
+    names = (*config.reward.names, *config.tools.names)
+    reads_records = "judge" in names or any(map(is_user_code, names))
+    questions = {
+        f"questions of {name}": _fingerprint(members, with_records=reads_records)
+        for name, members in sets.items()
+    }
     keys = _DECIDING + (_OF_JUDGE if "judge" in config.reward.names else ())
+    keys += tuple(key for tool in config.tools.names for key in _OF_TOOLS.get(tool, ()))
     decided = {key: flat[key] for key in keys}
     return {"weights": weights, **questions, **decided, **file_digests(config)}
 
 
-def _fingerprint(questions: Sequence[Question]) -> str:
+def _fingerprint(questions: Sequence[Question], *, with_records: bool) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for question in questions:
         content = [question.id, question.question, question.answers, question.hops]
+        content += [question.record] if with_records else []
         digest.update(json.dumps(content).encode())
     return f"{len(questions)} ({digest.hexdigest()})"

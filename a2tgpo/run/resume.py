@@ -29,7 +29,8 @@ _SCORED_BY = (
         "rollout.gain.max_aliases",
         "rollout.gain.scaffold",
     ),
-    "reward.",
+    *("reward.names", "reward.weights", "reward.format_gate", "reward.overlong_", "algorithm.turn_signal"),
+    *("judge.model", "judge.pattern", "judge.scores", "judge.prompt_file", "judge.max_tokens"),
 )
 """Prefixes of the settings on which the rewards and gains of finished trajectories depend."""
 

@@ -48,12 +48,12 @@ def played() -> list[Trajectory]:
 class Start:
     """What one start of the run holds."""
 
-    def __init__(self, world: SimpleNamespace, root: Path, **changes: Any):
+    def __init__(self, world: SimpleNamespace, root: Path, *, questions: str = "", **changes: Any):
         config = dataclasses.replace(Run(world, root).config, **changes)
         self.policy = world.parts.policy
         self.state = RolloutState(sampler=world.parts.state.sampler)
         self.state.sampler.load_state_dict(self.state.sampler.state_dict() | {"position": 0, "epoch": 0})
-        self.bank = RolloutBank(root / "bank", config, self.state, world.groups, ALONE)
+        self.bank = RolloutBank(root / "bank", config, self.state, world.groups, ALONE, questions=questions)
 
     def take(self, step: int = 3) -> PlayedStep | None:
         return self.bank.take(step, self.policy)
@@ -96,6 +96,7 @@ def test_what_is_carried_over_is_put_back_with_the_step(world, tmp_path):
 def test_another_step_or_configuration_plays_anew(world, tmp_path, banked):
     assert Start(world, tmp_path).take(step=2) is None
     assert Start(world, tmp_path, rollout=RolloutConfig(temperature=0.9)).take() is None
+    assert Start(world, tmp_path, questions="with other answers").take() is None
 
 
 def test_an_edited_reward_file_plays_anew(world, tmp_path):

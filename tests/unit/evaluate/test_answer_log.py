@@ -7,6 +7,7 @@ import pytest
 
 from a2tgpo.checkpoint.find import find_model
 from a2tgpo.config.load import load_config
+from a2tgpo.config.reward import RewardConfig
 from a2tgpo.data.question_set import Question
 from a2tgpo.evaluate.answer_log import GREEDY, SAMPLE, AnswerLog, open_log
 from a2tgpo.evaluate.evaluate import Answer
@@ -111,6 +112,28 @@ def test_an_evaluation_that_an_earlier_version_began_goes_on(begun):
     settings["search.max_passage_tokens"] = settings.pop("tools.max_part_tokens")
     (out / "settings.json").write_text(json.dumps(settings))
     assert len(open_log(out, evaluation_settings(config, weights.identity, sets))) == 1
+
+
+def test_an_evaluation_without_a_tool_ignores_the_settings_of_the_tool(begun):
+    config, weights, sets, _ = begun
+    settings = evaluation_settings(config, weights.identity, sets)
+    assert not [key for key in settings if key.startswith(("mcp.", "python.", "visit.", "web."))]
+    python = load_config("configs/quickstart.yaml", ["tools.names=[search,python]"])
+    assert "python.timeout_s" in evaluation_settings(python, weights.identity, sets)
+
+
+def test_an_edited_record_is_refused_if_a_reward_may_read_it(begun):
+    config, weights, sets, _ = begun
+    edited = {
+        name: [dataclasses.replace(q, record='{"a": 1}') for q in members] for name, members in sets.items()
+    }
+    judged = dataclasses.replace(config, reward=RewardConfig(names=("judge",)))
+
+    def settings(of_config, of_sets):
+        return evaluation_settings(of_config, weights.identity, of_sets)
+
+    assert settings(config, edited) == settings(config, sets)
+    assert settings(judged, edited) != settings(judged, sets)
 
 
 @pytest.mark.parametrize(
