@@ -40,7 +40,7 @@ class JudgeConfig:
     rollout has no reward."""
     max_calls_per_step: int = 0
     """Most requests that each engine's first rank sends for the rollouts of a step; 0: no limit. Once the limit
-    is reached, further rollouts have no reward."""
+    is reached, further rollouts have no reward. Requests of evaluations are neither limited nor counted."""
     token_file: Expanded = ""
     """File with the server's bearer token. Without a file, the environment variable A2TGPO_JUDGE_TOKEN is used, if it
     exists."""

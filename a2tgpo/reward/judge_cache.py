@@ -27,19 +27,22 @@ class JudgeCache:
         self._lock = threading.Lock()
         self._replies: dict[str, Future[str]] = {}
         self.num_hits = 0
-        """Number of calls of `get` that sent no request."""
+        """Number of counted calls of `get` that sent no request."""
         for path in sorted(folder.glob("*.jsonl")) if folder is not None else ():
             self._read(path)
 
-    def get(self, key: str, ask: Callable[[], str]) -> str:
+    def get(self, key: str, ask: Callable[[], str], *, is_counted: bool = True) -> str:
         """Return the reply with the digest `key`. If no such reply is stored, call `ask`, and store its result.
 
         If several threads want the same reply, only one of them calls `ask`. If `ask` raises an exception, all these
         threads raise it, and nothing is stored.
+
+        Args:
+            is_counted: whether `num_hits` counts this call if it sends no request.
         """
         with self._lock:
             waiting = self._replies.get(key)
-            self.num_hits += waiting is not None
+            self.num_hits += is_counted and waiting is not None
             if waiting is None:
                 mine: Future[str] = Future()
                 self._replies[key] = mine

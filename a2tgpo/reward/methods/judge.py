@@ -89,7 +89,10 @@ class Judge:
         return "{answers}" in self._prompt
 
     def score(self, episode: Episode) -> float:
-        """Return the value of the verdict. If the response has no answer, return 0 without a request."""
+        """Return the value of the verdict. If the response has no answer, return 0 without a request.
+
+        Requests for an evaluation are neither limited by `judge.max_calls_per_step` nor counted.
+        """
         if episode.answer is None:
             return 0.0
         text = _FIELD.sub(lambda match: _field(match[1], episode), self._prompt)
@@ -101,7 +104,9 @@ class Judge:
         }
         asked = json.dumps([request, self._config.pattern, self._config.scores])
         digest = hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()
-        reply = self._cache.get(digest, functools.partial(self._ask, request))
+        is_counted = not episode.is_evaluation
+        ask = functools.partial(self._ask, request, is_counted=is_counted)
+        reply = self._cache.get(digest, ask, is_counted=is_counted)
         value = self._value(reply)
         assert value is not None, "only replies with a verdict are stored"
         return value
@@ -116,7 +121,7 @@ class Judge:
     def close(self) -> None:
         self._client.close()
 
-    def _ask(self, request: dict[str, Any]) -> str:
+    def _ask(self, request: dict[str, Any], *, is_counted: bool) -> str:
         """Return the first reply with a verdict. Raise RewardError if there is none."""
         if not self._breaker.allows():
             raise RewardError(f"{self._url} has not answered for a while; not asked")
@@ -124,18 +129,19 @@ class Judge:
             _NoVerdictError,
             max_attempts=self._config.max_attempts,
             first_wait_s=FIRST_WAIT_S,
-            before_retry=self._count_retry,
+            before_retry=self._count_retry if is_counted else _count_nothing,
         )
         try:
-            reply: str = attempts(self._attempt, request)
+            reply: str = attempts(self._attempt, request, is_counted=is_counted)
         except RewardError:
             self._breaker.failed()
             raise
         self._breaker.succeeded()
         return reply
 
-    def _attempt(self, request: dict[str, Any]) -> str:
-        self._spend()
+    def _attempt(self, request: dict[str, Any], *, is_counted: bool) -> str:
+        if is_counted:
+            self._spend()
         try:
             body = post_json(
                 self._client,
@@ -151,7 +157,8 @@ class Judge:
             raise RewardError(f"{error}{hint}") from None
         reply = _reply_in(body)
         if reply is None or self._value(reply) is None:
-            self._count("unparsed")
+            if is_counted:
+                self._count("unparsed")
             shown = "no reply" if reply is None else f"{reply!r:.80}"
             raise _NoVerdictError(f"{self._url} sent no verdict (judge.pattern): {shown}")
         return reply
@@ -182,6 +189,10 @@ class Judge:
     def _count(self, name: str) -> None:
         with self._lock:
             self._counts[name] += 1
+
+
+def _count_nothing(_: RetryCallState) -> None:
+    """Take the place of the count of retries in an evaluation."""
 
 
 def _field(name: str, episode: Episode) -> str:

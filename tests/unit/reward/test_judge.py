@@ -164,6 +164,21 @@ def test_requests_beyond_the_steps_budget_are_not_sent(stub, tmp_path):
     assert asked.score(other) == 1.0 and len(server.asked) == 2
 
 
+def test_evaluations_neither_use_the_steps_budget_nor_change_its_counts(stub, tmp_path):
+    server = stub(lambda prompt, before: chat("correct" if before or "lucid" in prompt else "perhaps"))
+    asked = judge_of(server, tmp_path, max_calls_per_step=1)
+    evaluated = [
+        dataclasses.replace(episode_of(RIGHT, question=text), is_evaluation=True)
+        for text in ("lucid one", "vague", "lucid two", "lucid one")
+    ]
+    trained = episode_of(RIGHT, question="lucid three")
+    assert [asked.score(episode) for episode in evaluated[:2]] == [1.0] * 2
+    assert asked.score(trained) == 1.0
+    assert [asked.score(episode) for episode in evaluated[2:]] == [1.0] * 2
+    assert len(server.asked) == 5
+    assert asked.take_counts() == {"calls": 1, "retries": 0, "unparsed": 0, "cache_hits": 0}
+
+
 def test_a_prompt_file_takes_fields_of_the_record_and_a_pattern_may_find_numbers(stub, tmp_path, monkeypatch):
     monkeypatch.setenv("A2TGPO_JUDGE_TOKEN", "secret-token")
     server = stub(lambda prompt, _: chat(f"{prompt} Score: 0.5"))
