@@ -19,7 +19,8 @@ class CircuitBreaker:
         self._next_try = 0.0
 
     def allows(self) -> bool:
-        """Return whether a request may be sent now. If so, the caller must then call `succeeded` or `failed`."""
+        """Return whether a request may be sent now. If so, the caller must then call `succeeded` or `failed`,
+        unless it does not send the request after all."""
         with self._lock:
             if self._failures < self._break_after:
                 return True

@@ -50,6 +50,10 @@ class _NoVerdictError(RewardError):
         self.retry_after_s = retry_after_s
 
 
+class _UsedUpError(RewardError):
+    """The step's requests are used up, which is no failure of the server."""
+
+
 class Judge:
     """Asks a server for verdicts, with retries. A request that was answered once is never sent again.
 
@@ -133,6 +137,8 @@ class Judge:
         )
         try:
             reply: str = attempts(self._attempt, request, is_counted=is_counted)
+        except _UsedUpError:
+            raise
         except RewardError:
             self._breaker.failed()
             raise
@@ -176,11 +182,11 @@ class Judge:
         return value if math.isfinite(value) else None
 
     def _spend(self) -> None:
-        """Count a request. Raise RewardError if the step's requests are used up."""
+        """Count a request. Raise _UsedUpError if the step's requests are used up."""
         limit = self._config.max_calls_per_step
         with self._lock:
             if limit and self._counts["calls"] >= limit:
-                raise RewardError(f"the step's requests are used up (judge.max_calls_per_step={limit})")
+                raise _UsedUpError(f"the step's requests are used up (judge.max_calls_per_step={limit})")
             self._counts["calls"] += 1
 
     def _count_retry(self, _: RetryCallState) -> None:

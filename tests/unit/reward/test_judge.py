@@ -164,6 +164,17 @@ def test_requests_beyond_the_steps_budget_are_not_sent(stub, tmp_path):
     assert asked.score(other) == 1.0 and len(server.asked) == 2
 
 
+def test_used_up_requests_are_no_failures_of_the_server(stub, tmp_path):
+    server = stub(lambda *_: chat("correct"))
+    asked = judge_of(server, tmp_path, max_calls_per_step=1)
+    assert asked.score(episode_of(RIGHT)) == 1.0
+    for number in range(judge.BREAK_AFTER + 1):
+        with pytest.raises(RewardError, match="used up"):
+            asked.score(episode_of(RIGHT, question=str(number)))
+    asked.take_counts()
+    assert asked.score(episode_of(RIGHT, question="another")) == 1.0
+
+
 def test_evaluations_neither_use_the_steps_budget_nor_change_its_counts(stub, tmp_path):
     server = stub(lambda prompt, before: chat("correct" if before or "lucid" in prompt else "perhaps"))
     asked = judge_of(server, tmp_path, max_calls_per_step=1)
