@@ -27,7 +27,7 @@ class Verdict:
     """The value of each reward by its label, and each part of a reward by LABEL.PART. The format gate does not change
     these values."""
     turn_scores: tuple[float | None, ...] | None = None
-    """The score of each process turn, or None if no reward gives turn scores."""
+    """The score of each process turn, or None if no reward of a weight other than 0 gives turn scores."""
     error: str | None = None
     """Why a reward could not judge the episode, in one line. None if all rewards judged the episode."""
 
@@ -59,7 +59,8 @@ def judge(rewards: Sequence[NamedReward], episode: Episode, *, format_gate: bool
         values[named.label] = score.value
         values |= {f"{named.label}.{name}": value for name, value in score.parts.items()}
         total += named.weight * score.value
-        turn_scores = _added(turn_scores, score.turn_scores, weight=named.weight)
+        if named.weight != 0:
+            turn_scores = _added(turn_scores, score.turn_scores, weight=named.weight)
     if format_gate and not episode.format_ok:
         total = BAD_FORMAT_REWARD
     return Verdict(total=total, rewards=values, turn_scores=turn_scores)

@@ -38,6 +38,15 @@ def test_parts_are_recorded_and_turn_scores_are_added_by_weight():
     assert (verdict.total, verdict.turn_scores) == (6.0, (2.0, 0.5, None))
 
 
+def test_a_reward_of_weight_0_gives_no_turn_scores():
+    episode = episode_of("<think> a </think> <search> q </search>", RIGHT)
+    watched = named(lambda _: Score(value=1.0, turn_scores=[0.5]), "watched", weight=0.0)
+    trained = named(lambda _: Score(value=1.0, turn_scores=[None]), "trained")
+    alone = judge([watched], episode, format_gate=True)
+    assert (alone.rewards, alone.total, alone.turn_scores) == ({"watched": 1.0}, 0.0, None)
+    assert judge([watched, trained], episode, format_gate=True).turn_scores == (None,)
+
+
 def fail(_):
     raise RewardError("no\nverdict")
 
