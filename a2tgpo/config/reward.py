@@ -3,13 +3,17 @@
 import importlib
 import math
 import pkgutil
+import re
 from dataclasses import dataclass
 
 from a2tgpo.io.errors import one_of, require
 from a2tgpo.io.user_code import is_user_code
 
 REWARDS_PACKAGE = "a2tgpo.reward.methods"
-_TAKEN = ("reward", "none", "em_format_gated", "format_ok_rate", "tool_calls", "num_questions")
+_TAKEN = re.compile(
+    r"reward|none|(em|f1)(_format_gated)?|em_\d+_hops|format_ok_rate|tool_calls|num_questions"
+    r"|(mean|pass)_at_\d+(_exact_match|_format_gated)?|standard_error_.*"
+)
 """Names of an evaluation's scores. A user's reward function may not have such a name."""
 
 
@@ -57,8 +61,8 @@ class RewardConfig:
         require(
             are_distinct, "reward.names", list(self.names), "at least one reward, each with a name of its own"
         )
-        for label in self.labels:
-            is_free = label not in _TAKEN and not label.startswith("standard_error_")
+        for label in map(reward_label, filter(is_user_code, self.names)):
+            is_free = _TAKEN.fullmatch(label) is None
             require(is_free, "reward.names", list(self.names), f"a function with another name than {label}")
         weights = list(self.weights)
         fits = len(weights) in (0, len(self.names)) and all(map(math.isfinite, weights))

@@ -7,6 +7,7 @@ import pytest
 from scored import prompt_of, tag_reader
 
 from a2tgpo.config.load import load_config
+from a2tgpo.config.reward import RewardConfig
 from a2tgpo.config.run import RunConfig
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.reward.episode import Episode
@@ -99,6 +100,17 @@ def test_a_reward_that_cannot_be_loaded_is_one_line_with_the_cause(tmp_path, con
     with pytest.raises(ConfigError, match=message) as error:
         build_rewards(config_of(f"{file}:{name}"))
     assert "\n" not in str(error.value) and str(error.value).startswith("reward.names")
+
+
+@pytest.mark.parametrize(
+    "score",
+    ["em", "f1", "pass_at_2", "mean_at_4", "pass_at_1_format_gated", "em_2_hops", "standard_error_em"],
+)
+def test_a_function_with_the_name_of_a_score_of_evaluations_is_refused(score):
+    with pytest.raises(ConfigError, match=rf"a function with another name than {score}$") as error:
+        RewardConfig(names=(f"my.py:{score}",))
+    assert "\n" not in str(error.value)
+    assert RewardConfig(names=("em", "f1", f"my.py:my_{score}")).labels[2] == f"my_{score}"
 
 
 @pytest.mark.parametrize(
