@@ -38,7 +38,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(
-            len(self.train_files) > 0 and all(_is_file(*item) for item in self.train_files.items()),
+            isinstance(self.train, str)
+            or (len(self.train) > 0 and all(_is_file(*item) for item in self.train.items())),
             "data.train",
             self.train,
             "a file, or a mapping of each file to a number > 0",

@@ -134,12 +134,6 @@ class RunConfig:
             if self.search.backend == "http":
                 self._check_server_limits()
         self._check_tools()
-        require(
-            bool(self.data.test or self.evaluation.sets),
-            "data.test",
-            self.data.test,
-            "a question file; it may be left out if evaluation.sets names files",
-        )
         scores = self.evaluation.score_names(("reward", *self.reward.labels))
         require(
             self.checkpoint.best_by in (*scores, "none"),
@@ -237,6 +231,15 @@ class RunConfig:
     def check_training(self) -> None:
         """Raise `ConfigError` if training on the rollouts would have no effect or be wrong."""
         self.rollout.check_training()
+        require(
+            bool(self.data.train), "data.train", self.data.train, "a file, or a mapping of files to weights"
+        )
+        require(
+            bool(self.data.test or self.evaluation.sets),
+            "data.test",
+            self.data.test,
+            "a question file; it may be left out if evaluation.sets names files",
+        )
         require(
             self.rollout.group_size > 1 or self.algorithm.advantage != "turn_group",
             "rollout.group_size",

@@ -22,6 +22,7 @@ from a2tgpo.environment.tools.search import Search
 from a2tgpo.protocol.build import build_protocol
 from a2tgpo.protocol.protocol import AgentProtocol
 from a2tgpo.record.rollout_files import read_step, recorded_steps
+from a2tgpo.run.equality import NOT_COMPARED
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.corpus import load_corpus
 from a2tgpo.search.passage import format_passage
@@ -220,11 +221,7 @@ def test_a_run_stopped_after_two_steps_goes_on_bit_for_bit_without_the_first_wei
     assert "step 2 of 3" in second.stderr
 
     def without_time(record):
-        return {
-            k: v
-            for k, v in record.items()
-            if not k.startswith(("time/", "speed/", "memory/", "search/", "rollout/tool_wait"))
-        }
+        return {k: v for k, v in record.items() if not k.startswith(NOT_COMPARED)}
 
     whole, resumed = metrics_of(undisturbed), metrics_of(tmp_path / "quickstart")
     assert [r["step"] for r in resumed] == [0, 1, 2, 3]

@@ -52,10 +52,6 @@ def test_the_best_checkpoint_may_be_chosen_by_any_score(load, best_by):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            ["data.train=t"],
-            "data.test is ''; allowed: a question file; it may be left out if evaluation.sets",
-        ),
         (["data.test=t", "data.train={}"], "allowed: a file, or a mapping of each file to a number > 0"),
         (["data.test=t", "data.train={1: 1}"], "allowed: a file, or a mapping of each file to a number > 0"),
         (["data.test=t", "data.train={~: 1}"], "allowed: a file, or a mapping of each file to a number > 0"),
@@ -90,4 +86,24 @@ def test_the_best_checkpoint_may_be_chosen_by_any_score(load, best_by):
 def test_a_bad_value_is_one_line(load, overrides, message):
     with pytest.raises(ConfigError) as caught:
         load(*overrides)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["data.train=t"],
+            "data.test is ''; allowed: a question file; it may be left out if evaluation.sets",
+        ),
+        (
+            ["data.train=", "data.test=t"],
+            "data.train is ''; allowed: a file, or a mapping of files to weights",
+        ),
+    ],
+)
+def test_a_training_needs_questions_and_held_out_questions(load, overrides, message):
+    config = load(*overrides)  # an exported agent has neither
+    with pytest.raises(ConfigError) as caught:
+        config.check_training()
     assert message in str(caught.value)

@@ -127,7 +127,7 @@ def test_an_edited_record_is_refused_if_a_reward_may_read_it(begun):
     edited = {
         name: [dataclasses.replace(q, record='{"a": 1}') for q in members] for name, members in sets.items()
     }
-    judged = dataclasses.replace(config, reward=RewardConfig(names=("judge",)))
+    judged = dataclasses.replace(config, reward=RewardConfig(names=("my.py:score",)))
 
     def settings(of_config, of_sets):
         return evaluation_settings(of_config, weights.identity, of_sets)
