@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import secrets
 import select
 import selectors
-import shutil
 import signal
 import subprocess
 import time
@@ -161,4 +162,43 @@ class SandboxProcess:
 
     def _remove_folder(self) -> None:
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            _remove_tree(self._folder)
+
+
+def _remove_tree(folder: str) -> None:
+    """Remove a folder of any depth without recursion. Leave what cannot be removed."""
+    with contextlib.suppress(OSError):
+        top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            mark, numbers = secrets.token_hex(8), itertools.count()
+            left = _remove_files(top)
+            while left:
+                name = left.pop()
+                with contextlib.suppress(OSError):
+                    inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
+                    try:
+                        for inner_name in _remove_files(inner):
+                            new_name = f"{mark}-{next(numbers)}"
+                            os.rename(inner_name, new_name, src_dir_fd=inner, dst_dir_fd=top)
+                            left.append(new_name)
+                    finally:
+                        os.close(inner)
+                    os.rmdir(name, dir_fd=top)
+        finally:
+            os.close(top)
+        os.rmdir(folder)
+
+
+def _remove_files(folder: int) -> list[str]:
+    """Remove the files in an open folder. Return the names of its folders, which can be opened then."""
+    folders = []
+    for name in os.listdir(folder):
+        try:
+            os.unlink(name, dir_fd=folder)
+        except IsADirectoryError:
+            with contextlib.suppress(OSError):
+                os.chmod(name, 0o700, dir_fd=folder)
+                folders.append(name)
+        except OSError:
+            continue
+    return folders

@@ -291,6 +291,26 @@ def test_nothing_is_left_after_a_call(sandbox, tmp_path):
     tool.close()
 
 
+def test_folders_of_any_depth_are_removed_after_a_call(sandbox, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = """
+        import os
+        os.makedirs("b/c")
+        os.mkdir("locked", 0)
+        os.symlink("/", "b/c/root")
+        for _ in range(3000):
+            open("file", "w").close()
+            os.mkdir("a")
+            os.chdir("a")
+        print("nested")
+        """
+    try:
+        assert answer(sandbox, code, timeout_s=60.0) == "nested"
+        assert not list(tmp_path.iterdir())
+    finally:  # pytest cannot remove such a folder
+        subprocess.run(["rm", "-rf", *tmp_path.iterdir()], check=True)
+
+
 def test_processes_end_with_the_trainer_even_if_it_is_killed(sandbox, tmp_path):
     marker = tmp_path / "packages"
     marker.mkdir()
