@@ -96,7 +96,15 @@ class StatefulMcpTool:
         first.close()
 
     def open(self, record: Mapping[str, Any], question: str) -> McpTool:
-        return McpTool(self._config)
+        """Return a connection to a new server.
+
+        Raises:
+            ToolUnavailableError: the server does not start, or it no longer has the tool.
+        """
+        try:
+            return McpTool(self._config)
+        except ConfigError as error:  # the first server had the tool, so the configuration is no bug
+            raise ToolUnavailableError(f"the MCP server has other tools than at the start: {error}") from None
 
     def close(self) -> None:
         """Do nothing, because each session closes its own connection."""

@@ -8,7 +8,7 @@ import pytest
 
 from a2tgpo.config.load import load_config
 from a2tgpo.config.mcp import McpConfig
-from a2tgpo.environment.tool import ToolError, build_tools, function_schema
+from a2tgpo.environment.tool import ToolError, ToolUnavailableError, build_tools, function_schema
 from a2tgpo.environment.tools.mcp import McpTool, StatefulMcpTool
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.protocol.call_arguments import argument_text
@@ -124,6 +124,17 @@ def test_trajectories_may_have_servers_of_their_own(command, children):
     assert [first.call("a"), first.call("b"), second.call("c")] == [["a 1"], ["b 2"], ["c 1"]]
     first.close()
     second.close()
+    tool.close()
+    assert not children()
+
+
+def test_a_server_that_has_lost_its_tool_is_unavailable_and_no_bug(tmp_path, children):
+    file = tmp_path / "server.py"
+    file.write_text(ANYTHING)
+    tool = StatefulMcpTool(McpConfig(command=(sys.executable, str(file)), tool="show", stateful=True))
+    file.write_text(ANYTHING.replace('"show"', '"other"'))
+    with pytest.raises(ToolUnavailableError, match=r"other tools than at the start: mcp\.tool is 'show'"):
+        tool.open({}, "q")
     tool.close()
     assert not children()
 
