@@ -85,14 +85,26 @@ AnyTool = Tool | SessionTool
 
 def function_schema(name: str, tool: AnyTool) -> dict[str, Any]:
     """Return the description of a tool, in the form that chat templates expect. A tool without `parameters` takes one
-    text."""
+    text.
+
+    JSON schemas may be true or false. For the schemas of parameters, equal objects are returned instead."""
     one_text = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+    parameters = dict(getattr(tool, "parameters", one_text))
+    if isinstance(properties := parameters.get("properties"), Mapping):
+        parameters["properties"] = {key: _as_object(schema) for key, schema in properties.items()}
     function = {
         "name": name,
         "description": getattr(tool, "description", ""),
-        "parameters": dict(getattr(tool, "parameters", one_text)),
+        "parameters": parameters,
     }
     return {"type": "function", "function": function}
+
+
+def _as_object(schema: Any) -> Any:
+    """Return a JSON schema as an object, if it is true (any value is allowed) or false (no value is)."""
+    if isinstance(schema, bool):
+        return {} if schema else {"not": {}}
+    return schema
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +9,7 @@ from a2tgpo.config.load import load_config
 from a2tgpo.config.tools import tool_names
 from a2tgpo.environment.tool import build_tools, function_schema
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.protocol.call_arguments import argument_text, one_text, typed
 from a2tgpo.protocol.tag_format import is_well_formed
 from a2tgpo.protocol.tag_syntax import CallSyntax
 from a2tgpo.rollout.tool_pool import ToolFaultError, ToolPool
@@ -32,6 +34,14 @@ def folder(tmp_path, monkeypatch):
 
 def quickstart(*overrides):
     return load_config(ROOT / "configs" / "quickstart.yaml", list(overrides))
+
+
+def test_a_parameter_may_have_a_boolean_schema():
+    tool = SimpleNamespace(parameters={"type": "object", "properties": {"x": True, "y": False}})
+    parameters = function_schema("anything", tool)["function"]["parameters"]
+    assert parameters["properties"] == {"x": {}, "y": {"not": {}}}
+    assert argument_text({"x": [1]}, parameters) == '{"x": [1]}'
+    assert typed({"x": "[1]"}, parameters) == {"x": [1]} and one_text(parameters, "a") is None
 
 
 def test_the_documented_way_to_add_a_tool_works_as_it_stands(folder):
