@@ -77,6 +77,12 @@ class Workers:
         """Number of threads that hang in an abandoned call."""
         return self._num_hung
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether `take` would return no call, however long it waited."""
+        with self._lock:
+            return not self._ended and not self._has_wanted()
+
     def submit(self, call: Call) -> None:
         with self._lock:
             self._queued.append(call)

@@ -25,7 +25,7 @@ from a2tgpo.trajectory import Prompt
 WAIT_S = 1.0
 """Longest wait of one call of `ToolPool.results`, in seconds."""
 IDLE_S = 0.1
-"""Seconds of one wait if every pending call is held and no thread can return an answer."""
+"""Seconds of one wait if no call is queued or running, because pending calls are held."""
 
 
 class ToolFaultError(RuntimeError):
@@ -197,7 +197,7 @@ class ToolPool:
             return self._workers.take(timeout_s=WAIT_S if wait else 0.0)
         for call in self._held.take_due():
             self._workers.submit(call)
-        if wait and len(self._held) == len(self._pending):
+        if wait and self._workers.is_idle:  # further calls may wait for a held call of their trajectory
             time.sleep(IDLE_S)
         return self._held.keep(self._workers.take(timeout_s=WAIT_S if wait else 0.0))
 

@@ -1,13 +1,14 @@
 """Sessions of tools, without any engine: a test submits calls as the rollout does, and looks at what is left open."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from a2tgpo.config.tools import CalculatorConfig
 from a2tgpo.environment.tool import ToolError, Toolset, ToolUnavailableError
 from a2tgpo.environment.tools.calculator import Calculator
-from a2tgpo.rollout import tool_sessions
+from a2tgpo.rollout import held_calls, tool_pool, tool_sessions
 from a2tgpo.rollout.tool_pool import ToolFaultError, ToolPool
 from a2tgpo.trajectory import Call, Prompt
 
@@ -294,3 +295,16 @@ def test_a_session_that_cannot_open_in_an_outage_opens_once_it_is_over(pool_of, 
     assert await_(lambda: pool.results(wait=False) == [] and pool.outage.is_on)
     counter.is_out = False
     assert collect(pool, 1)[key].parts == ("1",)
+
+
+def test_an_outage_is_waited_out_asleep_with_calls_behind_a_held_one(pool_of, counter, monkeypatch):
+    naps = []
+    monkeypatch.setattr(tool_pool, "time", SimpleNamespace(sleep=naps.append))
+    monkeypatch.setattr(held_calls, "RETRY_S", 1e9)
+    pool = pool_of(outage_limit_s=100.0)
+    counter.is_out = True
+    sessions = pool.sessions_for(prompt())
+    for text in ("1", "2"):
+        pool.submit("counter", text, sessions)
+    assert await_(lambda: pool.results(wait=False) == [] and pool.outage.is_on)
+    assert pool.results(wait=True) == [] and naps == [tool_pool.IDLE_S]
