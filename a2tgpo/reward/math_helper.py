@@ -2,7 +2,7 @@
 
 The program prints "ready". Then it reads lines of JSON, [answer, [gold, ...]], and prints "true" or "false" for each
 line. The kernel ends the process if a line takes too long. A signal handler in Python could not interrupt a
-calculation with large numbers.
+calculation with large numbers. The limit is CPU time, so that a busy machine does not change a result.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ import resource
 import signal
 import sys
 
-START_S, COMPARE_S = 60, 3
+START_S, LONGEST_S = 60, 60
 """Longest times in seconds for the start of the process, and for the comparison of one answer."""
+COMPARE_S = 3
+"""Longest CPU time in seconds for the comparison of one answer."""
+LIMIT_SIGNALS = (signal.SIGPROF, signal.SIGALRM)
+"""Signals that end the process if a line takes too long."""
 MEMORY_BYTES = 4 * 2**30
 """Largest address space of the process."""
 
@@ -35,7 +39,8 @@ def _parsed(text: str) -> list:
 
 
 def main() -> None:
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for limit in LIMIT_SIGNALS:
+        signal.signal(limit, signal.SIG_DFL)
     signal.alarm(START_S)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     logging.disable(logging.CRITICAL)  # without a time limit, math-verify logs warnings
@@ -45,11 +50,13 @@ def main() -> None:
         print("ready", file=answers, flush=True)
         signal.alarm(0)
         for line in sys.stdin:
-            signal.alarm(COMPARE_S)
+            signal.setitimer(signal.ITIMER_PROF, COMPARE_S)
+            signal.alarm(LONGEST_S)
             try:
                 equal = are_equal(*json.loads(line))
             except Exception:  # math-verify can fail in many ways on text that is no mathematics
                 equal = False
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
             print(json.dumps(equal), file=answers, flush=True)
 

@@ -12,10 +12,12 @@ import json
 import queue
 import subprocess
 import sys
+import threading
 
 from a2tgpo.config.run import RunConfig
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.reward.episode import Episode, RewardError
+from a2tgpo.reward.math_helper import LIMIT_SIGNALS
 
 NUM_HELPERS = 4
 """Largest number of helper processes of a rank. A helper starts if all running helpers are busy."""
@@ -30,6 +32,8 @@ class MathEquality:
         self._free: queue.LifoQueue[_Helper] = queue.LifoQueue()
         for helper in self._helpers:
             self._free.put(helper)
+        self._lock = threading.Lock()
+        self._num_timeouts = 0
 
     def score(self, episode: Episode) -> float:
         if episode.answer is None:
@@ -37,8 +41,18 @@ class MathEquality:
         helper = self._free.get()
         try:
             return float(helper.are_equal(episode.answer, episode.answers))
+        except TimeoutError:
+            with self._lock:
+                self._num_timeouts += 1
+            return 0.0
         finally:
             self._free.put(helper)
+
+    def take_counts(self) -> dict[str, int]:
+        """Return how many comparisons have taken too long since the last call."""
+        with self._lock:
+            number, self._num_timeouts = self._num_timeouts, 0
+        return {"timeouts": number}
 
     def close(self) -> None:
         for helper in self._helpers:
@@ -52,7 +66,11 @@ class _Helper:
         self._process: subprocess.Popen[str] | None = None
 
     def are_equal(self, answer: str, golds: tuple[str, ...]) -> bool:
-        """Return whether `answer` equals one of `golds`, or False if the process took too long and ended."""
+        """Return whether `answer` equals one of `golds`, or False if the process ended.
+
+        Raises:
+            TimeoutError: the process ended because it took too long.
+        """
         process = self._process or self._start()
         assert process.stdin is not None and process.stdout is not None
         try:
@@ -60,15 +78,18 @@ class _Helper:
             line = process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        if not line:
-            self.end()
+        if not line and -self.end() in LIMIT_SIGNALS:
+            raise TimeoutError
         return line == "true\n"
 
-    def end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+    def end(self) -> int:
+        """End the process. Return its exit code, or 0 if there is no process."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        process.kill()
+        process.communicate()
+        return process.returncode
 
     def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(

@@ -1,5 +1,7 @@
 """The reward `math`, with its helper processes."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -35,5 +37,25 @@ def test_expressions_are_compared_by_value(math, answer, golds, expected):
 
 
 def test_an_answer_that_takes_for_ever_is_wrong_and_blocks_no_other(math):
+    math.take_counts()
     assert score(math, "9^{9^{9^9}}", "3") == 0.0
     assert score(math, "3", "3") == 1.0
+    assert [math.take_counts() for _ in range(2)] == [{"timeouts": 1}, {"timeouts": 0}]
+
+
+def printed_by_a_helper_that_waits(**limits) -> str:
+    """What a helper prints about an equal answer, if its comparison waits for 2 s without work."""
+    program = f"""
+import time
+from a2tgpo.reward import math_helper
+vars(math_helper).update({limits})
+math_helper.are_equal = lambda answer, golds: answer == "1" or time.sleep(2) is None
+math_helper.main()
+"""
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, input='["2", ["2"]]\n', stdout=subprocess.PIPE, text=True).stdout
+
+
+def test_only_cpu_time_counts_up_to_a_generous_limit():
+    assert printed_by_a_helper_that_waits(COMPARE_S=1) == "ready\ntrue\n"
+    assert printed_by_a_helper_that_waits(LONGEST_S=1) == "ready\n"
