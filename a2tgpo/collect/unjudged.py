@@ -10,7 +10,7 @@ from a2tgpo.trajectory import Trajectory
 
 
 def require_verdicts(trajectories: Sequence[Trajectory], *, max_share: float) -> None:
-    """Raise an error on all ranks if rewards could not judge too many of the step's trajectories.
+    """Raise an error on all ranks if too many of the step's trajectories have no reward because a reward failed.
 
     Every rank must call this.
 

@@ -37,7 +37,7 @@ class ToolsConfig:
     """Seconds after which a call fails. With a search server, this must be at least 2 x search.request_timeout_s x
     (search.max_attempts + 1)."""
     max_part_tokens: int = 400
-    """Most tokens of each part of a tool's answer, such as a passage. A longer part is cut."""
+    """Largest number of tokens in one part of a tool's answer, such as a passage. A longer part is cut."""
     on_outage: Literal["wait", "continue", "stop"] = "wait"
     """Reaction if a tool's service does not answer. wait: pause the rollout, and repeat the calls. continue: tell the
     policy that the call failed. stop: save and end the run."""

@@ -74,7 +74,9 @@ def training_needs(config: RunConfig) -> Needs:
 
 
 def warm_start_needs(config: RunConfig, *, target: Path, root: Path) -> Needs:
-    """Return what a warm start needs of its machines. Two checkpoints can exist together for a short time.
+    """Return what a warm start needs of its machines.
+
+    The disk must have room for two checkpoints, because the old and the new one exist together for a short time.
 
     Args:
         config: the warm start's configuration for planning.

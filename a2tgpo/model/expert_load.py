@@ -39,7 +39,7 @@ class ExpertLoad:
 
     @contextmanager
     def counting(self, batch: PackedBatch) -> Iterator[None]:
-        """Count in the `with` block, which must run one chunk on `batch`.
+        """Count the tokens of each expert while the `with` block runs one model chunk on `batch`.
 
         A layer that is computed again in the backward pass is not counted again, because the backward pass runs
         outside the block.

@@ -49,7 +49,7 @@ def inference_config(
         explicit: dotted keys that keep their values in `config`.
 
     Raises:
-        ConfigError: with a one-line message, if an explicit value does not divide the model.
+        ConfigError: with a one-line message, if a parallel size that is set does not divide the model's sizes.
     """
     rollout = _engine(config.rollout, world_size, explicit)
     parallel = _parallel(config.parallel, hf_config, world_size, explicit)

@@ -25,8 +25,8 @@ class HostMemory:
     saving: float
     """Copies of the state that is being written to a checkpoint."""
     loading: float
-    """Tensors that a rank reads at its start from a checkpoint or `model.path`, before any state is offloaded or
-    saved."""
+    """Tensors that a rank reads from a checkpoint or from `model.path` when it starts, before any state is offloaded
+    or saved."""
     processes: float
 
     @property

@@ -116,7 +116,8 @@ def _update_passes(config: RunConfig) -> int:
 
 
 def _update_collectives(config: RunConfig) -> int:
-    """Return a layer's number of all-reduces in an update. Two gathers of sequence parallelism count as one."""
+    """Return a layer's number of all-reduces in an update. Two gathers of sequence parallelism count
+    as one all-reduce."""
     return 4 + (2 if config.model.recompute == "full" else 0) + (1 if config.parallel.sequence else 0)
 
 

@@ -138,7 +138,8 @@ class GroupRollout:
         """Begin or continue the unfinished trajectories of `groups`.
 
         All ranks of the engine must iterate in the same way. Earlier turns keep their tokens. The gold answer is
-        scored again in all contexts, so that the current policy computes both probabilities of each gain.
+        scored again in all contexts, so that the two probabilities whose difference is a gain come from
+        the current policy.
 
         Args:
             groups: the groups that this engine plays. They are not changed.

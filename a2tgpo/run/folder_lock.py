@@ -6,8 +6,8 @@ NFS keeps the locks of a crashed node, and a forked child keeps the lock of its 
 
 If a start finds another holder on the same machine, the start checks the holder's process id and start time. If
 the holder started before its Slurm job was requeued, the holder has ended. In all other cases the start watches
-whether the file still changes. The start opens the file anew for each read, because only then does NFS ask the
-server.
+whether the lock file still changes, which means that the holder lives. The start opens the file anew for each read,
+because only then does NFS ask the server.
 """
 
 from __future__ import annotations

@@ -109,7 +109,8 @@ class _ScoredRows(NamedTuple):
     rows: Tensor
     """[n] int64, n >= 1: indices of this rank's positions at which `loss_mask` is True.
 
-    If `loss_mask` is nowhere True, the only index is 0, so that the pass reaches every parameter and collective.
+    If `loss_mask` is True nowhere, the only index is 0, so that the pass still uses every parameter and joins every
+    collective.
     """
 
 

@@ -10,7 +10,7 @@ sums the normalised gains from its own index to K:
     A_{i,t} = alpha sum_{k=t}^{K} gamma^{k-t} g_{i,k} / sqrt(K - t + 1) + R_i,    1 <= t <= n_i + 1
 
 With gamma 1 and without division by standard deviations, the sum is what the trajectory gains from turn t on, minus
-the group's mean of the same quantity. The sum is empty for a final turn at index K + 1.
+the group's mean of the same quantity. A final turn after the K turns of the prompt has an empty sum.
 """
 
 import torch
