@@ -40,7 +40,8 @@ def load_demonstrations(path: str, *, key: str = "warmstart.demonstrations") -> 
 
     A record has the fields of a question (see `load_questions`) and the field `turns`, a list of {"text", "calls"}
     or {"text", "observation"}. In the second form, every turn except the last has an observation, and the field
-    "text" of the turn ends with a call, <NAME> query </NAME>. Several demonstrations of one question may have the same id.
+    "text" of the turn ends with a call, <NAME> query </NAME>. Several demonstrations of one question may have the
+    same id.
 
     Raises:
         ConfigError: with a one-line message, if the file cannot be read, if a record is malformed, or if the file has
