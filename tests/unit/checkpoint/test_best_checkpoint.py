@@ -184,7 +184,7 @@ def test_a_run_that_its_guards_stop_is_evaluated_first_where_that_is_due(world, 
         "tokenizer": None,
         "rollout": SimpleNamespace(answer_tokens=None, outage=Outage(limit_s=1)),
         "reward": None,
-        "train_prompts": SimpleNamespace(questions=[]),
+        "train_prompts": SimpleNamespace(questions=[], content_fingerprint=""),
         "reward_pool": None,
     }
     parts: Any = SimpleNamespace(**{**vars(run.parts), "config": config, **no_answers})
