@@ -11,13 +11,20 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 def grpo_outcome(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """Return each outcome R_i normalised within its prompt's group, [N] float64.
+    """Return `grpo_normalized` of the outcomes R_i."""
+    return grpo_normalized(table.outcome, table, config, dp_group=dp_group)
 
-    The sample standard deviation is used. For an outcome that is alone in its group, the mean is taken as 0 and the
+
+def grpo_normalized(
+    values: torch.Tensor, table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """Return one value per trajectory, [N], normalised within the prompt's group, [N] float64.
+
+    The sample standard deviation is used. For a value that is alone in its group, the mean is taken as 0 and the
     standard deviation as 1.
     """
     return normalize_groups(
-        table.outcome,
+        values,
         table.prompt_index,
         num_groups=table.num_prompts,
         dp_group=dp_group,

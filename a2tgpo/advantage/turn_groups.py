@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from a2tgpo.advantage.group_norm import EPS, VARIANCE_FLOOR, group_deviations, group_sums
+from a2tgpo.advantage.group_norm import EPS, VARIANCE_FLOOR, group_deviations, group_sums, normalize_groups
 from a2tgpo.advantage.turn_table import TurnTable
 from a2tgpo.config.algorithm import AlgorithmConfig
 
@@ -58,3 +58,16 @@ def _laid_out(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     laid_out = values.new_zeros(places.shape)
     laid_out[places] = values
     return laid_out
+
+
+def normalize_outcomes(
+    table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """Return each outcome, normalised in its prompt's group by the population standard deviation, [N] float64."""
+    return normalize_groups(
+        table.outcome,
+        table.prompt_index,
+        num_groups=table.num_prompts,
+        dp_group=dp_group,
+        by_std=config.normalize_by_std,
+    )

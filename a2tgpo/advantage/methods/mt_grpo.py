@@ -13,8 +13,7 @@ turn has its own reward. Turn groups use the population's standard deviation, as
 import torch.distributed as dist
 
 from a2tgpo.advantage.accumulate import place_turns
-from a2tgpo.advantage.group_norm import normalize_groups
-from a2tgpo.advantage.grpo_outcome import grpo_outcome
+from a2tgpo.advantage.grpo_outcome import grpo_normalized, grpo_outcome
 from a2tgpo.advantage.turn_groups import normalize_turn_groups
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
 from a2tgpo.config.algorithm import AlgorithmConfig
@@ -26,15 +25,7 @@ def advantages(
     """Return the advantages of all turns. A turn whose reward is unknown has A^T = 0."""
     normalized_reward, spread = normalize_turn_groups(table, table.has_gain, config, dp_group=dp_group)
     outcome = grpo_outcome(table, config, dp_group=dp_group)
-    combined = normalize_groups(
-        table.outcome + table.info_gain.sum(dim=1),
-        table.prompt_index,
-        num_groups=table.num_prompts,
-        dp_group=dp_group,
-        by_std=config.normalize_by_std,
-        sample_std=True,
-        keep_single=table.keep_single,
-    )
+    combined = grpo_normalized(table.outcome + table.info_gain.sum(dim=1), table, config, dp_group=dp_group)
     last = outcome.where(table.num_process_turns > 0, combined)
     return TurnAdvantages(
         advantages=place_turns(config.alpha * normalized_reward, last, table.num_process_turns),

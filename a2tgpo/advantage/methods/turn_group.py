@@ -3,8 +3,7 @@
 import torch.distributed as dist
 
 from a2tgpo.advantage.accumulate import accumulate_process_turns, place_turns
-from a2tgpo.advantage.group_norm import normalize_groups
-from a2tgpo.advantage.turn_groups import normalize_turn_groups
+from a2tgpo.advantage.turn_groups import normalize_outcomes, normalize_turn_groups
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
 from a2tgpo.config.algorithm import AlgorithmConfig
 
@@ -17,13 +16,7 @@ def advantages(
     The final turn has R_i, the normalised outcome. A process turn has alpha D_{i,t} / sqrt(n_i - t + 1) + R_i.
     """
     normalized_gain, spread = normalize_turn_groups(table, table.has_gain, config, dp_group=dp_group)
-    outcome = normalize_groups(
-        table.outcome,
-        table.prompt_index,
-        num_groups=table.num_prompts,
-        dp_group=dp_group,
-        by_std=config.normalize_by_std,
-    )
+    outcome = normalize_outcomes(table, config, dp_group=dp_group)
     accumulated = accumulate_process_turns(
         normalized_gain, table.num_process_turns, gamma=config.gamma, rescale=config.rescale
     )

@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 
 from a2tgpo.advantage.accumulate import accumulate_process_turns
-from a2tgpo.advantage.group_norm import normalize_groups
-from a2tgpo.advantage.turn_groups import deepest_turns, normalize_turn_groups
+from a2tgpo.advantage.turn_groups import deepest_turns, normalize_outcomes, normalize_turn_groups
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
 from a2tgpo.config.algorithm import AlgorithmConfig
 
@@ -31,13 +30,7 @@ def advantages(
     columns = torch.arange(table.max_turns + 1)
     absent = (columns[:-1] >= table.num_process_turns[:, None]) & (columns[:-1] < deepest[:, None])
     normalized, spread = normalize_turn_groups(table, table.has_gain | absent, config, dp_group=dp_group)
-    outcome = normalize_groups(
-        table.outcome,
-        table.prompt_index,
-        num_groups=table.num_prompts,
-        dp_group=dp_group,
-        by_std=config.normalize_by_std,
-    )
+    outcome = normalize_outcomes(table, config, dp_group=dp_group)
     sums = accumulate_process_turns(normalized, deepest, gamma=config.gamma, rescale=config.rescale)
     in_trajectory = columns <= table.num_process_turns[:, None]
     total = torch.nn.functional.pad(config.alpha * sums, (0, 1)) + outcome[:, None]
