@@ -5,8 +5,8 @@
     mpirun -n RANKS python launch/mpi.py --script launch/warmstart.py --config CONFIG [OVERRIDE ...]
 
 If MASTER_ADDR and MASTER_PORT are not set, rank 0 chooses the address and the port. After the ranks have agreed, this
-program finalises MPI and replaces itself by the training program (exec). MPI's handlers, memory hooks and threads are
-then gone when vLLM and NCCL start. If a rank's exit code is not 0, mpirun ends the other ranks.
+program finalises MPI and replaces itself by the training program (exec). So MPI's handlers, memory hooks and threads
+no longer exist when vLLM and NCCL start. If a rank's exit code is not 0, mpirun ends the other ranks.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class LiteralEncoder:
         *,
         begins_sequence: bool = False,
     ) -> list[list[int]]:
-        """Return the token ids of each text in `frame(texts)`, with the frame's control tokens and no others.
+        """Return the token ids of each text in `frame(texts)`. Only the frame can contribute control tokens.
 
         Args:
             frame: a function that puts the frame around each text.
@@ -85,7 +85,8 @@ class LiteralEncoder:
         encoded = encode(frame([self.broken_up(text) for text in texts]))
         (of_frame,) = map(self._control_tokens, encode(frame(["?"])))
         for place, text in enumerate(texts):
-            # A tokenizer that normalises text may create a new spelling. If so, break up the text at every character.
+            # A tokenizer that normalises text may create a new spelling of a control token. If so, break up the text
+            # at every character.
             if self._control_tokens(encoded[place]) != of_frame:
                 (encoded[place],) = encode(frame([BREAK.join(self.broken_up(text))]))
         return encoded
@@ -93,7 +94,7 @@ class LiteralEncoder:
     def encode_joined(self, texts: Sequence[str], frame: Callable[[Sequence[str]], str]) -> list[int]:
         """Return the token ids of `frame(texts)`, which puts all texts into one frame.
 
-        The result has the frame's control tokens and no others.
+        Only the frame can contribute control tokens.
         """
         (encoded,) = self.encode_parts([frame([self.broken_up(text) for text in texts])])
         (of_frame,) = self.encode_parts([frame(["?"] * len(texts))])

@@ -20,7 +20,7 @@ class PromptSampler:
     step's list, so the order does not depend on the number of ranks.
 
     Args:
-        sizes: number of questions of each set, or of the only set. Indices count through the sets in their order.
+        sizes: number of questions of each set. Indices number the questions of all sets consecutively, set by set.
         per_step: number of questions that a step uses.
         seed: determines the orders of all epochs.
         weights: share of each set in the questions of a step, in any unit; None: there is only one set.
@@ -61,7 +61,7 @@ class PromptSampler:
 
     @property
     def epoch(self) -> int:
-        """The number of times that the first set has been used up."""
+        """Number of epochs of the first set that have ended."""
         return self._sets[0].epoch
 
     def next_indices(self, count: int | None = None, *, excluded: Sequence[int] = ()) -> list[int]:
@@ -100,7 +100,7 @@ class PromptSampler:
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state`, which a sampler with another `per_step` or other weights may have saved.
 
-        If the weights have changed, the questions dealt before do not count towards the new shares.
+        If the weights have changed, the shares are measured from now on, without the questions returned before.
 
         Raises:
             ConfigError: if the questions or the seed of `state` differ from this sampler's.
@@ -151,7 +151,7 @@ class _EpochOrder:
     Args:
         size: number of questions in the set.
         start: index of the set's first question.
-        seed: numbers that, followed by the number of the epoch, seed the order of an epoch.
+        seed: numbers that, together with the number of an epoch, seed the order of this epoch.
         share: share of this set in all questions dealt.
     """
 

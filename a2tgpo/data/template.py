@@ -32,7 +32,7 @@ class PromptTemplate:
         instructions: the system message. If it is empty, the prompt has no system message.
         kwargs: values for other variables of the template, such as enable_thinking.
         date: the date that the template's `strftime_now` returns. None means today's date in UTC.
-        tools: descriptions of the tools that the template is to write into the prompt.
+        tools: descriptions of the tools that the template must write into the prompt.
 
     Raises:
         ConfigError: with a one-line message, if the tokenizer has no chat template, or if the template cannot write a

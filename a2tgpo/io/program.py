@@ -28,7 +28,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def exit_code(work: Callable[[], int | None]) -> int:
-    """Run `work`, and return its result as an exit code. None counts as 0.
+    """Run `work`, and return its result as an exit code. None means 0.
 
     After a ConfigError or OSError, print one line and return 2.
     """

@@ -22,7 +22,7 @@ _MODULE = "a2tgpo_user_code_"
 
 
 def is_user_code(spec: str) -> bool:
-    """Return whether `spec` names a file, not a part of this package."""
+    """Return whether `spec` names a user's file and not a part of this package."""
     return ".py" in spec or "/" in spec
 
 
@@ -67,7 +67,7 @@ def load_user_code(spec: str, key: str) -> Any:
 
 
 def fault_line(error: BaseException, path: Path) -> str:
-    """Return one line that says what an exception is and where it was raised. Lines in `path` are preferred."""
+    """Return one line with the exception and its place: the last line of `path` in the traceback, if there is one."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename) == path.absolute()] or frames
     kind, text = type(error).__name__, first_line(error)

@@ -12,7 +12,7 @@ def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
     """Return a parser of the argument CONFIG, the options of a start, and the overrides.
 
     Args:
-        resume: the help text's word for a third value of --resume beside auto and none; "" if there is none.
+        resume: the help text's name for a value of --resume other than auto and none; "" if there is no such value.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="YAML file of the run")
@@ -44,7 +44,7 @@ def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
 
 
 def saved_model_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser of the argument CONFIG and of the option that names the saved model to play."""
+    """Return a parser of the argument CONFIG and of the option that names the saved model."""
     parser = program_parser(description)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(

@@ -40,7 +40,7 @@ def unusable_gpus() -> list[str]:
 
 
 def explain_unusable(cards: Sequence[str], *, cuda: str | None, driver: str, visible: str | None) -> str:
-    """Return one line that says why CUDA does not start on a machine with GPUs, and how to mend the fault.
+    """Return one line that says why CUDA does not start on a machine with GPUs, and how to repair the fault.
 
     Args:
         cards: the names of the GPUs' device files, e.g. nvidia0.

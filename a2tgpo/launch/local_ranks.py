@@ -3,7 +3,8 @@
     python -m a2tgpo.launch.local_ranks NUM_RANKS SCRIPT [ARGUMENT ...]
 
 If a rank fails, torchrun ends the other ranks, and this program exits with the code of the rank that failed first.
-The program passes SIGTERM and SIGUSR1 on to the ranks, which then end themselves (a2tgpo/lifecycle/stop_signal.py).
+The program passes SIGTERM and SIGUSR1 on to the ranks. After such a signal the ranks end on their own
+(a2tgpo/lifecycle/stop_signal.py).
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Describe what a program needs of its machines in addition to input files: disk space, and perhaps an engine."""
+"""Describe what a program needs from its machines in addition to input files: disk space, and perhaps an engine."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def disk_faults(needs: Sequence[DiskNeed]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a program needs of its machines in addition to its input files."""
+    """What a program needs from its machines in addition to its input files."""
 
     disk: tuple[DiskNeed, ...]
     has_engine: bool
@@ -57,7 +57,7 @@ class Needs:
 
 
 def training_needs(config: RunConfig) -> Needs:
-    """Return what the training run of `config` needs of its machines."""
+    """Return what the training run of `config` needs from its machines."""
     model = read_model(config)
     return Needs(
         disk=(
@@ -74,7 +74,7 @@ def training_needs(config: RunConfig) -> Needs:
 
 
 def warm_start_needs(config: RunConfig, *, target: Path, root: Path) -> Needs:
-    """Return what a warm start needs of its machines.
+    """Return what a warm start needs from its machines.
 
     The disk must have room for two checkpoints, because the old and the new one exist together for a short time.
 

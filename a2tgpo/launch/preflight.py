@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from a2tgpo.plan.plan import Plan
 
 NUM_WORDS = 2
-"""Number of messages that rank 0 sends in a meeting. The first message contains its time and a test file, and the
-second contains its decision."""
+"""Number of messages that rank 0 sends in a meeting. The first message contains rank 0's time and the path of a test
+file, and the second contains its decision.
+"""
 END = "end"
 LISTEN_S = 1.0
 """Seconds of one wait for a message. The wait is short, because a signal cannot interrupt it."""
@@ -47,7 +48,7 @@ def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None
 
     Args:
         paths: maps configuration keys to the paths that every rank must be able to read.
-        needs: what the program needs of its machines. If None, the needs of a training run apply.
+        needs: what the program needs from its machines. If None, the needs of a training run apply.
 
     Raises:
         ReportedByRank0: if a rank failed. Rank 0 has printed the rank and the cause.

@@ -27,7 +27,7 @@ late."""
 SAMPLED_BYTES = 4096
 """Number of bytes that a fingerprint reads at the start of each file, and again at the end of the file."""
 SMALL_BYTES = 1 << 20
-"""A fingerprint reads files up to this size, such as Python files, as a whole."""
+"""A fingerprint reads files up to this size, such as Python files, in full."""
 SEARCH_TIMEOUT_S = 10.0
 UNREADABLE = "cannot be read"
 
@@ -195,7 +195,7 @@ def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[
     A rank is faulty if it reported a fault, or if one of its values differs from the value of most ranks.
 
     Args:
-        found: the facts about each rank, in rank order. In a tie, the value of the lowest rank counts as right.
+        found: the facts about each rank, in rank order. In a tie, the value of the lowest rank is taken as right.
         paths: maps configuration keys to the paths that every rank must be able to read. If no rank can read a path,
             the setting is wrong, and a later check reports it. No rank is faulty then.
     """

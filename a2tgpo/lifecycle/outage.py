@@ -19,7 +19,7 @@ class Outage:
         self._clock = clock
         self._since: float | None = None
         self.cause = ("", "")
-        """Name of the tool for which this rank waited last, and the reason of this wait in one line."""
+        """Name of the tool for which this rank waited last, and the reason for this wait in one line."""
         self._past_s = 0.0
 
     def begin(self, name: str, cause: str) -> None:
@@ -48,7 +48,7 @@ class Outage:
 
     @property
     def verdict(self) -> str:
-        """Why the present wait must end the run, in one line. Empty if the run may go on."""
+        """Why the present wait must end the run, in one line. Empty if the run may continue."""
         if not self.is_on or self.seconds < self.limit_s:
             return ""
         name, cause = self.cause

@@ -127,7 +127,7 @@ class MemoryPhases:
 
     @contextmanager
     def observed_by(self, snapshots: MemorySnapshots) -> Iterator[None]:
-        """Let `snapshots` see the end of every phase in the `with` block, and the phase in which the block ends."""
+        """Call `snapshots.end_of` whenever a phase ends in the `with` block, and when the block itself ends."""
         self._snapshots = snapshots
         try:
             yield

@@ -1,4 +1,4 @@
-"""Watch for the changes of metrics that precede a collapse of the training, and decide when to stop a run.
+"""Watch for changes in metrics that precede a collapse of the training, and decide when to stop a run.
 
 Every step reports each alarm as a metric that is 0 or 1. Under dynamic sampling, entropy and likelihood cover only
 the kept groups. Format errors are counted over all played groups.
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from a2tgpo.config.guard import GuardConfig
 
 CONFIRMING_STEPS = 2
-"""An alarm starts after this many consecutive values past the limit, and ends after as many within the limit."""
+"""Number of consecutive values past the limit that start an alarm, and of values within the limit that end it.
+"""
 
 NON_FINITE = "non_finite"
 
@@ -40,7 +41,7 @@ class Alarm:
 
 
 class Guards:
-    """Watch the metrics of one run. All ranks decide alike if they pass the same configuration and metrics.
+    """Watch the metrics of one run. Ranks with the same configuration and metrics take the same decisions.
 
     If a step lacks an alarm's metric, or if the metric is not finite, the alarm does not change. The baseline of a
     metric is its mean over the first `baseline_steps` steps that have the metric.
@@ -117,7 +118,7 @@ class Guards:
 
     @property
     def num_skipping(self) -> int:
-        """Number of consecutive steps that skipped an update, counted back from the last step."""
+        """Number of consecutive steps, up to the last step, that skipped an update."""
         return self._skipping
 
     @property

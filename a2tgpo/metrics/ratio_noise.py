@@ -19,7 +19,7 @@ FIRST_STEPS = 3
 
 
 def noise_of(after_one: float, after_two: float) -> float:
-    """Return the standard deviation of log s that rounding alone causes, in nats.
+    """Return the standard deviation, in nats, that rounding alone causes in log s, the logarithm of a ratio s.
 
     The mean squares after one update and after two updates are linearly extrapolated to zero updates. If the two
     updates have similar directions, the result is smaller than the true noise.

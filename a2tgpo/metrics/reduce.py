@@ -39,7 +39,7 @@ class MetricSums:
         self.minima[name] = -_larger(-self.minima.get(name, math.inf), -float(value))
 
     def merge(self, other: MetricSums) -> None:
-        """Add everything that was added to `other`."""
+        """Add all values that were added to `other`."""
         for name, (value_sum, count) in other.sums.items():
             self.add(name, value_sum, count)
         for name, value in other.maxima.items():

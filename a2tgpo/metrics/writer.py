@@ -36,8 +36,8 @@ class MetricWriter:
         run_dir: the run's folder, which is created if it is missing.
         total_steps: number of steps of the whole run, shown on the progress line.
         enabled: True on the one rank that writes.
-        resume_step: the step from which the run resumes. Records of later steps are dropped. None: the run is new.
-            Records of an earlier run are moved to `previous_N/`.
+        resume_step: the step from which the run resumes. Records of later steps are dropped. None: the run is new,
+            and the records of an earlier run are moved to `previous_N/`.
         stream: where progress is shown. None: stderr. If `stream` is not a terminal, each step prints a plain line.
     """
 

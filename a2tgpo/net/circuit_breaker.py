@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 class CircuitBreaker:
     """Refuses requests after `break_after` failures in a row. It then allows one try every `break_s` seconds. After a
-    success, it allows all requests. Threads may share it.
+    success, it allows all requests. Several threads may share one circuit breaker.
     """
 
     def __init__(self, *, break_after: int, break_s: float, clock: Callable[[], float] = time.monotonic):
@@ -19,8 +19,9 @@ class CircuitBreaker:
         self._next_try = 0.0
 
     def allows(self) -> bool:
-        """Return whether a request may be sent now. If so, the caller must then call `succeeded` or `failed`,
-        unless it does not send the request after all."""
+        """Return whether a request may be sent now. A caller that sends the request must then call `succeeded` or
+        `failed`.
+        """
         with self._lock:
             if self._failures < self._break_after:
                 return True

@@ -60,7 +60,7 @@ def new_client(
     """Return a client that keeps its connections alive, and sends `token` with each request.
 
     Args:
-        uses_proxy: whether to use the proxy that the environment names. Servers in the cluster need none.
+        uses_proxy: whether to use the proxy that the environment names. Servers in the cluster need no proxy.
     """
     return httpx.Client(
         trust_env=uses_proxy,
@@ -113,9 +113,9 @@ def retrying(
 ) -> Retrying:
     """Return an object that calls a function again if it raises `kind`, at most `max_attempts` times in all.
 
-    The wait doubles before each further try, a random time of up to `first_wait_s` is added, and no wait is longer
-    than `MAX_WAIT_S`. If the exception has an attribute `retry_after_s`, the wait is at least that many seconds,
-    but never above `MAX_WAIT_S`.
+    The wait doubles before each further try. A random time of up to `first_wait_s` is added. No wait is longer than
+    `MAX_WAIT_S`. If the exception has an attribute `retry_after_s`, the wait is at least that many seconds, but never
+    above `MAX_WAIT_S`.
     """
     exponential = wait_exponential_jitter(initial=first_wait_s, max=MAX_WAIT_S, jitter=first_wait_s)
 

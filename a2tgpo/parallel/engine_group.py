@@ -1,4 +1,5 @@
-"""Divide the ranks into engine groups. The ranks of a group share one vLLM engine, which plays its own prompts."""
+"""Divide the ranks into engine groups. The ranks of a group share one vLLM engine.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _set_here: list[str] = []
 
 
 def initialize(config: ParallelConfig, *, seed: int, store: Store | None = None) -> ParallelGroups:
-    """Join the other processes and return this process's groups. Every process must call this once, before all else.
+    """Join the other processes and return this process's groups. Every process must call this first, and only once.
 
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are read from the environment. If RANK is not set, this
     process is the only one. The backend is NCCL on a machine with a GPU, and otherwise gloo.

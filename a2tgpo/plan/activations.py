@@ -1,4 +1,4 @@
-"""Compute the bytes that a micro-batch keeps for the backward pass, as Transformer Engine stores them.
+"""Compute how many bytes Transformer Engine's layers keep of a micro-batch for the backward pass.
 
 Fused attention stores no [T, T] matrix, so a layer's bytes are proportional to the number of tokens T. Under sequence
 parallelism, a rank holds only T / tensor tokens of the residual stream and of the norms' inputs and outputs.

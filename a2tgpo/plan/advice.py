@@ -37,7 +37,7 @@ def faults(plan: Plan) -> list[str]:
 
 
 def cache_shortage(plan: Plan) -> str:
-    """Return the cost of a too small cache, and a remedy; "" if the cache holds all sequences in flight."""
+    """Return a text with the cost of a cache that is too small, and a remedy; "" if all sequences in flight fit."""
     geometry = plan.geometry
     if geometry.concurrent == geometry.in_flight:
         return ""

@@ -83,8 +83,8 @@ def kv_bytes_per_token(config: RunConfig, dimensions: ModelDimensions) -> int:
 def cache_gib_of_share(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> float:
     """Return the GiB of KV cache that `rollout.gpu_memory_fraction` leaves, rounded down to half a GiB.
 
-    Set `rollout.kv_cache_gib` to this value. Otherwise, vLLM measures the remaining memory when the engine
-    starts. If a later version of vLLM leaves less memory, the engine then silently holds fewer trajectories.
+    A configuration should set `rollout.kv_cache_gib` to this value. Otherwise vLLM measures the remaining memory when
+    the engine starts, and a later version of vLLM may silently leave less memory for the cache.
     """
     by_share = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, kv_cache_gib=0.0))
     return max(0.0, engine_memory(by_share, dimensions, gpu).kv_cache // (GIB / 2) / 2)

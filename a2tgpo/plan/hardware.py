@@ -1,4 +1,5 @@
-"""GPUs for which a plan can be made. Speeds are the makers' figures, and memory is the total that torch reports."""
+"""GPUs that a plan may use. Speeds are the manufacturers' figures, and memory is the total that torch reports.
+"""
 
 from __future__ import annotations
 

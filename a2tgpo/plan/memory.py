@@ -207,7 +207,8 @@ def _update_parts(
 
 
 def chunks_in_flight(parallel: ParallelConfig, stage: int, microbatches: int) -> int:
-    """Return how many forward passes over a chunk a stage makes before its first backward pass (1F1B schedule).
+    """Return the number of forward passes, each over one chunk, that a stage makes before its first backward pass
+    (1F1B).
 
     Each of these forward passes keeps the activations of the chunk's layers. The number for interleaved stages
     comes from megatron/core/pipeline_parallel/schedules.py, get_pp_rank_microbatches.

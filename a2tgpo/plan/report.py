@@ -255,7 +255,7 @@ def _calls_text(plan: Plan) -> str:
 
 
 def _cache_hint(plan: Plan) -> str:
-    """Return a hint on how to fix the cache's size, or an empty text if the configuration has fixed it."""
+    """Return a hint on how to set the cache's size, or an empty text if the configuration sets it."""
     config = plan.config
     fixed = 0.0 if config.rollout.kv_cache_gib else cache_gib_of_share(config, plan.dimensions, plan.gpu)
     return f" (fixed by rollout.kv_cache_gib={fixed:g})" if fixed else ""

@@ -24,7 +24,7 @@ class Kept:
 def most_kept(config: RunConfig) -> Kept:
     """Return the largest number of checkpoints that are on disk at the same time.
 
-    A new checkpoint is complete before an older one is reduced or removed, so one more whole checkpoint counts.
+    A new checkpoint is complete before an older one is reduced or removed, so one more whole checkpoint is included.
     """
     kept, last = config.checkpoint, config.run.steps
     every = [kept.every] if kept.every else []
@@ -63,8 +63,9 @@ def kept_bytes(config: RunConfig, dimensions: ModelDimensions, kept: Kept) -> fl
 def restart_bytes(config: RunConfig, dimensions: ModelDimensions, *, gpus: int, gpus_per_node: int) -> int:
     """Return the bytes that all ranks together read when they start from a checkpoint.
 
-    They read the checkpoint once. If there is a reference model, each node reads the files of `model.path` once. If
-    engines quantise weights while loading, each engine and each node reads these files at least once.
+    All ranks together read the checkpoint once. If there is a reference model, each node reads the files of
+    `model.path` once. If engines quantise weights while loading, each engine and each node reads these files at least
+    once.
     """
     model = checkpoint_parameters(dimensions) * MODEL_FILE_BYTES
     nodes = -(-gpus // gpus_per_node)

@@ -17,7 +17,7 @@ OPTIMIZER_BYTES = 30
 The step reads the gradient, reads and writes the master weight and two moments, and writes the new weight.
 """
 PERMUTATIONS = 8
-"""How often a pass reads or writes each routed token in GPU memory, without the matrix products.
+"""Number of times that a pass reads or writes each routed token in GPU memory, apart from matrix products.
 
 The pass sorts tokens by rank, by expert, back by rank, and back into the original order. Each of these four sorts
 reads and writes every token once.
@@ -111,7 +111,7 @@ def update_volume(given: PlanInputs) -> Volume:
 
 
 def _update_passes(config: RunConfig) -> int:
-    """Return a layer's work in an update in forward passes. A backward pass counts as 2, recomputation as 1."""
+    """Return how many forward passes equal a layer's work in an update. A backward pass equals 2, recomputation 1."""
     return 4 if config.model.recompute == "full" else 3
 
 
@@ -218,7 +218,7 @@ def _pass_time(given: PlanInputs, *, layer_passes: int, output_passes: int, coll
 
 
 def _stage_operations(given: PlanInputs, flops: TokenFlops, stage: int) -> float:
-    """Return a token's forward operations in `stage`, as bfloat16 operations that take the same time."""
+    """Return a token's forward operations in `stage`, converted to bfloat16 operations that take the same time."""
     parallel, fp8, all_layers = given.config.parallel, given.config.model.fp8, given.dimensions.layers
     layers = parallel.stage_layers(all_layers)[stage]
     in_fp8 = layers - fp8.bf16_layers(stage, parallel.pipeline) if fp8.enabled else 0

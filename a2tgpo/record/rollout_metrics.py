@@ -20,7 +20,8 @@ _SQUARE = "square of "
 def add_rollout_metrics(
     metrics: MetricSums, trajectories: Sequence[Trajectory], *, turn_signal: str = "gain"
 ) -> None:
-    """Add sums and counts of `trajectories`. Reduce `metrics` only over ranks with different trajectories.
+    """Add the sums and counts of `trajectories` to `metrics`. Reduce `metrics` only over ranks with different
+    trajectories.
 
     Args:
         turn_signal: value of `algorithm.turn_signal`.

@@ -81,8 +81,9 @@ class RunCheckpoints:
         """Step of the last complete checkpoint, and the best policy up to this step; 0 and None if there is none."""
         self._saving: tuple[int, dict | None] = self._complete
         self.evaluation_is_due = False
-        """Whether the resumed run must first make the evaluation after the checkpoint's step. `restore` sets this
-        value."""
+        """Whether the resumed run must begin with the evaluation that was due after the checkpoint's step. `restore`
+        sets this value.
+        """
         self._reported = 0
         self._num_failures = 0
 
@@ -140,8 +141,8 @@ class RunCheckpoints:
         Once the checkpoint is complete, retention removes older checkpoints.
 
         Args:
-            evaluation_is_due: whether a run that resumes from this checkpoint must first make the evaluation after
-                `step`.
+            evaluation_is_due: whether a run that resumes from this checkpoint must begin with the evaluation due
+                after `step`.
         """
         self.finish_saving(is_last=False)
         self._phases.enter("checkpoint")

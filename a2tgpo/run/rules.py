@@ -111,7 +111,7 @@ def written_settings(text: str, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Return the keys whose values differ between the maps. A key that only one map has does not count."""
+    """Return the keys whose values differ between the maps. A key that only one map has is ignored."""
     return {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
 
 

@@ -17,7 +17,7 @@ from a2tgpo.search.http_client import TOKEN_VARIABLE, HttpSearch
 from a2tgpo.search.server_address import ServerAddress
 
 MAX_CLIENTS = 256
-"""Most clients. With more threads, this process would be the bottleneck."""
+"""Largest number of clients. With more clients, this process would be the bottleneck."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from a2tgpo.search.corpus import parse_passage
 from a2tgpo.search.passage import Passage
 
 WHOLE_BYTES = 256 * 2**20
-"""Largest size of a file that is hashed whole."""
+"""Largest size of a file that is hashed in full."""
 NUM_BLOCKS, BLOCK_BYTES = 4096, 4096
 
 

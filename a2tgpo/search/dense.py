@@ -31,7 +31,7 @@ class DenseServing:
     on_gpus: bool = False
     """Spread the vectors over all GPUs that FAISS sees, in float16."""
     nprobe: int = 0
-    """Number of IVF lists that a query searches. 0: the number that the index was built with, or else the default."""
+    """Number of IVF lists that a query searches. 0: the number stored in the index, or else the default."""
 
 
 class DenseIndex:
@@ -75,7 +75,7 @@ def open_neighbours(path: Path, serving: DenseServing, *, built_nprobe: int = 0)
     """Return the FAISS index in a file. Its vectors are memory-mapped, or on the GPUs if `serving.on_gpus`.
 
     Args:
-        built_nprobe: the number of lists that the index was built with; 0: none.
+        built_nprobe: the number of lists to search that is stored in the index; 0: none is stored.
 
     Raises:
         ConfigError: with a one-line message, if GPUs are requested, but FAISS sees no GPU.

@@ -1,7 +1,8 @@
 """Client of a Search-R1 compatible retrieval server.
 
 The client sends {"queries": [text], "topk": k, "return_scores": true}. The answer is {"result": [[{"document": {"id",
-"contents"}, "score": x}, ...]]}. A server that sends no scores may send each document without this outer object.
+"contents"}, "score": x}, ...]]}. A server that sends no scores may send {"id", "contents"} in place of each
+{"document", "score"}.
 """
 
 import functools

@@ -31,7 +31,7 @@ def silent(_label: str, _done: int, _total: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseRecipe:
-    """How to make a dense index."""
+    """The settings with which a dense index is built."""
 
     encoder: EncoderSettings
     factory: str = "Flat"

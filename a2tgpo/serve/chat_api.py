@@ -36,7 +36,7 @@ class Message(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """The body of POST /v1/chat/completions. A body with any other field is refused."""
+    """The body of POST /v1/chat/completions. A body with a field that is not listed here is refused."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -64,7 +64,7 @@ class Player:
 def load_saved(
     file: str | Path, overrides: Sequence[str], path: str | Path, *, key: str = "--checkpoint"
 ) -> tuple[RunConfig, SavedModel]:
-    """Return a run's configuration, with a layout for this program's processes, and its saved weights.
+    """Return a run's configuration with a layout for this program's processes, and the run's saved weights.
 
     Args:
         file: the YAML file of the run. Its layout is ignored (`inference_config`).

@@ -32,7 +32,7 @@ def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
     """Render and tokenise all demonstrations, and split them into training examples and held-out examples.
 
     Args:
-        date: the current date in the prompts.
+        date: the date that the prompts give as today's.
 
     Raises:
         ConfigError: with a one-line message, if the source model or the demonstrations cannot be used, or if too few

@@ -38,7 +38,7 @@ class WarmStart:
     """Runs the warm start of one configuration. Every rank has one object and makes the same calls.
 
     Args:
-        date: the current date in the prompts.
+        date: the date that the prompts give as today's.
         checkpoint: the checkpoint to resume from. None: begin at step 0.
         folder: saves the checkpoints.
         stop: reports a requested stop.

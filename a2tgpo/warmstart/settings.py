@@ -22,8 +22,8 @@ REFERENCE_LR, REFERENCE_PARAMETERS, MAX_LR = 1e-5, 8e9, 1e-3
 def learning_rate(config: RunConfig, dimensions: ModelDimensions) -> float:
     """Return `warmstart.lr` if it is set, or else a default that depends on the size of the model.
 
-    The default is a rule of thumb that has not been tuned. For models of 7 to 70 billion parameters, it lies within
-    the published rates for fine-tuning whole models (2e-5 to 2e-6).
+    The default is a rule of thumb that has not been tuned. For models of 7 to 70 billion parameters, it is within the
+    range of published rates for fine-tuning all weights (2e-5 to 2e-6).
     """
     if config.warmstart.lr:
         return config.warmstart.lr
