@@ -1,5 +1,4 @@
-"""Divide the ranks into engine groups. The ranks of a group share one vLLM engine.
-"""
+"""Divide the ranks into engine groups. The ranks of a group share one vLLM engine."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""GPUs that a plan may use. Speeds are the manufacturers' figures, and memory is the total that torch reports.
-"""
+"""GPUs that a plan may use. Speeds are the manufacturers' figures, and memory is the total that torch reports."""
 
 from __future__ import annotations
 

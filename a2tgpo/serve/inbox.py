@@ -43,8 +43,7 @@ class Waiting:
 
 
 class Inbox:
-    """A queue of at most `max_waiting` orders between the threads that accept requests and the thread that plays.
-    """
+    """A queue of at most `max_waiting` orders between the threads that accept requests and the thread that plays."""
 
     def __init__(self, *, max_waiting: int):
         self._max_waiting = max_waiting
