@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Common code of all jobs in this folder. A job sources it in the folder where sbatch was called.
 #
-# Every argument is passed to the program as it is, so no shell interprets a path or an override.
+# Every argument is passed to the program unchanged, so no shell interprets a path or an override.
 # Environment (all optional):
 #   PYTHON             interpreter on every node                                  [.venv/bin/python]
 #   CONTAINER          image.sqsh or registry reference (enroot/pyxis), or image.sif (Apptainer)

@@ -5,10 +5,10 @@
     python tools/plan.py CONFIG --measured found.json
 
 An OVERRIDE is section.field=value or a YAML file, as for training. Without --gpus and --gpu, the plan is for
-cluster.gpus and cluster.gpu of CONFIG. --measured takes a file that tools/gpu_check.py --json wrote on a GPU of this
-kind. The plan then replaces assumptions by these measurements, and prints each replacement. The exit code is 1 if a
-phase of the step does not fit in memory, or if --suggest finds no layout that fits. The exit code is 2 if the
-configuration or the arguments are wrong.
+cluster.gpus and cluster.gpu of CONFIG. --measured takes a file that tools/gpu_check.py --json wrote on the plan's
+kind of GPU. The measurements in this file then replace assumptions of the plan, and each replacement is printed. The
+exit code is 1 if a phase of the step does not fit in memory, or if --suggest finds no layout that fits. The exit code
+is 2 if the configuration or the arguments are wrong.
 """
 
 import argparse

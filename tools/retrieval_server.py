@@ -5,7 +5,7 @@
     python tools/retrieval_server.py --shards URL,URL,... [--token-file FILE] [--max-requests-per-s N]
 
 POST /retrieve {"queries": [text, ...], "topk": 3, "return_scores": true} returns {"result": [[{"document":
-{"id", "contents"}, "score": x}, ...], ...]}. Without return_scores, the inner lists hold the documents themselves.
+{"id", "contents"}, "score": x}, ...], ...]}. Without return_scores, the inner lists contain the documents themselves.
 GET /health returns {"status": "ok", "passages": n, "index": kind} once the index is loaded. GET /metrics returns
 counts for Prometheus. GET /docs returns a description of the interface.
 
@@ -49,7 +49,7 @@ LISTEN_BACKLOG = 4096
 """Maximum number of connections that wait to be accepted, large enough for a burst of clients."""
 SHARD_TIMEOUT_S = 30.0
 GRACE_S = 30
-"""Seconds that pending requests have to finish once the server ends."""
+"""Longest wait for pending requests after the server was told to end, in seconds."""
 
 
 def open_index(options: argparse.Namespace, token: str | None) -> tuple[SearchIndex, int]:

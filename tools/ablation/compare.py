@@ -7,7 +7,7 @@
 A run of the method NAME reads CONFIG, configs/algorithm/NAME.yaml and, if it exists, NAME.yaml in the folder --tuned,
 in this order. Later files override earlier ones. Runs with the same seed draw the same questions, and sample with the
 same random seeds. If you start the same command again, it skips finished runs and resumes the other runs. A failed
-run does not stop the other runs. DIR holds runs/ and logs/. Whenever a run ends, the program rewrites results.csv,
+run does not stop the other runs. DIR contains runs/ and logs/. Whenever a run ends, the program rewrites results.csv,
 curves.csv, report.md, the figures and tensorboard/ in DIR. --report DIR only rewrites these files.
 """
 
@@ -73,7 +73,7 @@ class Experiment:
 
 
 def refuse_other_config(folder: Path, config: RunConfig) -> None:
-    """Raise ConfigError if the run in `folder` was started with another configuration than `config`."""
+    """Raise ConfigError if the run in `folder` was started with a configuration other than `config`."""
     if not (folder / CONFIG_FILE).exists():
         return
     recorded = dict(leaves(config_to_dict(load_config(folder / CONFIG_FILE))))
@@ -106,7 +106,7 @@ class Job:
 
 
 class Progress:
-    """The progress of all runs: a bar in a terminal, and elsewhere a line for every ended run."""
+    """Shows the progress of all runs: in a terminal as a bar, and elsewhere as a line for every run that ends."""
 
     def __init__(self, runs: Sequence[Run], waiting: Sequence[Run], total_steps: int):
         self._total_runs, self._ended_runs = len(runs), len(runs) - len(waiting)

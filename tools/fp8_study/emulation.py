@@ -23,7 +23,7 @@ _EXPONENT_BITS = 0x7F800000
 
 @dataclass(frozen=True)
 class Format:
-    """A signed floating point format. It has gradual underflow. Too large values become its largest number."""
+    """A signed floating point format with gradual underflow. Values that are too large become its largest number."""
 
     mantissa_bits: int
     min_exponent: int
@@ -39,7 +39,7 @@ E5M2 = Format(mantissa_bits=2, min_exponent=-14, largest=57344.0)
 class Recipe:
     """How to scale the operands of a linear layer into FP8.
 
-    A block (rows, channels) is the set of values that share a scale. None means that all values share one scale.
+    A block (rows, channels) is the set of values that share a scale. If a block is None, all values share one scale.
     """
 
     format: Format
@@ -76,7 +76,7 @@ def quantise(
 
     Args:
         values: [rows, channels] float32. The result has the same shape and dtype.
-        block: number of rows and of channels that share a scale. None means that all values share one scale.
+        block: numbers of rows and channels that share a scale. If it is None, all values share one scale.
         power_of_two: whether a block's scale is the largest power of two that does not overflow.
     """
     rows, channels = values.shape

@@ -1,4 +1,4 @@
-"""Rows for the results of the checks, and their formats as a table and as JSON."""
+"""Store the results of the checks as rows, and format the rows as a table or as JSON."""
 
 from __future__ import annotations
 

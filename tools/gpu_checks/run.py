@@ -14,7 +14,7 @@ from gpu_checks.bench import Row, Settings
 
 TOOL = Path(__file__).parents[1] / "gpu_check.py"
 GRACE_S = 5.0
-"""Seconds that the other ranks have to write their messages after one rank has failed."""
+"""After one rank has failed, the other ranks get this many seconds to write their messages."""
 
 
 def run_check(

@@ -62,7 +62,7 @@ CHAT_TAGS = (
     "Doc 1 (Title: ",
     ") ",
 )
-"""As `TAGS`, for the chat protocol."""
+"""The same as `TAGS`, but for the chat protocol."""
 # Split a space from a capital letter after it, so that a name has the same tokens with and without a space before it.
 WORDS = r" ?[a-z]+| ?[^\sA-Za-z]|[A-Z][a-z]*|\s"
 VOCAB_SIZE = 480
