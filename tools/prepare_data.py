@@ -36,7 +36,7 @@ from worlds.worldqa import GOOD_SHARE, build_worldqa
 
 
 def build_questions(args: argparse.Namespace) -> dict:
-    """Write the questions of one published set to `args.out`, and the report beside it. Return the report.
+    """Write the questions of one published set to `args.out`, and a report to a second file. Return the report.
 
     Raises:
         ConfigError: with a one-line message, if the source cannot be read, or if no question has an answer.

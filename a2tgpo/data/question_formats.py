@@ -1,14 +1,14 @@
 """Read question sets in their published formats, item by item.
 
-hotpotqa    hotpot_*_v1*.json                         a JSON list; yes/no answers; hops from the number of titles
-2wiki       {train,dev}.json, with id_aliases.json    a JSON list; aliases by the answer's Wikidata id
-musique     musique_{ans,full}_v1.0_*.jsonl           JSONL; aliases; unanswerable items in `full`
-bamboogle   *.csv                                     columns Question, Answer
-nq          NQ-open.*.jsonl, or v1.0-simplified_*.jsonl(.gz)  JSONL; short answers, yes/no, unanswerable items. The
-            development file with this name has the full format, which is also supported
-triviaqa    {wikipedia,web,unfiltered-web}-*.json     {"Data": [...]}; aliases
-popqa       *.tsv                                     possible_answers is a JSON list inside a column
-jsonl       any JSONL or Parquet file that data.train accepts
+hotpotqa: hotpot_*_v1*.json is a JSON list. Some answers are yes or no. The number of titles gives the hops.
+2wiki: {train,dev}.json is a JSON list. id_aliases.json has aliases for the Wikidata id of an answer.
+musique: musique_{ans,full}_v1.0_*.jsonl has aliases. The `full` files also have unanswerable items.
+bamboogle: The CSV file has the columns Question and Answer.
+nq: NQ-open.*.jsonl and v1.0-simplified_*.jsonl(.gz) have short answers, yes or no, and unanswerable items. The
+    development file v1.0-simplified_* in fact has the full format, which is also supported.
+triviaqa: {wikipedia,web,unfiltered-web}-*.json has its items in the list `Data`, with aliases.
+popqa: The column possible_answers of the TSV file contains a JSON list.
+jsonl: The file is any JSONL or Parquet file that data.train accepts.
 
 Every file except Parquet may be compressed with gzip, bzip2, xz or zstd.
 """

@@ -155,7 +155,7 @@ def _refuse_number(value: Any, where: str, name: str) -> None:
 
 _GROUND_TRUTH = "reward_model.ground_truth"
 _ONE_OR_MANY = ("answer", _GROUND_TRUTH, f"{_GROUND_TRUTH}.target")
-"""Fields that hold a single text in some sets and a list in others."""
+"""Fields that contain a single text in some sets, and a list of texts in other sets."""
 
 
 def answers_of(record: dict, where: str) -> tuple[str, Any]:

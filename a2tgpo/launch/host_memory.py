@@ -12,7 +12,7 @@ CGROUPS = "sys/fs/cgroup"
 def memory_left(root: Path = Path("/")) -> tuple[int, str]:
     """Return how many bytes of host memory this process can still take, and the name of the limit that decides.
 
-    The page cache counts as free memory, because the kernel can reclaim it.
+    The page cache is treated as free memory, because the kernel can reclaim it.
 
     Args:
         root: the folder in which `proc` and `sys` are mounted.

@@ -71,7 +71,7 @@ def join(
     """Join the process group within `parallel.start_timeout_s`, and test it; every rank must call this.
 
     Returns:
-        The groups, and the seconds that the ranks took to join. The import of Megatron does not count.
+        The groups, and the seconds that the ranks took to join, without the import of Megatron.
 
     Raises:
         RuntimeError: with a one-line message, if the backend cannot connect this rank to the others.

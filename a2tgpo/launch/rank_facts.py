@@ -124,7 +124,7 @@ def see_gpus(local_rank: int) -> tuple[Gpus, list[str], list[str]]:
 
 
 def search_server_faults(config: RunConfig) -> list[str]:
-    """Return the faults that one query to the server at search.url shows."""
+    """Send one query to the server at search.url, and return the faults that it reveals."""
     from dataclasses import replace
 
     from a2tgpo.search.tool import build_search

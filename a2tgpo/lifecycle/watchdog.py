@@ -4,8 +4,8 @@ On every rank, a thread writes the rank's stage to the rendezvous store and chec
 first rank past its deadline prints one line that names the ranks that are behind. All ranks then append their stacks
 to `stacks/rank_R.txt` and exit with `BROKEN_RUN`.
 
-While a rank waits for a tool's service (`Outage`), no rank counts the time towards its deadline, because other ranks
-may wait for that rank.
+While a rank waits for a tool's service (`Outage`), the clocks of all ranks stop, because other ranks may wait for
+that rank.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Watchdog:
         service."""
         self._looked_at = time.monotonic()
         self._paused = (0, 0.0)
-        """Number of a place, and the seconds in this place that do not count because of outages."""
+        """Number of a place, and the seconds in this place during which outages stopped the clock."""
         self._arming = threading.Lock()
         self._place = Place(0, BETWEEN, time.monotonic())
         self._longest: dict[str, float] = {}
@@ -135,7 +135,7 @@ class Watchdog:
             self._end(verdict)
 
     def _pause_in_outages(self) -> None:
-        """Do not count the time since the last poll if a rank has waited for a service in this time."""
+        """Exclude the time since the last poll from the deadline if a rank has waited for a service in this time."""
         if self._outage is not None and self._outage.is_on:
             self._store.add("outages", 1)
         now, seen = time.monotonic(), self._store.add("outages", 0)

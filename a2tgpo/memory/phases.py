@@ -5,11 +5,11 @@ Before and after each change, an error is raised if a part is not where the tabl
 
 Every change adds these metrics for the new phase. Each metric is the largest value over all ranks:
 
-    memory/PHASE_trainer_gib    trainer state on the GPU
-    memory/PHASE_used_gib       all memory in use on the GPU; without a GPU, resident memory of the process
-    memory/PHASE_allocated_gib  memory of torch's tensors; only with a GPU
-    memory/PHASE_reserved_gib   memory of torch's tensors plus the cache of torch's allocator; only with a GPU
-    memory/PHASE_peak_gib       peak of the allocated memory in the phase that ends; only with a GPU
+- `memory/PHASE_trainer_gib` is the size of the trainer's state on the GPU.
+- `memory/PHASE_used_gib` is all memory in use on the GPU. Without a GPU it is the process's resident memory.
+- `memory/PHASE_allocated_gib` is the memory of torch's tensors, only with a GPU.
+- `memory/PHASE_reserved_gib` also includes the cache of torch's allocator, only with a GPU.
+- `memory/PHASE_peak_gib` is the peak of the allocated memory in the phase that ends, only with a GPU.
 
 Two metrics are sums over all phase changes of a step, averaged over ranks: `memory/moved_gib`, the data copied to and
 from the host, and `memory/move_s`, the time.

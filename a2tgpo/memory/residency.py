@@ -1,13 +1,13 @@
 """The parts that are on the GPU in each phase.
 
-    build       the trainer is built; the engine does not exist yet or is asleep
-    start       the engine is built
-    bank        the weights are fingerprinted, to search the rollout bank for this step
-    refit       the engine gets the weights; the trainer scores the probe
-    rollout     the engine plays training and held-out questions
-    score       the trainer and the reference compute log-probs
-    update      the trainer runs forward and backward passes and the optimizer step
-    checkpoint  model and optimizer are copied to host memory, or loaded
+build: The trainer is built. The engine does not exist yet, or is asleep.
+start: The engine is built.
+bank: The weights are fingerprinted, to search the rollout bank for rollouts of this step.
+refit: The engine gets the weights, and the trainer scores the probe.
+rollout: The engine plays training and held-out questions.
+score: The trainer and the reference compute log-probs.
+update: The trainer runs forward and backward passes and the optimizer step.
+checkpoint: The model and the optimizer are copied to host memory, or loaded.
 
 A sleeping engine has lost its weights, so a refit precedes every rollout. Only a rollout can follow a refit.
 """

@@ -32,8 +32,8 @@ def noise_of(after_one: float, after_two: float) -> float:
 
 
 class RatioNoise:
-    """Estimate the noise in a run's ratios, over the steps since the run was last started. From the same metrics, all
-    ranks get the same results.
+    """Estimate the noise in a run's ratios, over the steps since the run was last started. Ranks with the same
+    metrics get the same results.
     """
 
     def __init__(self, config: RunConfig):
@@ -47,7 +47,7 @@ class RatioNoise:
         Returns:
             1. The metrics `ratio/noise` (nats) and `ratio/noise_share`, which is the noise divided by the smaller of
                clip_low and clip_high. If the step has fewer than three mini-batches, there are no metrics.
-            2. After the `FIRST_STEPS`-th measured step, a line with the finding. Otherwise "".
+            2. After the `FIRST_STEPS`-th measured step, a line that reports the noise. After every other step, "".
         """
         after_one, after_two = (metrics.get(name, math.nan) for name in SPREAD_METRICS.values())
         if not (math.isfinite(after_one) and math.isfinite(after_two)):

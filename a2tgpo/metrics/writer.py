@@ -93,7 +93,7 @@ class MetricWriter:
     def log_hyperparameters(
         self, values: Mapping[str, bool | int | float | str], metrics: Sequence[str]
     ) -> None:
-        """Record the run's settings `values`. TensorBoard shows them beside the last values of `metrics`."""
+        """Record the run's settings `values`. TensorBoard shows the settings next to the last values of `metrics`."""
         if self.enabled:
             from torch.utils.tensorboard.summary import hparams
 

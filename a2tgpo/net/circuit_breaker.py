@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 class CircuitBreaker:
     """Refuses requests after `break_after` failures in a row. It then allows one try every `break_s` seconds. After a
-    success, it allows all requests. Several threads may share one circuit breaker.
+    success, it allows all requests. The class is thread-safe.
     """
 
     def __init__(self, *, break_after: int, break_s: float, clock: Callable[[], float] = time.monotonic):

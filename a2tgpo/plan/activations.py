@@ -94,7 +94,7 @@ class MicrobatchShape:
 
     @property
     def routed_tokens(self) -> int:
-        """Number of tokens that the rank's experts compute. A token counts once per expert that the router chose."""
+        """Number of tokens that the rank's experts compute, where each token is counted once per chosen expert."""
         crowding = EXPERT_CROWDING if self.parallel.expert > 1 else 1.0
         return int(crowding * self.tokens * self.dimensions.experts_per_token / self.parallel.tensor)
 

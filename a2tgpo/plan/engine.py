@@ -58,7 +58,7 @@ def engine_fault(config: RunConfig, dimensions: ModelDimensions, gpus: int) -> s
 def engine_weight_bytes(
     config: RunConfig, dimensions: ModelDimensions, *, experts_share: float = 1.0
 ) -> float:
-    """Return the bytes of the engine's weights on one rank. Only the share `experts_share` of the experts counts."""
+    """Return the bytes of the engine's weights on one rank, with only the share `experts_share` of the experts."""
     tensor = config.rollout.tensor_parallel
     embeddings = (1 if dimensions.tied else 2) * dimensions.padded_vocab(tensor) // tensor * dimensions.hidden
     layer = layer_parameters(dimensions, tensor)

@@ -88,7 +88,7 @@ def optimizer_parameters(parameters: Parameters, parallel: ParallelConfig, data_
 
 
 def checkpoint_parameters(dimensions: ModelDimensions) -> int:
-    """Return the number of parameters in a checkpoint. Padding does not count, and tied embeddings count once."""
+    """Return the number of parameters in a checkpoint, without padding, and with tied embeddings only once."""
     d = dimensions
     return d.layers * layer_parameters(d, 1).total + d.hidden + (1 if d.tied else 2) * d.vocab * d.hidden
 

@@ -80,7 +80,7 @@ class Plan(PlanInputs):
 
     @property
     def stage_flops(self) -> dict[str, float]:
-        """The model's operations in one step, by stage. Recomputed operations do not count."""
+        """The model's operations in one step, by stage, without recomputed operations."""
         once = self.token_flops * self.geometry.tokens
         return {"score": self.score_passes * once, "update": 3 * once}
 

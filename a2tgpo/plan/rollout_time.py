@@ -39,7 +39,7 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
     tensor = config.rollout.tensor_parallel
     peak = given.gpu.peak_flops(engine_dtype(config)) * assumed.prefill_utilisation * tensor
     flops = forward_flops(dimensions, context=workload.tokens / 2)
-    # An FP8 operation counts as the number of bfloat16 operations that take the same time.
+    # Convert FP8 operations to the number of bfloat16 operations that take the same time.
     linear_speed = 1.0 if config.rollout.quantization == "none" else assumed.fp8_speed
     forward = (flops.linear + flops.experts) / linear_speed + flops.attention + flops.output
     per_token = kv_bytes_per_token(config, dimensions)

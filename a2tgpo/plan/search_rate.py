@@ -14,7 +14,7 @@ ENCODER_FLOPS = 2 * 85e6 * 16
 
 @dataclass(frozen=True, kw_only=True)
 class SearchDemand:
-    """The searches of a step. Every tool call counts as a search."""
+    """The searches of a step, assuming that every tool call is a search."""
 
     queries: float
     per_second: float

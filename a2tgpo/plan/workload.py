@@ -23,7 +23,9 @@ class Workload:
     turns: float = 3.0
     """Number of tool calls."""
     tool_seconds: float = 0.3
-    """Seconds of one tool call. The engine plays other trajectories meanwhile, except at the end of the rollout."""
+    """Seconds of one tool call. During the call the engine plays other trajectories, except at the end of the
+    rollout.
+    """
     longest_to_mean: float = 3.0
     """Sampled tokens of a step's longest trajectory, divided by the mean. A limit may cut this trajectory."""
 
@@ -71,7 +73,7 @@ class Geometry:
     rank_tokens: float
     """Mean number of a micro-batch's tokens on one context-parallel rank."""
     longest_sampled: float
-    """Sampled tokens of the longest trajectory. With partial rollouts, only tokens of this step count."""
+    """Sampled tokens of the longest trajectory; with partial rollouts, only its tokens of this step."""
     in_flight: int
     """Number of trajectories that one engine starts at once, if the cache has room for their first tokens."""
     concurrent: int

@@ -17,8 +17,8 @@ class EarlyStop:
     Args:
         request: reports a requested stop and the end of the job.
         state: the state that a rollout changes.
-        outage: measures how long this rank's engine waits for a service that is down. These waits do not count in the
-            duration of a rollout, because they do not predict the duration of the next rollout.
+        outage: measures how long this rank's engine waits for a service that is down. These waits are subtracted from
+            the duration of a rollout, because they do not predict that of the next rollout.
         checkpoints: measures how long a save takes.
     """
 

@@ -4,10 +4,10 @@ The process that holds the folder writes its identity to `holder.json`, and then
 intervals as a sign of life. Locks of the file system are unsuitable, because Lustre is often mounted without locks,
 NFS keeps the locks of a crashed node, and a forked child keeps the lock of its dead parent.
 
-If a start finds another holder on the same machine, the start checks the holder's process id and start time. If
-the holder started before its Slurm job was requeued, the holder has ended. In all other cases the start watches
-whether the lock file still changes, which means that the holder lives. The start opens the file anew for each read,
-because only then does NFS ask the server.
+A new process may find that the folder has a holder. If the holder is on the same machine, the new process checks the
+holder's process id and start time. If the holder started before its Slurm job was requeued, the holder has ended. In
+all other cases the new process watches whether `holder.json` still changes, which means that the holder lives. It
+opens the file anew for each read, because only then does NFS read the file from the server.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 FILE = "holder.json"
 BEAT_S = 5.0
 SILENCE_S = 45.0
-"""Seconds without a sign of life after which a start considers a holder on another machine dead."""
+"""Seconds without a sign of life after which a holder on another machine is considered dead."""
 SETTLE_S = 1.0
-"""Seconds that a start waits after it has replaced a dead holder. Two starts may replace the holder at once."""
+"""Seconds that a process waits after it has replaced a dead holder, because two processes may do this at once."""
 _WIDTH = 1024
 
 
@@ -105,7 +105,7 @@ class FolderLock:
         atexit.register(self.release)
 
     def release(self) -> None:
-        """Release the folder. If the folder was moved or removed meanwhile, do nothing."""
+        """Release the folder. If the folder has been moved or removed, do nothing."""
         if self._released.is_set():
             return
         self._released.set()

@@ -16,11 +16,11 @@ ANSWER_BYTES, PASSAGE_BYTES = 300, 250
 
 
 class AnswerCache:
-    """Stores answers up to a total size, and evicts the least recently used answers first. Threads may share it.
+    """Stores answers up to a total size, and evicts the least recently used answers first. It is thread-safe.
 
     Args:
-        max_bytes: largest total size of the stored answers. A passage counts once for each answer that contains
-            it. An answer above `max_bytes` is not stored.
+        max_bytes: largest total size of the stored answers. The size includes a passage once for each answer that
+            contains the passage. An answer above `max_bytes` is not stored.
     """
 
     def __init__(self, max_bytes: int):

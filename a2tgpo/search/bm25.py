@@ -19,7 +19,7 @@ _STOPWORDS = frozenset(STOPWORDS_EN)
 
 
 class Bm25Index:
-    """Lucene-style BM25 (k1 1.5, b 0.75) over the words of titles and texts. Any number of threads may search it.
+    """Lucene-style BM25 (k1 1.5, b 0.75) over the words of titles and texts. Searches are thread-safe.
 
     Args:
         scores: the result of `score_matrix` for these passages; None: compute it now.

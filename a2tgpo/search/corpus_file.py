@@ -43,7 +43,8 @@ def content_fingerprint(path: str | Path) -> str:
 
 
 class CorpusFile(Sequence[Passage]):
-    """The passages of a JSONL file in Search-R1's format, each read when it is requested. Threads may share it.
+    """The passages of a JSONL file in Search-R1's format. A passage is read when it is requested. Reads are
+    thread-safe.
 
     Args:
         offsets: [num_passages] int64, the byte where each passage's line starts, from `scan`.

@@ -31,7 +31,7 @@ class _TransientError(SearchUnavailableError):
 
 
 class HttpSearch:
-    """Queries one server over kept-alive connections, with retries. Threads may share it.
+    """Queries one server over kept-alive connections, with retries. The client is thread-safe.
 
     Args:
         address: address of the endpoint, for example http://127.0.0.1:8000/retrieve. A `ServerAddress` is read again

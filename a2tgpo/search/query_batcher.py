@@ -15,7 +15,8 @@ CACHE_BYTES = 2**28
 
 
 class QueryBatcher:
-    """Searches an index with batches of queries. Equal queries in a batch are searched once. Threads may share it.
+    """Searches an index with batches of queries. Equal queries in a batch are searched once. The class is
+    thread-safe.
 
     Args:
         num_threads: number of batches that are searched at the same time. Use 1 for an index with an encoder, because

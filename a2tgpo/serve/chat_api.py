@@ -121,8 +121,8 @@ def _order(
     tokens = protocol.template.render(question)
     if len(tokens) > max_prompt_tokens:
         raise BadRequestError(f"the prompt has {len(tokens)} tokens; allowed: at most {max_prompt_tokens}")
-    # Requests with the same seed get the same random draws, whatever other requests run meanwhile. A request without
-    # a seed gets a seed of its own.
+    # Requests with the same seed get the same random draws, whatever other requests run at the same time. A request
+    # without a seed gets a seed of its own.
     seed = secrets.randbits(32) if request.seed is None else request.seed
     prompt = Prompt(index=0, id=f"chat-{seed}", question=question, answers=(), tokens=tokens)
     return Order(prompt=prompt, is_greedy=request.temperature == 0)

@@ -23,7 +23,7 @@ IGPO = AlgorithmConfig(advantage="igpo_joint", gamma=1.0)
 GRPO = AlgorithmConfig(advantage="grpo")
 
 MAX_NEEDLESS = 3
-"""Largest number of needless searches that is counted separately. Larger numbers count as this number."""
+"""Largest number of needless searches that is counted separately. Larger numbers are counted together with it."""
 OUTCOMES = {"right": 1.0, "wrong": 0.0, "ill-formed": -1.0}
 
 MIN_SAMPLES = 30

@@ -9,12 +9,12 @@ and the program measures these turns instead.
 
 The program answers three questions, for whole turns and for turns cut into pieces of equal length:
 
-rounding   How large is a format's error? log p in the format minus log p in float32, with equal weights.
-gap        How far is an engine in FP8 from a trainer in bfloat16? log p in FP8 minus log p in bfloat16, with
-           equal weights.
-ratio      Which error remains if the trainer computes the old log-probs itself, in its training format?
-           log(p_new / p_old) in the format minus log(p_new / p_old) in float32. A new weight is the old weight plus
-           or minus `--drift` (a few learning rates) at random, rounded stochastically to bfloat16.
+rounding: How large is a format's error? This is log p in the format minus log p in float32, with equal weights.
+gap: How far is an engine in FP8 from a trainer in bfloat16? This is log p in FP8 minus log p in bfloat16, with equal
+    weights.
+ratio: Which error remains if the trainer computes the old log-probs itself, in its training format? This is
+    log(p_new / p_old) in the format minus log(p_new / p_old) in float32. A new weight is the old weight plus or minus
+    `--drift` (a few learning rates) at random, rounded stochastically to bfloat16.
 
 The program writes noise.csv, noise.json and noise.png to DIR. epsilon is the paper's clipping range of 3e-3 for
 turn-mean log-ratios.

@@ -111,7 +111,7 @@ def _train(path: str, groups: Any, *, offload: bool) -> Trained:
 
 
 def _move(phases: Any, done: Trained) -> None:
-    """Offload the state as before a rollout, load it as before a checkpoint, and record the times of both copies."""
+    """Move the state off the GPU and back. Record the times of both copies."""
     import torch
 
     on_gpu = torch.cuda.is_available()

@@ -204,7 +204,7 @@ def build_questions(
 
 
 def _follow(world: dict[str, Country], subject: Country | City, chain: tuple[str, ...]) -> Question | None:
-    """Return the question that asks for the relations of `chain`, starting with `subject`.
+    """Return the question about the relations of `chain`, starting with `subject`.
 
     Return None if a fact is missing, or if the chain returns to an earlier entity.
     """
