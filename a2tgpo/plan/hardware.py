@@ -21,6 +21,8 @@ class Gpu:
     """One-way bandwidth of a GPU's link to the other GPUs of its node, 1e9 bytes per second."""
     network_gb_per_s: float
     """One GPU's share of the one-way bandwidth between nodes, 1e9 bytes per second."""
+    host_gb_per_s: float
+    """One-way bandwidth between a GPU and its host's memory, 1e9 bytes per second."""
     capability: tuple[int, int]
     """CUDA's compute capability, which determines the FP8 recipes that the GPU supports."""
     gpus_per_node: int = 8
@@ -47,6 +49,7 @@ GPUS = {
             memory_tb_per_s=2.04,
             node_gb_per_s=300,
             network_gb_per_s=25,
+            host_gb_per_s=32,
             capability=(8, 0),
         ),
         Gpu(
@@ -57,6 +60,7 @@ GPUS = {
             memory_tb_per_s=3.35,
             node_gb_per_s=450,
             network_gb_per_s=50,
+            host_gb_per_s=64,
             capability=(9, 0),
         ),
         Gpu(
@@ -67,6 +71,7 @@ GPUS = {
             memory_tb_per_s=4.8,
             node_gb_per_s=450,
             network_gb_per_s=50,
+            host_gb_per_s=64,
             capability=(9, 0),
         ),
         Gpu(
@@ -77,6 +82,7 @@ GPUS = {
             memory_tb_per_s=4.0,
             node_gb_per_s=450,
             network_gb_per_s=50,
+            host_gb_per_s=64,
             capability=(9, 0),
         ),
         Gpu(
@@ -87,6 +93,7 @@ GPUS = {
             memory_tb_per_s=8.0,
             node_gb_per_s=900,
             network_gb_per_s=50,
+            host_gb_per_s=64,
             capability=(10, 0),
         ),
         Gpu(
@@ -97,6 +104,7 @@ GPUS = {
             memory_tb_per_s=8.0,
             node_gb_per_s=900,
             network_gb_per_s=50,
+            host_gb_per_s=450,
             capability=(10, 0),
             gpus_per_node=72,
             host_memory_gib=16_000,

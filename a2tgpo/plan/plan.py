@@ -20,6 +20,7 @@ from a2tgpo.plan.rollout_time import RolloutTime, refit_time, rollout_time
 from a2tgpo.plan.search_rate import SearchDemand, search_demand
 from a2tgpo.plan.storage import checkpoint_bytes, kept_bytes, most_kept, restart_bytes
 from a2tgpo.plan.train_time import PassTime, score_time, update_time
+from a2tgpo.plan.transfers import transfer_time
 from a2tgpo.plan.workload import Workload, geometry
 
 
@@ -36,6 +37,8 @@ class Plan(PlanInputs):
     """Time of one scoring pass. A step has `score_passes` scoring passes."""
     update: PassTime
     refit_s: float
+    transfer_s: float
+    """Time in which state moves between the GPUs and their hosts."""
 
     @property
     def share_is_chosen(self) -> bool:
@@ -50,6 +53,7 @@ class Plan(PlanInputs):
             "rollout": self.rollout.seconds,
             "score": self.score_passes * self.score.seconds,
             "update": self.update.seconds,
+            "transfers": self.transfer_s,
             "other": self.assumed.fixed_s,
         }
 
@@ -175,4 +179,5 @@ def make_plan(
         score=score_time(given),
         update=update_time(given),
         refit_s=refit_time(given),
+        transfer_s=transfer_time(given),
     )

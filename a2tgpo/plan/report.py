@@ -15,6 +15,7 @@ from a2tgpo.plan.parameters import checkpoint_parameters, stage_parameters
 from a2tgpo.plan.plan import Plan
 from a2tgpo.plan.rollout_time import refit_bytes
 from a2tgpo.plan.train_time import PassTime, update_volume
+from a2tgpo.plan.transfers import transfer_bytes
 
 SUGGESTIONS_SHOWN = 12
 HOUR_S, DAY_S = 3600, 86400
@@ -269,6 +270,7 @@ def _time_table(plan: Plan) -> str:
         else "by the update, which has one mini-batch",
         "update": f"{_pass_details(plan.update)}; MFU {plan.update_mfu:.0%}",
         "refit": f"{refit_bytes(plan) / 1e9:.1f} GB to every rank",
+        "transfers": f"{transfer_bytes(plan) / 1e9:.1f} GB between each GPU and its host",
         "other": "exchange, advantages, packing, records",
     }
     step = plan.step_seconds
@@ -332,7 +334,8 @@ def _assumption_lines(plan: Plan) -> str:
         *_expert_lines(plan),
         f"  memory: {a.memory_utilisation:.0%} of {gpu.memory_tb_per_s:g} TB/s",
         f"  links: {a.link_utilisation:.0%} of {gpu.node_gb_per_s:g} GB/s within a node and "
-        f"{gpu.network_gb_per_s:g} GB/s between nodes, never overlapped",
+        f"{gpu.network_gb_per_s:g} GB/s between nodes, never overlapped; "
+        f"{gpu.host_gb_per_s:g} GB/s between a GPU and its host",
         f"  engine: {1e3 * a.decode_step_s:g} ms of host time a step and {1e6 * a.decode_sequence_s:g} us a "
         f"trajectory, {1e6 * a.collective_latency_s:g} us an all-reduce; {a.tail_concurrency:.1%} of the "
         "trajectories in the tail",

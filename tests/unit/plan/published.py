@@ -29,6 +29,7 @@ ALIKE_ERROR_BOUND = 0.20
 """Largest |error| of an alike run, relative to the published seconds; a test enforces it."""
 
 NEMO = "NeMo-RL performance summary"
+NEMO_0_3 = "NeMo-RL 0.3 announcement; its stages, and tokens per sample, from issue 959 of NVIDIA-NeMo/RL"
 SKYRL = "SkyRL Megatron page, Search-R1"
 
 
@@ -39,7 +40,7 @@ class PublishedRun:
     seconds: float
     """Published."""
     stage: str
-    """The prediction to compare: step | update | score."""
+    """The prediction to compare: step | refit | rollout | score | update."""
     is_alike: bool
     filled_in: str
     gpu: str
@@ -82,13 +83,19 @@ def _config(
     engine_tensor: int = 1,
     recompute: Recompute = "none",
     microbatch_tokens: int = 16384,
+    sequence: bool | None = None,
 ) -> RunConfig:
     return RunConfig(
         run=RunSettings(name="published"),
         model=ModelConfig(path="published", recompute=recompute),
         data=DataConfig(train="published", test="published", max_prompt_tokens=2048),
         search=SearchConfig(corpus="published"),
-        parallel=ParallelConfig(tensor=tensor, pipeline=pipeline, expert=expert, sequence=tensor > 1),
+        parallel=ParallelConfig(
+            tensor=tensor,
+            pipeline=pipeline,
+            expert=expert,
+            sequence=tensor > 1 if sequence is None else sequence,
+        ),
         rollout=RolloutConfig(
             prompts_per_step=prompts,
             group_size=group,
@@ -272,3 +279,56 @@ PUBLISHED = (
         )
     ),
 )
+
+UNSEEN = tuple(
+    PublishedRun(
+        what=what,
+        source=NEMO_0_3,
+        seconds=seconds,
+        stage=stage,
+        is_alike=True,
+        filled_in="prompts of 150 tokens, one trajectory reaches the limit; layout and batches are the release's",
+        gpu="h100-80gb",
+        gpus=gpus,
+        dimensions=KNOWN_MODELS[name],
+        config=config,
+        workload=_single_turn(150 + sampled),
+    )
+    for what, name, gpus, sampled, config, stages in (
+        (
+            "Llama-3.1-8B, 8 H100",
+            "llama-3.1-8b",
+            8,
+            795,
+            _config(
+                prompts=64,
+                group=32,
+                prompts_per_minibatch=16,
+                max_response=3946,
+                pipeline=2,
+                microbatch_tokens=4096,
+            ),
+            {"step": 112, "refit": 5, "rollout": 58, "score": 18, "update": 28},
+        ),
+        (
+            "Llama-3.1-70B, 64 H100",
+            "llama-3.1-70b",
+            64,
+            398,
+            _config(
+                prompts=64,
+                group=32,
+                prompts_per_minibatch=16,
+                max_response=3946,
+                tensor=4,
+                pipeline=4,
+                engine_tensor=4,
+                microbatch_tokens=4096,
+                sequence=False,
+            ),
+            {"step": 147, "refit": 14, "rollout": 84, "score": 18, "update": 28},
+        ),
+    )
+    for stage, seconds in stages.items()
+)
+"""Stages of runs that had no part in the choice of the assumptions."""
