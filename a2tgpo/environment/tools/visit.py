@@ -5,19 +5,20 @@ from __future__ import annotations
 import codecs
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from a2tgpo.config.run import RunConfig
 from a2tgpo.environment.web.cassette import Cassette
 from a2tgpo.environment.web.page import Page, PageError, PageReader
 from a2tgpo.environment.web.public_address import is_public
+from a2tgpo.environment.web.text_extractor import TextExtractor
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.lifecycle.helper_process import HelperStartError
 
 NO_PAGE = "The page is not available."
 NO_TEXT = "The page has no text."
 CUT = "\n... (the rest of the page is left out)"
-Extract = Callable[[bytes | str, str], str | None]
 _NOT_OF_PAGES = ("idna", "punycode")
 """Codecs that are not used for pages. idna cannot replace invalid bytes, and punycode takes quadratic time."""
 _HTML = ("text/html", "application/xhtml+xml")
@@ -28,7 +29,7 @@ class Visit:
 
     Args:
         reader: reads pages. None if only recorded answers are used.
-        extract: takes an HTML page and its address, and returns the page's main text, or None if there is none.
+        extractor: extracts the texts of HTML pages. None if only recorded answers are used.
         max_chars: number of characters to which a text is cut.
     """
 
@@ -43,12 +44,12 @@ class Visit:
         self,
         *,
         reader: PageReader | None,
-        extract: Extract | None,
+        extractor: TextExtractor | None,
         cassette: Cassette,
         max_chars: int,
     ):
         self._reader = reader
-        self._extract = extract
+        self._extractor = extractor
         self._cassette = cassette
         self._max_chars = max_chars
         self._lock = threading.Lock()
@@ -80,14 +81,13 @@ class Visit:
     def close(self) -> None:
         if self._reader is not None:
             self._reader.close()
+        if self._extractor is not None:
+            self._extractor.close()
 
     def _text(self, page: Page) -> str:
         if page.content_type in _HTML:
-            assert self._extract is not None
-            try:
-                text = self._extract(page.body if page.charset is None else _decoded(page), page.url) or ""
-            except Exception:  # the parsers fail on some texts that a server may send
-                raise PageError("the page cannot be parsed") from None
+            assert self._extractor is not None
+            text = self._extractor.text(page.body if page.charset is None else _decoded(page), page.url) or ""
         elif page.content_type.startswith("text/"):
             text = _decoded(page)
         else:
@@ -104,31 +104,22 @@ def build(config: RunConfig) -> Visit:
     """
     visit, cassette = config.visit, Cassette(config.web.cassette)
     if config.web.backend == "recorded":
-        return Visit(reader=None, extract=None, cassette=cassette, max_chars=visit.max_chars)
-    extract = _extractor()
+        return Visit(reader=None, extractor=None, cassette=cassette, max_chars=visit.max_chars)
+    extractor = TextExtractor()
+    try:
+        extractor.check()
+    except HelperStartError as error:
+        raise ConfigError(
+            f"tools.names has visit, but the packages that read pages cannot be used ({error}); install them "
+            "with pip install 'a2tgpo[web]', or use recorded pages with web.backend=recorded"
+        ) from None
     reader = PageReader(
         timeout_s=visit.timeout_s,
         max_bytes=visit.max_bytes,
         is_allowed=(lambda address: True) if visit.allow_private else is_public,
         max_connections=config.tools.max_concurrent_calls,
     )
-    return Visit(reader=reader, extract=extract, cassette=cassette, max_chars=visit.max_chars)
-
-
-def _extractor() -> Extract:
-    try:
-        import trafilatura
-    except ImportError as error:
-        raise ConfigError(
-            f"tools.names has visit, but the packages that read pages cannot be imported ({error}); install them "
-            "with pip install 'a2tgpo[web]', or use recorded pages with web.backend=recorded"
-        ) from None
-
-    def extract(body: bytes | str, url: str) -> str | None:
-        text = trafilatura.extract(body, url=url, favor_recall=True, include_tables=True)
-        return None if text is None else str(text)
-
-    return extract
+    return Visit(reader=reader, extractor=extractor, cassette=cassette, max_chars=visit.max_chars)
 
 
 def _decoded(page: Page) -> str:

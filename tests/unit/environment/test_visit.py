@@ -3,18 +3,22 @@
 import contextlib
 import gzip
 import http.server
+import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from a2tgpo.environment.tool import ToolError
-from a2tgpo.environment.tools import visit as visit_module
 from a2tgpo.environment.tools.visit import CUT, NO_PAGE, NO_TEXT, Visit
 from a2tgpo.environment.web.cassette import Cassette
 from a2tgpo.environment.web.page import PageReader
 from a2tgpo.environment.web.public_address import is_public
+from a2tgpo.environment.web.text_extractor import TextExtractor
+from a2tgpo.lifecycle.helper_process import LIMIT_SIGNALS, HelperPool, RequestFailedError
 
 ARTICLE = (
     "<html><head><title>Lakes</title><script>track()</script></head><body><nav><a href='/'>Home</a></nav><article>"
@@ -113,8 +117,16 @@ def base(server):
     return f"http://127.0.0.1:{server.server_address[1]}"
 
 
+@pytest.fixture(scope="module")
+def extractor():
+    pytest.importorskip("trafilatura", reason="the packages of a2tgpo[web] are not installed")
+    extractor = TextExtractor()
+    yield extractor
+    extractor.close()
+
+
 @pytest.fixture
-def tool_of(tmp_path):
+def tool_of(extractor):
     opened = []
 
     def tool_of(
@@ -123,20 +135,13 @@ def tool_of(tmp_path):
         reader = PageReader(
             timeout_s=timeout_s, max_bytes=1_000_000, is_allowed=is_allowed, max_connections=4
         )
-        tool = Visit(
-            reader=reader, extract=extractor(), cassette=Cassette(str(cassette)), max_chars=max_chars
-        )
-        opened.append(tool)
-        return tool
+        opened.append(reader)
+        cassette = Cassette(str(cassette))
+        return Visit(reader=reader, extractor=extractor, cassette=cassette, max_chars=max_chars)
 
     yield tool_of
-    for tool in opened:
-        tool.close()
-
-
-def extractor():
-    pytest.importorskip("trafilatura", reason="the packages of a2tgpo[web] are not installed")
-    return visit_module._extractor()
+    for reader in opened:
+        reader.close()
 
 
 @pytest.mark.parametrize("path", ["/article", "/gzip", "/once"])
@@ -255,10 +260,38 @@ def test_long_pages_and_compressed_bombs_are_cut(tool_of, base):
     assert len(bomb) < 9000
 
 
-def test_a_page_on_which_the_parser_fails_is_an_answer(tool_of, base):
-    tool = tool_of()
-    tool._extract = lambda body, url: [][0]
-    assert tool.call(base + "/article") == ["Error: the page cannot be parsed"]
+def extracted(page: str, **changes) -> subprocess.CompletedProcess:
+    """What a helper with `changes` of its module answers for a page, after "null" when it is ready."""
+    program = f"""
+from a2tgpo.environment.web import page_text
+from a2tgpo.lifecycle.helper_process import serve
+vars(page_text).update({changes})
+serve(page_text.main_text, example=("", "", False), cpu_s=page_text.EXTRACT_S)
+"""
+    request = json.dumps([page, "http://page.example", False]) + "\n"
+    return subprocess.run([sys.executable, "-c", program], input=request, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_page_that_takes_too_long_ends_its_process(extractor):
+    done = extracted("<p>word word</p>" * 50_000, EXTRACT_S=0.1)
+    assert done.stdout == "null\n" and -done.returncode in LIMIT_SIGNALS
+    done = extracted("<p>word word</p>" * 50, EXTRACT_S=60)
+    assert "word word" in done.stdout and done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        (TimeoutError, "the page takes too long to read"),
+        (RequestFailedError, "the page cannot be parsed"),
+    ],
+)
+def test_a_page_that_the_extractor_gives_up_is_an_answer(tool_of, base, error, answer, monkeypatch):
+    def give_up(*_):
+        raise error
+
+    monkeypatch.setattr(HelperPool, "ask", give_up)
+    assert tool_of().call(base + "/article") == [f"Error: {answer}"]
 
 
 def test_recorded_pages_are_answered_without_the_server(tool_of, server, base, tmp_path):
@@ -267,7 +300,7 @@ def test_recorded_pages_are_answered_without_the_server(tool_of, server, base, t
     answers = [tool.call(url) for url in urls]
     assert tool.take_counts() == {"requests": 2}
     server.RequestHandlerClass.asked.clear()
-    recorded = Visit(reader=None, extract=None, cassette=Cassette(str(tmp_path)), max_chars=8000)
+    recorded = Visit(reader=None, extractor=None, cassette=Cassette(str(tmp_path)), max_chars=8000)
     assert [recorded.call(url) for url in urls] == answers
     assert [tool.call(url) for url in urls] == answers
     assert recorded.call(base + "/plain") == [NO_PAGE]

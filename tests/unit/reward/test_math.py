@@ -47,15 +47,15 @@ def printed_by_a_helper_that_waits(**limits) -> str:
     """What a helper prints about an equal answer, if its comparison waits for 2 s without work."""
     program = f"""
 import time
-from a2tgpo.reward import math_helper
-vars(math_helper).update({limits})
-math_helper.are_equal = lambda answer, golds: answer == "1" or time.sleep(2) is None
-math_helper.main()
+from a2tgpo.lifecycle import helper_process
+vars(helper_process).update({limits})
+are_equal = lambda answer, golds: answer == "1" or time.sleep(2) is None
+helper_process.serve(are_equal, example=("1", []), cpu_s=1)
 """
     command = [sys.executable, "-c", program]
     return subprocess.run(command, input='["2", ["2"]]\n', stdout=subprocess.PIPE, text=True).stdout
 
 
 def test_only_cpu_time_counts_up_to_a_generous_limit():
-    assert printed_by_a_helper_that_waits(COMPARE_S=1) == "ready\ntrue\n"
-    assert printed_by_a_helper_that_waits(LONGEST_S=1) == "ready\n"
+    assert printed_by_a_helper_that_waits() == "null\n[true, null]\n"
+    assert printed_by_a_helper_that_waits(LONGEST_S=1) == "null\n"
