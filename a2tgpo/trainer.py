@@ -87,7 +87,7 @@ class Trainer:
                 parts.reward,
                 parts.reward_pool,
                 seed=parts.config.run.seed,
-                score_gain=parts.config.algorithm.turn_signal == "gain",
+                score_gain=parts.config.algorithm.uses_gain,
                 should_stop=self.early_stop.should_stop,
                 engine_group=parts.engine_group,
             ),

@@ -105,7 +105,7 @@ class Turn:
 
     def worth(self, turn_signal: str) -> float | None:
         """Return the information gain or the score, depending on `turn_signal` (`algorithm.turn_signal`)."""
-        return self.info_gain if turn_signal == "gain" else self.score
+        return {"gain": self.info_gain, "scores": self.score}[turn_signal]
 
     @property
     def query(self) -> str | None:

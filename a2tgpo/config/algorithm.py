@@ -87,6 +87,11 @@ class AlgorithmConfig:
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     """Importance weights that correct for differences between the log-probs of engine and trainer."""
 
+    @property
+    def uses_gain(self) -> bool:
+        """Whether turns are worth their information gains, for which the gold answers are scored."""
+        return self.turn_signal == "gain"
+
     def __post_init__(self) -> None:
         names = advantage_names()
         require(self.advantage in names, "algorithm.advantage", self.advantage, one_of(names, self.advantage))

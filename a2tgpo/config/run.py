@@ -177,7 +177,7 @@ class RunConfig:
             "set algorithm.correction.kind=truncate or mask",
         )
         require(
-            self.rollout.gain.verify_every == 0 or self.algorithm.turn_signal == "gain",
+            self.rollout.gain.verify_every == 0 or self.algorithm.uses_gain,
             "rollout.gain.verify_every",
             self.rollout.gain.verify_every,
             "0 with algorithm.turn_signal=scores, which scores no gold answers",

@@ -53,7 +53,7 @@ def build_rewards(config: RunConfig) -> tuple[NamedReward, ...]:
 
 def need_answers(config: RunConfig, rewards: Sequence[NamedReward]) -> bool:
     """Return whether every question must have a gold answer, for the information gain or for a reward."""
-    return config.algorithm.turn_signal == "gain" or any(named.needs_answers for named in rewards)
+    return config.algorithm.uses_gain or any(named.needs_answers for named in rewards)
 
 
 def _of_package(name: str, config: RunConfig) -> tuple[Reward, Path]:
