@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.demonstrations import Demonstration, load_demonstrations
@@ -24,8 +26,28 @@ class Examples:
 
     trained: list[Trajectory]
     held_out: list[Trajectory]
-    fingerprint: str
-    """Fingerprint of the tokens of all training examples, in order."""
+    fingerprints: dict[str, str]
+    """Fingerprints of the training examples, in order: `demonstrations` of all tokens, and `responses` of the tokens
+    after the prompts."""
+
+    def require_same(self, state: Mapping[str, Any], *, checkpoint: Path, file: str) -> None:
+        """Raise `ConfigError` if the checkpoint with this `state` was trained on other examples.
+
+        Args:
+            file: the file of the demonstrations, for the message.
+        """
+        if state.get("demonstrations") == self.fingerprints["demonstrations"]:
+            return
+        if state.get("responses") == self.fingerprints["responses"]:
+            raise ConfigError(
+                f"warmstart: the prompts differ from those that {checkpoint} was trained on, because "
+                "data.instructions, the chat template, the tokenizer, or the description or parameters of a tool "
+                "changed; restore them, or start over (--resume none)"
+            )
+        raise ConfigError(
+            f"warmstart.demonstrations: {file} differs from the file that {checkpoint} was trained on; give that "
+            "file, or start over (--resume none)"
+        )
 
 
 def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
@@ -62,7 +84,10 @@ def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
     return Examples(
         trained=trained,
         held_out=[item for item, held in zip(trajectories, is_held_out, strict=True) if held],
-        fingerprint=_fingerprint(trained),
+        fingerprints={
+            "demonstrations": _fingerprint(trained, with_prompts=True),
+            "responses": _fingerprint(trained, with_prompts=False),
+        },
     )
 
 
@@ -79,10 +104,10 @@ def held_out_questions(demonstrations: Sequence[Demonstration], *, share: float,
     return set(sorted(questions, key=place)[: math.ceil(share * len(questions))])
 
 
-def _fingerprint(trajectories: Sequence[Trajectory]) -> str:
+def _fingerprint(trajectories: Sequence[Trajectory], *, with_prompts: bool) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for trajectory in trajectories:
-        pieces = [list(trajectory.prompt_tokens)]
+        pieces = [list(trajectory.prompt_tokens)] if with_prompts else []
         pieces += [
             list(piece) for turn in trajectory.turns for piece in (turn.tokens, turn.observation_tokens)
         ]

@@ -13,7 +13,6 @@ from a2tgpo.batch.packing import PackedBatch
 from a2tgpo.config.load import flat_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.sampler import PromptSampler
-from a2tgpo.io.errors import ConfigError
 from a2tgpo.lifecycle.stop_request import StopAgreed, StopRequest
 from a2tgpo.lifecycle.watchdog import Watchdog
 from a2tgpo.metrics.timers import StageTimers
@@ -158,21 +157,14 @@ class WarmStart:
                 policy=self.policy,
                 optimizer=self.optimizer,
                 schedule=self.schedule,
-                state={
-                    "sampler": self.sampler.state_dict(),
-                    "demonstrations": self.examples.fingerprint,
-                },
+                state={"sampler": self.sampler.state_dict(), **self.examples.fingerprints},
             )
 
     def _restore(self, checkpoint: Path) -> int:
         state = self.folder.restore(
             checkpoint, policy=self.policy, optimizer=self.optimizer, schedule=self.schedule
         )
-        if state.get("demonstrations") != self.examples.fingerprint:
-            raise ConfigError(
-                f"warmstart.demonstrations: {self.settings.demonstrations} differs from the file that "
-                f"{checkpoint} was trained on; give that file, or start over (--resume none)"
-            )
+        self.examples.require_same(state, checkpoint=checkpoint, file=self.settings.demonstrations)
         self.sampler.load_state_dict(state["sampler"])
         return int(state["step"])
 
