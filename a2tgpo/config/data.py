@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from a2tgpo.config.expand import Expanded, ExpandedOrMapping
+from a2tgpo.config.expand import Expanded, ExpandedOrNumbers
 from a2tgpo.io.errors import require
 
 SEARCH_INSTRUCTIONS = (
@@ -23,7 +23,7 @@ CHAT_INSTRUCTIONS = (
 class DataConfig:
     """The question files, and the parts of the prompt."""
 
-    train: ExpandedOrMapping
+    train: ExpandedOrNumbers
     """JSONL or Parquet file of training questions; it may be compressed (docs/data.md). To mix several files, map
     each file to its weight. With {nq.jsonl: 1, hotpotqa.parquet: 3}, for example, three of four questions are from
     the second file."""

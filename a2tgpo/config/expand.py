@@ -16,8 +16,8 @@ Expanded = Annotated[str, _MARK]
 """Type of a configuration field in which ~ and environment variables are replaced."""
 ExpandedMapping = Annotated[dict, _MARK]
 """Type of a field that holds a mapping. The mapping's keys and all texts in its values are expanded."""
-ExpandedOrMapping = Annotated[str | dict, _MARK]
-"""Type of a field that holds a text or an `ExpandedMapping`."""
+ExpandedOrNumbers = Annotated[str | dict[str, float], _MARK]
+"""Type of a field that holds a text, or a mapping of texts to numbers. The texts are expanded."""
 
 _VARIABLE = re.compile(r"\$(?:\$|\{([^}]*)\}?|([A-Za-z_]\w*))")
 _NAME = re.compile(r"[A-Za-z_]\w*")

@@ -11,7 +11,7 @@ LONGEST_WAIT_S = 8.0
 """Longest wait between two attempts, seconds."""
 
 
-def _scores() -> dict:
+def _scores() -> dict[str, float]:
     return {"correct": 1.0, "incorrect": 0.0}
 
 
@@ -29,7 +29,7 @@ class JudgeConfig:
     {record.FIELD}. Empty: a text that asks whether the answer is correct."""
     pattern: str = r"\b(correct|incorrect)\b"
     """Regular expression with one group. The group's last match in the reply, in lower case, is the verdict."""
-    scores: dict = field(default_factory=_scores)
+    scores: dict[str, float] = field(default_factory=_scores)
     """Value of each verdict. A verdict that is not listed must be a number."""
     max_tokens: int = 16
     """Most tokens of a reply. A model that thinks before it replies needs more."""

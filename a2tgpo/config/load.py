@@ -35,13 +35,15 @@ FILE_SUFFIXES = (".yaml", ".yml")
 _FLOAT_TEXT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _LISTS = (tuple[str, ...], tuple[int, ...])
 _NUMBERS = tuple[float, ...]
+_NUMBERS_BY_NAME = (dict[str, float], str | dict[str, float])
 _RULES = {
     bool: "true or false",
     int: "an integer",
     float: "a finite number",
     str: "a text",
     dict: "a mapping of names to values, like {name: value}",
-    str | dict: "a text, or a mapping like {name: value}",
+    dict[str, float]: "a mapping of names to numbers, like {name: 0.5}",
+    str | dict[str, float]: "a text, or a mapping of names to numbers, like {name: 0.5}",
     tuple[str, ...]: "a list of texts",
     tuple[int, ...]: "a list of integers",
     _NUMBERS: "a list of finite numbers",
@@ -173,7 +175,11 @@ def _override_entries(overrides: Iterable[str]) -> Iterator[tuple[str, _Entry]]:
             key not in _FIELDS or _FIELDS[key].kind is str or get_origin(_FIELDS[key].kind) is Literal
         )
         value = text if is_literal else read_value(text)
-        if key in _FIELDS and _FIELDS[key].kind == str | dict and not isinstance(value, dict | list):
+        if (
+            key in _FIELDS
+            and _FIELDS[key].kind == str | dict[str, float]
+            and not isinstance(value, dict | list)
+        ):
             value = text
         yield from _entries([(key, value)], COMMAND_LINE)
 
@@ -234,7 +240,7 @@ def _entries(settings: list[tuple[str, Any]], source: str) -> Iterator[tuple[str
 
 
 def _typed(value: Any, key: str, source: str) -> Any:
-    """Convert `value` to the type of field `key`. A float field also accepts an integer, or a text such as 1e-6."""
+    """Convert `value` to the type of field `key`. A float also accepts an integer, or a text such as 1e-6."""
     kind = _FIELDS[key].kind
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     typed: Any
@@ -246,22 +252,34 @@ def _typed(value: Any, key: str, source: str) -> Any:
     elif kind in _LISTS:
         is_list = isinstance(value, list) and all(type(item) is get_args(kind)[0] for item in value)
         typed = tuple(value) if is_list else None
-    elif kind == str | dict:
-        typed = value if isinstance(value, kind) else None
+    elif kind in _NUMBERS_BY_NAME and isinstance(value, dict):
+        # What is no number stays, and the section's own check names the rule.
+        typed = {name: _read_number(item) for name, item in value.items()}
+    elif kind == str | dict[str, float]:
+        typed = value if isinstance(value, str) else None
     else:
         typed = value if type(value) is kind or value in choices else None
     if typed is None:
         rule = one_of(choices, value) if choices else _RULES[kind]
         raise ConfigError(f"{source}: {key} is {value!r:.80}; allowed: {rule}{_hint(value, kind)}")
+    if isinstance(typed, dict) and not all(isinstance(name, str) for name in typed):
+        raise ConfigError(
+            f"{source}: {key} is {value!r:.80}; allowed: names that are texts; put them in quotes (YAML reads yes, "
+            "no, on and off as true and false)"
+        )
     if not all(_is_whole(text) for text in _texts(typed)):
         raise ConfigError(f"{source}: {key} is {value!r:.80}; allowed: a text in UTF-8 without NUL")
     return typed
 
 
+def _read_number(value: Any) -> Any:
+    """Return a text such as 1e-6 as a float, and any other value unchanged."""
+    return float(value) if isinstance(value, str) and _FLOAT_TEXT.fullmatch(value) else value
+
+
 def _number(value: Any) -> float | None:
     """Return `value` as a float; None if `value` is not a finite number."""
-    if isinstance(value, str) and _FLOAT_TEXT.fullmatch(value):
-        value = float(value)
+    value = _read_number(value)
     try:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # the integer is too large for a float

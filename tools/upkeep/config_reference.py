@@ -112,7 +112,8 @@ def _kind(kind: Any) -> str:
         return " \\| ".join(f"`{choice}`" for choice in get_args(kind))
     names = {
         dict: "mapping",
-        str | dict: "str or mapping",
+        dict[str, float]: "mapping of numbers",
+        str | dict[str, float]: "str or mapping of numbers",
         tuple[str, ...]: "list",
         tuple[int, ...]: "list",
         tuple[float, ...]: "list of numbers",

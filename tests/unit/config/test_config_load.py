@@ -62,9 +62,40 @@ def test_numbers_are_floats_however_they_are_written(tmp_path, text, value):
     assert type(from_file) is type(overridden) is float
 
 
+@pytest.mark.parametrize("place", ["file", "command line"])
+def test_numbers_in_mappings_are_floats_however_they_are_written(tmp_path, place):
+    train, scores = "{a.jsonl: 1e-3, b.jsonl: 2}", "{right: '2e-5', wrong: -1e-3}"
+    minimal = MINIMAL.replace("train: train.jsonl", f"train: {train}")
+    settings = ["data.test=t", f"judge.scores={scores}"]
+    config = load_config(write(tmp_path, minimal), settings)
+    if place == "command line":
+        config = load_config(write(tmp_path, MINIMAL), [*settings, f"data.train={train}"])
+    assert config.data.train_files == {"a.jsonl": 1e-3, "b.jsonl": 2}
+    assert config.judge.scores == {"right": 2e-5, "wrong": -1e-3}
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
+        (
+            "data.train={a: much}",
+            "data.train is {'a': 'much'}; allowed: a file, or a mapping of each file to a",
+        ),
+        (
+            "data.train={a: 1e999}",
+            "data.train is {'a': inf}; allowed: a file, or a mapping of each file to a",
+        ),
+        ("data.train=[a, b]", "data.train is ['a', 'b']; allowed: a text, or a mapping of names to numbers"),
+        ("judge.scores=[a, b]", "judge.scores is ['a', 'b']; allowed: a mapping of names to numbers"),
+        (
+            "judge.scores={a: b}",
+            "judge.scores is {'a': 'b'}; allowed: texts in lower case, each with a finite",
+        ),
+        (
+            "judge.scores={yes: 1}",
+            "judge.scores is {True: 1}; allowed: names that are texts; put them in quotes",
+        ),
         ("run.steps=3.0", "run.steps is 3.0; allowed: an integer"),
         ("run.steps=1e3", "run.steps is '1e3'; allowed: an integer"),
         ("run.steps=true", "run.steps is True; allowed: an integer"),

@@ -53,8 +53,8 @@ def test_the_best_checkpoint_may_be_chosen_by_any_score(load, best_by):
     ("overrides", "message"),
     [
         (["data.test=t", "data.train={}"], "allowed: a file, or a mapping of each file to a number > 0"),
-        (["data.test=t", "data.train={1: 1}"], "allowed: a file, or a mapping of each file to a number > 0"),
-        (["data.test=t", "data.train={~: 1}"], "allowed: a file, or a mapping of each file to a number > 0"),
+        (["data.test=t", "data.train={1: 1}"], "allowed: names that are texts; put them in quotes"),
+        (["data.test=t", "data.train={~: 1}"], "allowed: names that are texts; put them in quotes"),
         (
             ["data.test=t", "data.train={$HOME/a: 1, ~/a: 2}"],
             "names for the same file: $HOME/a, ~/a; name each",
