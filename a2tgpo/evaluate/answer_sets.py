@@ -64,7 +64,7 @@ def answer_sets(
                 num_samples=num_samples,
                 seed=seed,
                 skip=found.keys(),
-                rewards=rewards if engine_group.is_leader else None,
+                rewards=rewards,
                 engine_group=engine_group,
                 should_stop=stop.should_stop,
             ):

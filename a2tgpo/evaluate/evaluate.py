@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
@@ -12,18 +12,17 @@ from a2tgpo.config.evaluation import powers_of_two, sampled_scores
 from a2tgpo.evaluate.sets import EvaluationSets
 from a2tgpo.lifecycle.stop_request import StopRequest
 from a2tgpo.metrics.reduce import MetricSums
-from a2tgpo.parallel.collectives import broadcast_object
 from a2tgpo.parallel.engine_group import ALONE, EngineGroup
 from a2tgpo.reward.answer_match import exact_match, f1_score
 from a2tgpo.reward.episode import Episode, reader_of
-from a2tgpo.reward.pool import RewardFaultError, RewardPool
+from a2tgpo.reward.pool import RewardPool
+from a2tgpo.reward.total import Verdict
 from a2tgpo.rollout.group_rollout import Finished, GroupRollout, RolloutInterruptedError
+from a2tgpo.rollout.judging import Judging
 from a2tgpo.trajectory import Prompt
 
 _SQUARE, _NUMBER = "square of ", "number of "
 """Marks in the names of two metrics of each score: the mean of its squares, and the number of its values."""
-WAIT_S = 1.0
-"""Seconds between two checks for a requested stop while rewards are being computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,7 @@ def evaluate(
         for answer in answer_questions(
             rollout,
             prompts,
-            rewards=rewards if engine_group.is_leader else None,
+            rewards=rewards,
             engine_group=engine_group,
             should_stop=should_stop,
         ):
@@ -139,7 +138,7 @@ def answer_questions(
     Args:
         num_samples: the number of answers to draw per question at `rollout.temperature`. 0 means one greedy answer.
         skip: pairs (index of the prompt, sample index) of answers that exist already.
-        rewards: computes the scores of the answers. None on ranks that are not the leader of their engine.
+        rewards: computes the scores of the answers, on the leader of the engine. None: the answers get no scores.
         should_stop: returns whether to interrupt the rollout (see `GroupRollout.finished`).
     """
     playing = rollout.play(
@@ -151,76 +150,22 @@ def answer_questions(
         score_gain=False,
         skip=skip,
     )
-    reader, judging = reader_of(rollout.protocol), _Judging(rewards)
-
-    def is_stopped() -> bool:
-        return bool(judging.fault) or (should_stop is not None and should_stop())
-
-    try:
-        for done in rollout.finished(playing, should_stop=is_stopped if should_stop else None):
+    reader = reader_of(rollout.protocol)
+    judging = Judging[Answer](rewards, engine_group, should_stop=should_stop)
+    with judging:
+        for done in rollout.finished(playing, should_stop=judging.should_stop):
             episode = reader.read(done.trajectory, done.prompt, done.turn_texts, is_evaluation=True)
-            yield from judging.judge(_answer(done, episode), episode)
-        while engine_group.any(judging.is_busy):
-            yield from judging.take(timeout_s=WAIT_S)
-            if engine_group.any(is_stopped()):
-                raise RolloutInterruptedError
-    except RolloutInterruptedError:
-        judging.raise_fault(engine_group)
-        raise
-    finally:
-        judging.drop_all()
+            yield from _scored(judging.judge(_answer(done, episode), episode))
+        yield from _scored(judging.rest())
 
 
-class _Judging:
-    """The answers of one engine that wait for their rewards.
-
-    Args:
-        rewards: computes the scores of the answers. None: the answers get no scores, and never wait.
-    """
-
-    def __init__(self, rewards: RewardPool | None):
-        self._rewards = rewards
-        self._unjudged: dict[int, Answer] = {}
-        self.fault = ""
-        """What is wrong with a reward, in one line; empty if nothing is wrong."""
-
-    @property
-    def is_busy(self) -> bool:
-        return bool(self._unjudged)
-
-    def judge(self, answer: Answer, episode: Episode) -> Iterator[Answer]:
-        """Submit `answer`, and yield the answers that have been judged meanwhile."""
-        if self._rewards is None:
+def _scored(judged: Iterable[tuple[Answer, Verdict | None]]) -> Iterator[Answer]:
+    """Yield the answers with the scores of their verdicts. An answer without a verdict has no scores."""
+    for answer, verdict in judged:
+        if verdict is None or verdict.error is not None:
             yield answer
         else:
-            self._unjudged[self._rewards.submit(episode)] = answer
-            yield from self.take(timeout_s=0.0)
-
-    def take(self, *, timeout_s: float) -> Iterator[Answer]:
-        """Yield the answers that have been judged, with their scores. If a reward has a fault, store the fault."""
-        if self._rewards is None or not self._unjudged or self.fault:
-            return
-        try:
-            judged = self._rewards.take(timeout_s=timeout_s)
-        except RewardFaultError as error:
-            self.fault = str(error)
-            return
-        for key, verdict in judged:
-            scores = {} if verdict.error is not None else verdict.rewards | {"reward": verdict.total}
-            yield replace(self._unjudged.pop(key), scores=scores)
-
-    def raise_fault(self, engine_group: EngineGroup) -> None:
-        """If the leader's rewards have a fault, raise `RewardFaultError` on all ranks of the engine."""
-        fault = self.fault
-        if engine_group.group is not None:
-            fault = broadcast_object(fault, engine_group.group, source=0)
-        if fault:
-            raise RewardFaultError(fault)
-
-    def drop_all(self) -> None:
-        """Discard the answers that still wait."""
-        if self._rewards is not None:
-            self._rewards.drop_all()
+            yield replace(answer, scores=verdict.rewards | {"reward": verdict.total})
 
 
 def _answer(done: Finished, episode: Episode) -> Answer:

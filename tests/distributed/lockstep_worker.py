@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import random
 import re
@@ -17,15 +18,25 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 from lockstep_bench import PREEMPTING, Bench, ShuffledSearch
 from scripted_search import ScriptedSearch
 
+from a2tgpo.collect.rewarded_rollout import RewardedRollout
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.reward import RewardConfig
 from a2tgpo.config.rollout import PartialConfig
+from a2tgpo.evaluate.evaluate import answer_questions
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.initialize import initialize, shutdown
+from a2tgpo.reward.episode import reader_of
+from a2tgpo.reward.load import NamedReward
+from a2tgpo.reward.pool import RewardPool
+from a2tgpo.reward.score import TrajectoryReward
+from a2tgpo.reward.total import RewardFaultError
+from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.group_rollout import RolloutInterruptedError
 from a2tgpo.rollout.lockstep import LockstepError
 from a2tgpo.rollout.tool_pool import ToolFaultError
@@ -254,6 +265,80 @@ def check_the_guard_lets_ranks_in_step_play_on(bench, seed):
             trajectories, _ = bench.play(parts, seed=0)
             found.append([trajectory.to_dict() for trajectory in trajectories])
     assert found[0] == found[1] == found[2]
+
+
+def trained(parts, prompts, score, *, should_stop):
+    """(tokens, rewards) of each trajectory."""
+    reward = TrajectoryReward(reader=reader_of(parts.rollout.protocol))
+    with contextlib.closing(pool_of(score)) as pool:
+        rollout = RewardedRollout(
+            parts.rollout, reward, pool, seed=0, should_stop=should_stop, engine_group=parts.engine_group
+        )
+        trajectories = rollout.play(prompts, version=0, counts=RolloutCounts())
+    return [(trajectory.tokens, trajectory.rewards) for trajectory in trajectories]
+
+
+def evaluated(parts, prompts, score, *, should_stop):
+    """(answer without its scores, scores) of each question."""
+    with contextlib.closing(pool_of(score)) as pool:
+        answers = answer_questions(
+            parts.rollout,
+            prompts,
+            rewards=pool,
+            engine_group=parts.engine_group,
+            should_stop=should_stop,
+        )
+        found = sorted(answers, key=lambda answer: answer.question_id)
+    return [(vars(answer) | {"scores": None}, answer.scores) for answer in found]
+
+
+def pool_of(score):
+    reward = SimpleNamespace(score=score)
+    named = NamedReward(label="mine", weight=1.0, reward=reward, path=Path(__file__))
+    return RewardPool([named], RewardConfig(num_workers=16, format_gate=False))
+
+
+def check_both_ranks_wait_for_the_rewards_of_the_first(bench, seed):
+    def late(episode):
+        assert bench.rank == 0
+        threading.Event().wait(0.1)
+        return 1.0
+
+    with bench.open(search=ScriptedSearch()) as (parts, _):
+        for play, of_first in ((trained, {"mine": 1.0}), (evaluated, {"mine": 1.0, "reward": 1.0})):
+            found = play(parts, parts.train_prompts.prompts(range(3)), late, should_stop=lambda: False)
+            bench.assert_equal([played for played, _ in found])
+            assert found and all(rewards == (of_first if bench.rank == 0 else {}) for _, rewards in found)
+
+
+def check_a_bug_in_a_reward_ends_both_ranks_with_its_line(bench, seed):
+    def wrong(episode):
+        return {}[episode.question_id]
+
+    with bench.open(search=ScriptedSearch()) as (parts, _):
+        prompts = parts.train_prompts.prompts(range(3))
+        for play, should_stop in itertools.product((trained, evaluated), (None, lambda: False)):
+            run = functools.partial(play, parts, prompts, wrong, should_stop=should_stop)
+            message = bench.raised(RewardFaultError, run)
+            assert message.startswith("reward lockstep_worker.py:"), message
+
+
+def check_a_stop_ends_the_wait_for_hanging_rewards_on_both_ranks(bench, seed):
+    with bench.open(search=ScriptedSearch()) as (parts, _):
+        prompts = parts.train_prompts.prompts(range(3))
+        for play, number in ((trained, 3 * parts.config.rollout.group_size), (evaluated, 3)):
+            freed, hanging = threading.Event(), []
+
+            def hang(episode, freed=freed, hanging=hanging):
+                hanging.append(episode)
+                freed.wait(120)
+                return 1.0
+
+            all_hang = lambda hanging=hanging, number=number: len(hanging) == number  # noqa: E731
+            run = functools.partial(play, parts, prompts, hang, should_stop=all_hang)
+            assert bench.raised(RolloutInterruptedError, run) == ""
+            assert len(hanging) == (number if bench.rank == 0 else 0)
+            freed.set()
 
 
 def check_an_engines_shared_memory_has_no_name_that_a_killed_run_would_leave(bench, seed):

@@ -23,6 +23,9 @@ CLAIMS = [
     "an_outage_holds_both_ranks_and_changes_nothing_that_they_play",
     "a_bug_in_a_tool_ends_both_ranks_with_its_line",
     "a_call_that_hangs_is_given_up_on_both_ranks",
+    "both_ranks_wait_for_the_rewards_of_the_first",
+    "a_bug_in_a_reward_ends_both_ranks_with_its_line",
+    "a_stop_ends_the_wait_for_hanging_rewards_on_both_ranks",
     "an_engines_shared_memory_has_no_name_that_a_killed_run_would_leave",
 ]
 
