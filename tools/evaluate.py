@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -119,9 +119,11 @@ def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
     from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.reward.load import build_rewards
     from a2tgpo.reward.pool import RewardPool
+    from a2tgpo.run.resume import changed_files
     from a2tgpo.serve.player import load_saved, open_player
 
     config, model = load_saved(args.config, args.overrides, args.checkpoint)
+    notes = [] if model.is_hf else changed_files(model.path, config)
     rewards = build_rewards(config)
     sets = load_sets(
         args.sets, config, limit=args.limit, need_answers=any(named.needs_answers for named in rewards)
@@ -131,6 +133,8 @@ def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
     partial = out.with_name(f"{out.name}.partial")
     settings = evaluation_settings(config, model.identity, sets)
     groups = meet_ranks(config)
+    for note in notes if groups.rank == 0 else ():
+        print(f"warning: {note}", file=sys.stderr, flush=True)
     known = on_rank_0(lambda: open_log(partial, settings))
     if known:
         stop_signal.kept = f"{len(known)} answers of earlier starts are kept in {partial}"
@@ -148,8 +152,25 @@ def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
             print(f"stopped at answer {done} of {total}: {stop.reason}; kept in {partial}", flush=True)
     else:
         if groups.rank == 0:
-            write_report(out, config, model, greedy, sampled)
-            shutil.rmtree(partial, ignore_errors=True)
+            unjudged = [
+                a
+                for sets in (greedy, sampled)
+                for answers in sets.values()
+                for a in answers
+                if a.reward_error
+            ]
+            if unjudged:
+                notes.append(
+                    f"{len(unjudged)} answers have no rewards; the last cause: {unjudged[-1].reward_error}"
+                )
+            write_report(out, config, model, greedy, sampled, notes)
+            if unjudged:
+                print(
+                    f"{notes[-1]}. The same command judges them again; the others are kept in {partial}",
+                    flush=True,
+                )
+            else:
+                shutil.rmtree(partial, ignore_errors=True)
     pool.close()
     player.close()
     # Wait for all ranks, because a launcher ends the other ranks when one rank exits with a code other than 0.
@@ -238,7 +259,14 @@ def play(
     return found[0], found[1] if num_samples else {}
 
 
-def write_report(out: Path, config: RunConfig, model: SavedModel, greedy: Answers, sampled: Answers) -> None:
+def write_report(
+    out: Path,
+    config: RunConfig,
+    model: SavedModel,
+    greedy: Answers,
+    sampled: Answers,
+    further_notes: Sequence[str],
+) -> None:
     """Write the report to a new folder that atomically replaces `out`, and print the report's tables."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -249,6 +277,7 @@ def write_report(out: Path, config: RunConfig, model: SavedModel, greedy: Answer
     notes = [f"weights: {model.path}", f"run: {config.run.name}"]
     if sampled:
         notes.append(f"samples drawn at temperature {config.rollout.temperature:g}")
+    notes += further_notes
     page = to_markdown(summary, title=f"Evaluation of {config.run.name}, {model.label}", notes=notes)
     record = {"checkpoint": str(model.path), "step": model.step, "run": config.run.name, **summary}
     try:

@@ -81,7 +81,8 @@ class AnswerLog:
 def open_log(folder: Path, settings: Mapping[str, Any]) -> dict[Key, Answer]:
     """Return the answers that earlier starts of the evaluation wrote to `folder`. Create the folder if it is missing.
 
-    Only one process may call this.
+    Answers that a reward could not judge are left out, so that a resumed evaluation plays and judges them again. Only
+    one process may call this.
 
     Args:
         settings: all settings that decide the answers, as JSON values by name.
@@ -92,10 +93,9 @@ def open_log(folder: Path, settings: Mapping[str, Any]) -> dict[Key, Answer]:
     """
     path = folder / SETTINGS
     try:
-        found = {
-            key: answer for file in sorted(folder.glob("replica_*.jsonl")) for key, answer in _read(file)
-        }
-        if not found:  # an earlier start that failed may have left the folder without answers
+        answers = [answer for file in sorted(folder.glob("replica_*.jsonl")) for answer in _read(file)]
+        found = {key: answer for key, answer in answers if answer.reward_error is None}
+        if not answers:  # an earlier start that failed may have left the folder without answers
             write_json(path, dict(settings))
             return found
         begun = with_new_names(json.loads(path.read_text(encoding="utf-8")))

@@ -43,6 +43,8 @@ class Answer:
     scores: dict[str, float] = field(default_factory=dict)
     """{name: value} of the run's rewards and of their parts. The entry `reward` is the weighted sum of the rewards.
     Empty if no rewards were computed, or if a reward could not judge the answer."""
+    reward_error: str | None = None
+    """Why a reward could not judge the answer, in one line. None if all rewards judged it, or none was computed."""
 
     @property
     def exact_match_gated(self) -> float:
@@ -80,7 +82,7 @@ def evaluate(
         standard_error_SCORE is the standard error of SCORE. Other metrics are format_ok_rate, tool_calls,
         num_questions, and em_N_hops, the em over the questions with N hops. If there are several sets, the map also
         has SET/METRIC for each set and metric. With `rewards`, the map also has the `Answer.scores` of the greedy
-        answers.
+        answers, and num_unjudged if a reward could not judge some of these answers.
 
     Raises:
         StopAgreed: on all ranks, if the evaluation was interrupted.
@@ -162,8 +164,10 @@ def answer_questions(
 def _scored(judged: Iterable[tuple[Answer, Verdict | None]]) -> Iterator[Answer]:
     """Yield the answers with the scores of their verdicts. An answer without a verdict has no scores."""
     for answer, verdict in judged:
-        if verdict is None or verdict.error is not None:
+        if verdict is None:
             yield answer
+        elif verdict.error is not None:
+            yield replace(answer, reward_error=verdict.error)
         else:
             yield replace(answer, scores=verdict.rewards | {"reward": verdict.total})
 
@@ -216,6 +220,8 @@ def _add(sums: MetricSums, prefix: str, answer: Answer, scores: Mapping[str, flo
         sums.add(f"{prefix}{name}", score, 1)
         sums.add(f"{prefix}{_SQUARE}{name}", score**2, 1)
         sums.add(f"{prefix}{_NUMBER}{name}", 1, 0)
+    if answer.reward_error is not None:
+        sums.add(f"{prefix}num_unjudged", 1, 0)
     sums.add(f"{prefix}format_ok_rate", answer.format_ok, 1)
     sums.add(f"{prefix}tool_calls", answer.tool_calls, 1)
     if answer.hops:

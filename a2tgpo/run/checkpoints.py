@@ -64,6 +64,9 @@ class RunCheckpoints:
         test_sets: EvaluationSets,
     ):
         self._config = config
+        self._settings = settings_of(
+            config
+        )  # with the digests of the files at the start, which the run executes
         self._groups = groups
         self._engine_group = engine_group
         self._policy, self._optimizer, self._schedule = policy, optimizer, schedule
@@ -113,7 +116,7 @@ class RunCheckpoints:
             if "sampler" in state:
                 self._state.sampler.load_state_dict(state["sampler"])
             is_own = path.resolve() == (self._path / f"step_{step}").resolve()
-            changed = changed_settings(state, self._config)
+            changed = changed_settings(state, self._settings)
             if changed and not is_own and self._groups.rank == 0:
                 logger.warning(
                     "the run starts with other settings than %s: %s", path, describe_changes(changed)
@@ -154,7 +157,7 @@ class RunCheckpoints:
             schedule=self._schedule,
             state={
                 "step": step,
-                "settings": settings_of(self._config),
+                "settings": self._settings,
                 "sampler": self._state.sampler.state_dict(),
                 "test_questions": self._test_sets.fingerprint,
                 "entropy_weight": self._entropy_weight.state_dict(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from a2tgpo.checkpoint import folder as checkpoint
 from a2tgpo.collect.carried_pool import Held
 from a2tgpo.config.renamed import with_new_names
 from a2tgpo.config.run import RunConfig
+from a2tgpo.config.user_files import PREFIX, file_digests
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet
 from a2tgpo.io.errors import ConfigError, first_line
 from a2tgpo.rollout.carried_group import CarriedGroup, shortened
 from a2tgpo.rollout.multi_turn import Limits
-from a2tgpo.run.rules import Changes, changes, settings_of
+from a2tgpo.run.rules import Changes, changes
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ _SCORED_BY = (
         "rollout.gain.scaffold",
     ),
     *("reward.names", "reward.weights", "reward.format_gate", "reward.overlong_", "algorithm.turn_signal"),
+    *(f"{PREFIX}reward.names", f"{PREFIX}judge.prompt_file"),
     *("judge.model", "judge.pattern", "judge.scores", "judge.prompt_file", "judge.max_tokens"),
 )
 """Prefixes of the settings on which the rewards and gains of finished trajectories depend."""
@@ -96,9 +98,26 @@ def require_same_run(
         sampler.require_same_questions(record["state"]["sampler"])
 
 
-def changed_settings(state: dict[str, Any], config: RunConfig) -> Changes:
-    """Return the settings whose values differ between the checkpoint's `state` and `config`."""
-    return changes(with_new_names(state.get("settings", {})), settings_of(config))
+def changed_settings(state: dict[str, Any], settings: Mapping[str, Any]) -> Changes:
+    """Return the settings that differ between the checkpoint's `state` and `settings` (`settings_of`)."""
+    return changes(with_new_names(state.get("settings", {})), settings)
+
+
+def changed_files(path: Path, config: RunConfig) -> list[str]:
+    """Return a line for each of the user's files that has changed since the run that wrote the checkpoint `path`.
+
+    A reward or tool of another content may give the weights other scores than the run had.
+    """
+    try:
+        state = checkpoint.read_record(path)["state"]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--checkpoint: {first_line(error)}") from error
+    changed = changed_settings(state, file_digests(config))
+    return [
+        f"{name.removeprefix(PREFIX)} has changed since {path.name} was written; this program uses the present file, "
+        f"and the run's folder plugins/ has the earlier one (digest {before})"
+        for name, (before, _) in changed.items()
+    ]
 
 
 def follow_settings(

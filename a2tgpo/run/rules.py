@@ -11,6 +11,7 @@ import yaml
 from a2tgpo.config.load import dump_config, flat_config, flat_value
 from a2tgpo.config.renamed import RENAMED, with_new_names
 from a2tgpo.config.run import RunConfig
+from a2tgpo.config.user_files import file_digests
 
 Changes = dict[str, tuple[Any, Any]]
 """Maps the key of each changed setting to its values (before, now)."""
@@ -86,8 +87,9 @@ WARM_START = Rules(
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """Return the settings of `config` that a checkpoint records, as a map from each dotted key to its value."""
-    return {key: value for key, value in flat_config(config).items() if key not in PLACES}
+    """Return what a checkpoint records of `config`: the value of each dotted key, and the digests of files."""
+    settings = {key: value for key, value in flat_config(config).items() if key not in PLACES}
+    return settings | file_digests(config)
 
 
 def written_settings(text: str, keys: Iterable[str]) -> dict[str, Any]:

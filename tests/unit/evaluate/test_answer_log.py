@@ -42,6 +42,18 @@ def test_answers_of_all_replicas_and_starts_come_back_equal(tmp_path):
     }
 
 
+def test_an_answer_that_no_reward_could_judge_is_asked_for_again(tmp_path):
+    unjudged = dataclasses.replace(answer("a"), reward_error="judge: no connection")
+    judged = dataclasses.replace(answer("a"), scores={"judge": 1.0, "reward": 1.0})
+    open_log(tmp_path, {"weights": "a"})
+    write(tmp_path, 1, (GREEDY, unjudged), (GREEDY, dataclasses.replace(unjudged, question_id="b")))
+    assert open_log(tmp_path, {"weights": "a"}) == {}
+    with pytest.raises(ConfigError, match="weights"):
+        open_log(tmp_path, {"weights": "b"})
+    write(tmp_path, 0, (GREEDY, judged))  # by another engine, whose file is read first
+    assert open_log(tmp_path, {"weights": "a"}) == {("nq", GREEDY, "a", 0): judged}
+
+
 @pytest.mark.parametrize("num_bytes", [1, 40, -1])
 def test_half_a_line_is_dropped_and_what_follows_is_read(tmp_path, num_bytes):
     open_log(tmp_path, {})

@@ -134,7 +134,10 @@ def test_rewards_of_the_run_are_further_scores_of_the_answers_that_they_judged(r
     assert metrics["reward"] == pytest.approx(sum(totals) / 4)
     answers = list(answer_questions(rollout, prompts, rewards=pool))
     pool.close()
-    assert [answer.scores for answer in answers if "Italy" in answer.question] == [{}]
+    (unjudged,) = (answer for answer in answers if answer.reward_error is not None)
+    assert "Italy" in unjudged.question and unjudged.scores == {}
+    assert unjudged.reward_error == "calls: no verdict on Italy"
+    assert metrics["num_unjudged"] == 1 and "num_unjudged" not in plain
 
 
 def test_an_answer_that_exists_is_not_played_again(rollout, prompts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
 import subprocess
@@ -18,8 +19,8 @@ from a2tgpo.launch.arguments import parse_start, start_parser
 from a2tgpo.run import versions
 from a2tgpo.run.environment import describe_environment, environment_changes, parse_environment
 from a2tgpo.run.job import keep, load_as_started
-from a2tgpo.run.resume import changed_settings
-from a2tgpo.run.rules import TRAINING, WARM_START, Rules
+from a2tgpo.run.resume import changed_files, changed_settings
+from a2tgpo.run.rules import TRAINING, WARM_START, Rules, settings_of
 from a2tgpo.run.starts import difference, record_start, require_same
 
 QUICKSTART = "configs/quickstart.yaml"
@@ -106,7 +107,22 @@ def test_a_run_of_an_earlier_version_goes_on_under_the_new_names_of_its_settings
 def test_settings_of_an_earlier_checkpoint_are_compared_by_their_new_names() -> None:
     config = load_config(QUICKSTART, ["tools.max_part_tokens=7"])
     saved = {"search.max_passage_tokens": 96, "tools.names": "search", "search.timeout_s": 30.0}
-    assert changed_settings({"settings": saved}, config) == {"tools.max_part_tokens": (96, 7)}
+    assert changed_settings({"settings": saved}, settings_of(config)) == {"tools.max_part_tokens": (96, 7)}
+
+
+def test_a_file_that_changed_since_a_checkpoint_is_named(tmp_path) -> None:
+    reward = tmp_path / "mine.py"
+    reward.write_text("def short(episode):\n    return 1.0\n")
+    config = load_config(QUICKSTART, [f"reward.names=['{reward}:short', em]"])
+    state = {"step": 3, "settings": settings_of(config)}
+    (tmp_path / "state.json").write_text(
+        json.dumps({"schedule": {"steps_done": 3}, "layout": {}, "state": state})
+    )
+    assert changed_files(tmp_path, config) == []
+    reward.write_text("def short(episode):\n    return 0.0\n")
+    (line,) = changed_files(tmp_path, config)
+    assert line.startswith(f"reward.names[0]=mine.py has changed since {tmp_path.name} was written")
+    assert state["settings"]["file:reward.names[0]=mine.py"] in line
 
 
 def test_a_refusal_says_whose_run_it_is_what_differs_and_what_to_do(tmp_path) -> None:
