@@ -5,7 +5,7 @@ import threading
 
 import pytest
 from chat_models import LLAMA, PLACE, SEARCH, build_chat_tokenizer, llama_tokenizer, qwen_tokenizer
-from played import run
+from played import run, run_on
 from scripted_engine import ScriptedEngine
 
 from a2tgpo.config.load import load_config
@@ -19,8 +19,9 @@ from a2tgpo.protocol.build import build_protocol
 from a2tgpo.protocol.chat import ChatProtocol
 from a2tgpo.protocol.protocol import CallResult
 from a2tgpo.record.rollout_record import to_record
+from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.rollout.group_rollout import GroupRollout
-from a2tgpo.trajectory import Call, Prompt, TokenIds, Trajectory, Turn
+from a2tgpo.trajectory import Call, Prompt, TokenIds, Trajectory, Turn, decode_records, encode_records
 from a2tgpo.warmstart.rejection import Candidate, to_demonstration
 
 CONFIG = "configs/quickstart.yaml"
@@ -358,6 +359,17 @@ def test_the_calls_of_a_turn_run_at_the_same_time_and_are_answered_in_their_orde
     assert (counts.tool_calls, counts.failed_calls) == (3, 1)
     assert (trajectory.stop_reason, trajectory.exact_match, trajectory.format_ok) == ("answer", 1.0, False)
     assert first.info_gain == 0.0 and first.tool_failed is False and not last.is_process
+
+
+def test_a_trajectory_that_pauses_after_several_calls_goes_on_with_the_same_tokens(rollout):
+    (whole,), _ = run(rollout, [prompt_of(rollout)])
+    begun = CarriedGroup(begun=0, question=0, prompt=prompt_of(rollout))
+    (paused,), _ = run_on(rollout, [begun], budgets=[1], version=0)
+    (member,) = paused.trajectories
+    assert len(member.turns) == 1 and len(member.turns[0].calls) == 4 and not member.stop_reason
+    restored = decode_records(encode_records(paused), CarriedGroup)
+    (ended,), counts = run_on(rollout, [restored], budgets=[None], version=0)
+    assert ended.trajectories[0].to_dict() == whole.to_dict() and counts.tool_calls == 0
 
 
 def test_gains_are_scored_after_the_generation_header_of_each_context(rollout):
