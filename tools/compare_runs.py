@@ -66,7 +66,7 @@ def read_run(folder: Path) -> Series:
 
 
 def run_labels(folders: Sequence[Path]) -> list[str]:
-    """Return a label per folder: its name, preceded by as many parent folders as make all labels different."""
+    """Return a label per folder: its name, preceded by as many parent folders as are needed for different labels."""
     for depth in range(1, 10):
         labels = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
         if len(set(labels)) == len(labels):

@@ -1,10 +1,10 @@
 """Read question sets in their published formats, item by item.
 
-hotpotqa: hotpot_*_v1*.json is a JSON list. Some answers are yes or no. The number of titles gives the hops.
-2wiki: {train,dev}.json is a JSON list. id_aliases.json has aliases for the Wikidata id of an answer.
-musique: musique_{ans,full}_v1.0_*.jsonl has aliases. The `full` files also have unanswerable items.
-bamboogle: The CSV file has the columns Question and Answer.
-nq: NQ-open.*.jsonl and v1.0-simplified_*.jsonl(.gz) have short answers, yes or no, and unanswerable items. The
+hotpotqa: hotpot_*_v1*.json is a JSON list. Some answers are yes or no. The number of titles gives the hops. 2wiki:
+{train,dev}.json is a JSON list. id_aliases.json has aliases for the Wikidata id of an answer. musique:
+musique_{ans,full}_v1.0_*.jsonl has aliases. The `full` files also have unanswerable items. bamboogle: The CSV file
+has the columns Question and Answer. nq: NQ-open.*.jsonl and v1.0-simplified_*.jsonl(.gz) have short answers, yes/no
+answers and unanswerable items. The
     development file v1.0-simplified_* in fact has the full format, which is also supported.
 triviaqa: {wikipedia,web,unfiltered-web}-*.json has its items in the list `Data`, with aliases.
 popqa: The column possible_answers of the TSV file contains a JSON list.
@@ -141,8 +141,7 @@ def _read_nq(path: Path) -> Iterator[Item]:
 
 
 def _annotated_nq(where: str, record: dict) -> Item:
-    """Return the item of a Natural Questions record that contains the document, as the simplified and the full format
-    do."""
+    """Return the item of a Natural Questions record in the simplified or the full format; both contain the text."""
     tokens = _nq_tokens(where, record)
     answers: list[str] = []
     for annotation in record["annotations"]:
@@ -163,8 +162,8 @@ def _annotated_nq(where: str, record: dict) -> Item:
 def _nq_tokens(where: str, record: dict) -> list[str]:
     """Return the document's tokens, with an empty text for each HTML tag of the full format.
 
-    The simplified format has the tokens in the text `document_text`, separated by spaces. The full format has them in
-    the list of objects `document_tokens`.
+    The simplified format has the tokens in the text `document_text`, separated by spaces. In the full format, the
+    tokens are in the list of objects `document_tokens`.
     """
     if "document_tokens" not in record:
         return _text(record, "document_text", where).split(" ")
@@ -296,7 +295,7 @@ def _texts(value: Any, where: str, name: str) -> list[str]:
     for entry in values:
         if isinstance(entry, bool):
             entry = "yes" if entry else "no"
-        entry = whole_number(entry)  # 1912.0 would become 19120, since exact match drops the point
+        entry = whole_number(entry)  # 1912.0 would become 19120, because exact match removes the point
         if isinstance(entry, int | float):
             entry = str(entry)
         if not isinstance(entry, str):

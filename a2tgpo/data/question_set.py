@@ -19,7 +19,7 @@ from a2tgpo.io.json_lines import text_field
 @dataclass(frozen=True, kw_only=True)
 class Question:
     id: str
-    """Unique in its set."""
+    """Identifier that is unique in the question's set."""
     question: str
     answers: tuple[str, ...]
     """The gold answer, then its aliases. At least one text."""

@@ -20,7 +20,7 @@ class PromptSampler:
     step's list, so the order does not depend on the number of ranks.
 
     Args:
-        sizes: number of questions of each set. Indices number the questions of all sets consecutively, set by set.
+        sizes: number of questions of each set. The questions of all sets are numbered consecutively, set by set.
         per_step: number of questions that a step uses.
         seed: determines the orders of all epochs.
         weights: share of each set in the questions of a step, in any unit; None: there is only one set.

@@ -9,7 +9,7 @@ from a2tgpo.io.program import add_overrides, program_parser
 
 
 def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
-    """Return a parser of the argument CONFIG, the options of a start, and the overrides.
+    """Return a parser for the argument CONFIG, the options of a start, and the overrides.
 
     Args:
         resume: the help text's name for a value of --resume other than auto and none; "" if there is no such value.
@@ -44,7 +44,7 @@ def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
 
 
 def saved_model_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser of the argument CONFIG and of the option that names the saved model."""
+    """Return a parser for the argument CONFIG and for the option that names the saved model."""
     parser = program_parser(description)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(

@@ -123,7 +123,7 @@ class Deadline:
         if self._rank == 0:
             late = [rank for rank in range(self._world_size) if not self._store.check([f"ready/{rank}"])]
             for rank in late[:MAX_LINES]:
-                key = f"here/{rank}"  # this key does not exist if the start did not check the machines
+                key = f"here/{rank}"  # this key does not exist if the machines were not checked
                 host = f" on {self._store.get(key).decode()}" if self._store.check([key]) else ""
                 say(f"rank {rank}{host}: not ready to join the others within {self._seconds:g} s")
             if not late:

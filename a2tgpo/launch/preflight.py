@@ -101,7 +101,7 @@ class Meeting:
         self._store, self._rank, self._world_size = store, rank, world_size
         self._patience_s = patience_s
         self._num_words = 0
-        """Number of messages that this rank has sent (rank 0) or received (another rank)."""
+        """Number of messages that this rank has sent, if it is rank 0, or received, if it is another rank."""
 
     def exchange(self, config: RunConfig, paths: Mapping[str, str], needs: Needs) -> list[RankFacts]:
         """Check this rank's machine. Rank 0 returns the facts about all ranks, another rank only its own facts.

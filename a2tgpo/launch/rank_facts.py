@@ -47,7 +47,7 @@ class RankFacts:
     clock_ahead_s: float = 0.0
     """Seconds by which this machine's clock is ahead of rank 0's clock."""
     memory_left: tuple[int, str] = (0, "")
-    """Bytes of host memory that processes on this machine can still take, and the name of the limit that decides."""
+    """Bytes of host memory that processes on this machine can still take, and the name of the limit reached first."""
     faults: list[str] = field(default_factory=list)
     """Faults that this rank found on its own machine, without comparing it with other ranks."""
     warnings: list[str] = field(default_factory=list)
@@ -160,7 +160,7 @@ def path_fingerprint(path: str) -> str:
 def host_memory_faults(
     found: list[RankFacts], planned: list[HostMemory], config: RunConfig
 ) -> dict[int, list[str]]:
-    """Map the first rank of each machine that has too little host memory left to the machine's fault.
+    """Return {first rank of a machine: fault} for each machine that has too little host memory left.
 
     If the need exceeds the memory by at most the share `cluster.plan_margin`, the machine gets a warning instead of a
     fault.

@@ -171,6 +171,6 @@ def address_of(node: str) -> str:
 
 
 def step_port(environment: Mapping[str, str]) -> int:
-    """Return the port at which all tasks of this job's step meet. Neighbouring jobs and steps get other ports."""
+    """Return the port at which all tasks of this job's step meet. Neighbouring jobs and steps get different ports."""
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID", 0)
     return FIRST_PORT + (job * PORTS_PER_JOB + step) % NUM_PORTS

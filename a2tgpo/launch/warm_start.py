@@ -1,4 +1,4 @@
-"""The dry run of a warm start, and the checks at its real start."""
+"""Check a warm start, either in a dry run or before the warm start begins."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ class Outage:
 
     Args:
         limit_s: seconds of one wait after which the run must end.
-        clock: function that returns seconds and never goes back.
+        clock: function that returns seconds, which never decrease.
     """
 
     def __init__(self, *, limit_s: float, clock: Callable[[], float] = time.monotonic):

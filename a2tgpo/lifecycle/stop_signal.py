@@ -2,7 +2,7 @@
 
 SIGTERM and SIGUSR1 request that the run save and exit with `START_AGAIN`. If a signal arrives before training has
 begun, the process ends at once. If it arrives during training, it is recorded until all ranks have agreed to stop
-(`lifecycle/stop_request.py`). Schedulers may send several signals: all after the first are ignored.
+(`lifecycle/stop_request.py`). A scheduler may send several signals. Signals after the first are ignored.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class Watchdog:
         service."""
         self._looked_at = time.monotonic()
         self._paused = (0, 0.0)
-        """Number of a place, and the seconds in this place during which outages stopped the clock."""
+        """Number of a `Place`, and the seconds in this place during which outages stopped the clock."""
         self._arming = threading.Lock()
         self._place = Place(0, BETWEEN, time.monotonic())
         self._longest: dict[str, float] = {}

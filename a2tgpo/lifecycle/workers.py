@@ -1,6 +1,6 @@
 """Threads that run calls of tools and rewards, including calls that hang.
 
-The time until a call's deadline begins when the call starts, not when it is submitted. If a call exceeds its
+The clock of a call's deadline starts when the call starts, not when the call is submitted. If a call exceeds its
 deadline, the call's thread is abandoned, and a new thread replaces it. When the call returns, its answer is discarded
 and its thread ends. All threads are daemons, so a hanging thread does not keep the process alive.
 """
@@ -101,7 +101,7 @@ class Workers:
         with self._lock:
             outcomes = self._take_ended() + self._give_up_late()
             if not outcomes and self._has_wanted():
-                # If no call is running yet, the time until the next call's deadline begins now.
+                # If no call is running yet, assume that the next call starts now.
                 first = self._running[0].started if self._running else self._clock()
                 left_s = first + self._deadline_s - self._clock()
                 self._has_outcome.wait(max(0.0, min(left_s, timeout_s)))

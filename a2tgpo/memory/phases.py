@@ -1,15 +1,15 @@
 """Move trainer and engine to and from the GPU, according to the table of phases in `memory/residency.py`.
 
-In a change of phase, parts leave the GPU first, then torch's allocator frees its cache, then other parts come back.
+When the phase changes, parts leave the GPU first. Then torch's allocator frees its cache, and other parts come back.
 Before and after each change, an error is raised if a part is not where the table says.
 
 Every change adds these metrics for the new phase. Each metric is the largest value over all ranks:
 
-- `memory/PHASE_trainer_gib` is the size of the trainer's state on the GPU.
-- `memory/PHASE_used_gib` is all memory in use on the GPU. Without a GPU it is the process's resident memory.
-- `memory/PHASE_allocated_gib` is the memory of torch's tensors, only with a GPU.
-- `memory/PHASE_reserved_gib` also includes the cache of torch's allocator, only with a GPU.
-- `memory/PHASE_peak_gib` is the peak of the allocated memory in the phase that ends, only with a GPU.
+`memory/PHASE_trainer_gib` is the size of the trainer's state on the GPU.
+`memory/PHASE_used_gib` is all memory in use on the GPU. Without a GPU it is the process's resident memory.
+`memory/PHASE_allocated_gib` is the memory of torch's tensors, only with a GPU.
+`memory/PHASE_reserved_gib` also includes the cache of torch's allocator, only with a GPU.
+`memory/PHASE_peak_gib` is the peak of the allocated memory in the phase that ends, only with a GPU.
 
 Two metrics are sums over all phase changes of a step, averaged over ranks: `memory/moved_gib`, the data copied to and
 from the host, and `memory/move_s`, the time.
@@ -147,7 +147,7 @@ class MemoryPhases:
             raise RuntimeError(self._shortage(str(error))) from error
 
     def take_metrics(self) -> MetricSums:
-        """Return the metrics of all phase changes since the last call. The caller must reduce them over the world."""
+        """Return the metrics of all phase changes since the last call. The caller must reduce them over all ranks."""
         taken, self._metrics = self._metrics, MetricSums()
         for name in (_MOVED, _SECONDS):
             taken.add(name, 0.0, 1)  # one sample per rank: the mean is over ranks, not over changes

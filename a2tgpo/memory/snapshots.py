@@ -17,7 +17,7 @@ class MemorySnapshots:
     Args:
         folder: an existing folder for the snapshots. The snapshot of a phase is `memory_PHASE.rank_R.pickle`, which
             https://docs.pytorch.org/memory_viz shows.
-        phases: the phases of which to write a snapshot.
+        phases: the phases at whose end a snapshot is written.
     """
 
     def __init__(self, folder: Path, phases: Collection[str], *, rank: int) -> None:

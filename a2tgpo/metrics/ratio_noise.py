@@ -45,9 +45,9 @@ class RatioNoise:
         """Estimate the noise of one step. The metrics must be reduced over all ranks.
 
         Returns:
-            1. The metrics `ratio/noise` (nats) and `ratio/noise_share`, which is the noise divided by the smaller of
-               clip_low and clip_high. If the step has fewer than three mini-batches, there are no metrics.
-            2. After the `FIRST_STEPS`-th measured step, a line that reports the noise. After every other step, "".
+            The metrics `ratio/noise` (nats) and `ratio/noise_share`, and a line of text. `ratio/noise_share` is the
+            noise divided by the smaller of clip_low and clip_high. A step with fewer than three mini-batches has no
+            metrics. The line reports the noise after the `FIRST_STEPS`-th measured step. It is "" after other steps.
         """
         after_one, after_two = (metrics.get(name, math.nan) for name in SPREAD_METRICS.values())
         if not (math.isfinite(after_one) and math.isfinite(after_two)):

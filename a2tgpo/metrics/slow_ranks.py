@@ -30,9 +30,9 @@ class SlowRanks:
             by_rank: each rank's metrics `time/STAGE_s`, in rank order.
 
         Returns:
-            1. The metrics `time/STAGE_min_s`, `time/STAGE_max_s` and `time/STAGE_slowest_rank`. With a single rank,
-               there are no metrics.
-            2. A line if this step is the `steps`-th consecutive step in which the same rank is slow. Otherwise "".
+            The metrics `time/STAGE_min_s`, `time/STAGE_max_s` and `time/STAGE_slowest_rank`, and a line of text. With
+            a single rank, there are no metrics. The line names a rank if this step is the `steps`-th consecutive step
+            in which the same rank is slow. Otherwise the line is "".
         """
         if len(by_rank) < 2:
             return {}, ""

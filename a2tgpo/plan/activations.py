@@ -1,4 +1,4 @@
-"""Compute how many bytes Transformer Engine's layers keep of a micro-batch for the backward pass.
+"""Compute how many bytes Transformer Engine's layers save for the backward pass of a micro-batch.
 
 Fused attention stores no [T, T] matrix, so a layer's bytes are proportional to the number of tokens T. Under sequence
 parallelism, a rank holds only T / tensor tokens of the residual stream and of the norms' inputs and outputs.

@@ -14,7 +14,7 @@ from a2tgpo.io.errors import ConfigError
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 VOCAB_MULTIPLE = 128
-"""Equal to VOCAB_MULTIPLE in model.transformer_config, which cannot be imported here because it needs Megatron."""
+"""Equal to VOCAB_MULTIPLE in model.transformer_config. That module needs Megatron, so it cannot be imported here."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,7 @@ class Calibration:
 def calibrate(path: str, gpu: Gpu, *, fp8_recipe: str, assumed: Assumptions | None = None) -> Calibration:
     """Return the assumptions of a plan on `gpu`, updated with measurements of tools/gpu_check.py.
 
-    Failed measurements are ignored. An assumption stays if the file has no measurement of its quantity.
+    Failed measurements are ignored. An assumption is kept if the file has no measurement of its quantity.
 
     Args:
         fp8_recipe: the setting `model.fp8.recipe`. Only the measured speed of this recipe is used.

@@ -29,8 +29,7 @@ from a2tgpo.plan.workload import Geometry
 OF_ACTIVATIONS = ("activations", "backward workspace")
 """Names of the parts that are multiplied by `Assumptions.activation_ratio`."""
 PHASES = ("start", "refit", "rollout", "score", "update")
-"""Phases of `residency.PHASES` that need the most memory. Each phase that is missing here needs less than a
-listed one."""
+"""Phases of `residency.PHASES` that need the most memory. Every other phase needs less memory than one of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class Phase:
     stage: int
     """Pipeline stage of the rank that needs the most memory in this phase."""
     parts: dict[str, float]
-    """Bytes by name of the part. The reserve is one of the parts."""
+    """Bytes of each part, by the part's name. The reserve is one of the parts."""
     capacity: float
     """Bytes of the GPU's memory."""
 

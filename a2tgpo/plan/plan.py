@@ -142,7 +142,7 @@ def make_plan(
     """Plan `config` on a cluster of `gpus` GPUs.
 
     Args:
-        workload: the expected mean trajectory. Its values are cut to the limits of `config`.
+        workload: the expected mean trajectory. Values above the limits of `config` are reduced to these limits.
 
     Raises:
         ConfigError: with a one-line message, if the layout does not divide the model or the GPUs, or if FP8 is

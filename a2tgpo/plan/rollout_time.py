@@ -17,15 +17,15 @@ class RolloutTime:
     """Seconds that an engine takes for its share of a step's trajectories."""
 
     prefill: float
-    """Computing prompts and observations. A group's prompt is computed once."""
+    """Seconds to compute prompts and observations. A group's prompt is computed once."""
     decode: float
-    """Decoding while the engine runs as many trajectories as it can."""
+    """Seconds of decoding while the engine runs as many trajectories as it can."""
     tail: float
-    """Decoding and tool calls of the longest trajectories, after the trajectories of mean length have ended."""
+    """Seconds of decoding and tool calls after all but the longest trajectories have ended."""
     gain: float
-    """Scoring the gold answer after every turn. The prefix is already in the cache."""
+    """Seconds to score the gold answer after every turn. The prefix is already in the cache."""
     recompute: float
-    """Computing lost contexts again, because the cache cannot hold all trajectories in flight."""
+    """Seconds to compute lost contexts again, because the cache cannot hold all trajectories in flight."""
 
     @property
     def seconds(self) -> float:

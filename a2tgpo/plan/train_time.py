@@ -30,18 +30,18 @@ class PassTime:
     overlaps with computation."""
 
     compute: float
-    """Matrix products and attention of the slowest pipeline stage."""
+    """Seconds of matrix products and attention in the slowest pipeline stage."""
     bubble: float
-    """Time in which a stage has nothing to compute, at the start and the end of each optimizer step."""
+    """Seconds in which a stage has nothing to compute, at the start and the end of each optimizer step."""
     tensor: float
     pipeline: float
-    """Sending hidden states and gradients between pipeline stages."""
+    """Seconds to send hidden states and gradients between pipeline stages."""
     context: float = 0.0
-    """Sending keys and values around the context-parallel ranks."""
+    """Seconds to send keys and values around the context-parallel ranks."""
     dispatch: float = 0.0
-    """Sorting tokens by expert, and sending them to the experts' ranks and back."""
+    """Seconds to sort tokens by expert, and to send them to the experts' ranks and back."""
     data: float = 0.0
-    """Reducing gradients and gathering weights over the data-parallel ranks."""
+    """Seconds to reduce gradients and gather weights over the data-parallel ranks."""
     optimizer: float = 0.0
 
     @property
@@ -59,7 +59,7 @@ class Volume:
     pipeline: float
     data: float
     expert: float
-    """All-to-all between the ranks that hold tokens and the ranks that hold their experts."""
+    """Bytes of the all-to-all between the ranks that hold tokens and the ranks that hold their experts."""
 
 
 def score_time(given: PlanInputs) -> PassTime:
@@ -116,8 +116,7 @@ def _update_passes(config: RunConfig) -> int:
 
 
 def _update_collectives(config: RunConfig) -> int:
-    """Return a layer's number of all-reduces in an update. Two gathers of sequence parallelism count
-    as one all-reduce."""
+    """Return a layer's number of all-reduces in an update. Two gathers of sequence parallelism equal one."""
     return 4 + (2 if config.model.recompute == "full" else 0) + (1 if config.parallel.sequence else 0)
 
 

@@ -43,7 +43,7 @@ class Workload:
         return self.sampled_tokens / self.tokens
 
     def limited(self, config: RunConfig) -> Workload:
-        """Return this workload with each value cut to the corresponding limit of `config`."""
+        """Return this workload, with values above the limits of `config` reduced to these limits."""
         return dataclasses.replace(
             self,
             prompt_tokens=min(self.prompt_tokens, config.data.max_prompt_tokens),

@@ -15,8 +15,8 @@ def add_advantage_metrics(
     """Add to `metrics` the extremes and means of advantages and clip scales over all turns of this replica's
     trajectories.
 
-    `advantage/narrow_signal_share` is a share of the sum of all absolute normalised gains: the part from turn groups
-    whose gains have a standard deviation below `NARROW_SPREAD`.
+    `advantage/narrow_signal_share` is the sum of |normalised gain| over all narrow turn groups, divided by this sum
+    over all turn groups.
     """
     columns = torch.arange(table.max_turns + 1)
     present = columns <= table.num_process_turns[:, None]  # [N, T + 1]

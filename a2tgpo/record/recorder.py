@@ -31,8 +31,8 @@ class Recorder:
 
     Args:
         writer: the metric writer, which is enabled only on rank 0.
-        num_texts: number of a step's rollouts to show in TensorBoard. Half of them are the best rollouts, and the
-            others the worst.
+        num_texts: number of a step's rollouts to show in TensorBoard. Half of them are the best rollouts, and half
+            are the worst.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Recorder:
             trajectories: this replica's share of the step's trajectories. They are the rows of `table`, `advantages`,
                 `clip_scales` and `ratios` [N, T + 1].
             unjudged: this replica's trajectories on which the step does not train, because a reward could not judge
-                them. Only the recorded rollouts contain them, not the metrics.
+                them. They are in the recorded rollouts, but not in the metrics.
             engine_metrics: metrics of this rank's engine, to be reduced over all ranks.
             learning_metrics: metrics of this replica's trajectories, to be reduced over the data-parallel group.
             seconds: wall time of each stage on this rank as `time/STAGE_s`, and of the step as `time/step_s`.

@@ -12,7 +12,7 @@ from a2tgpo.trajectory import Trajectory
 PROBLEMS = {"malformed": "malformed_calls", "unknown_tool": "unknown_tools", "excess": "excess_calls"}
 """Name of the metric that counts the calls with each kind of problem (`Call.problem_kind`)."""
 SIGNAL_METRICS = {"gain": "gain", "scores": "turn_score"}
-"""For each value of `algorithm.turn_signal`: the prefix of the metrics of the turns' gains or scores."""
+"""Maps each value of `algorithm.turn_signal` to the prefix of the metrics of the turns' gains or scores."""
 _SQUARE = "square of "
 """Prefix of the names of metrics that sum the squares of a reward."""
 

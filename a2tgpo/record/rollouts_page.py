@@ -107,7 +107,7 @@ def pieces(tokens: Sequence[int], logprobs: Sequence[float], decode: Decode) -> 
 
 
 def _question(prompt_text: str) -> str:
-    """Return the question, which is the last text of a rendered prompt that is neither a special token nor a role."""
+    """Return the question: the last text of a rendered prompt, apart from special tokens and names of roles."""
     parts = [part.strip() for part in _SPECIAL.split(prompt_text)]
     worded = [_ROLE.sub("", part).strip() for part in parts]
     return next((part for part in reversed(worded) if part), "")[-300:]

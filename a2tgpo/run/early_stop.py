@@ -18,7 +18,7 @@ class EarlyStop:
         request: reports a requested stop and the end of the job.
         state: the state that a rollout changes.
         outage: measures how long this rank's engine waits for a service that is down. These waits are subtracted from
-            the duration of a rollout, because they do not predict that of the next rollout.
+            the duration of a rollout, because the next rollout may have no such waits.
         checkpoints: measures how long a save takes.
     """
 

@@ -1,18 +1,19 @@
 """Claim the folder of a run, and find the checkpoint from which the run resumes.
 
-The folder `ROOT/NAME/` contains
-- config.yaml, the resolved configuration of the last start;
-- config.N.yaml and env.N.txt, the configuration and the environment of the N-th start;
-- date.txt, the date that the prompts give as today's date;
-- plugins/, copies of the user's own rewards and tools (`run.plugins`);
-- judge/, the replies of the reward `judge`;
-- metrics.jsonl and tensorboard/, the metrics;
-- rollouts/step_N/, the recorded rollouts (`record.rollout_files`);
-- checkpoints/step_N/ and checkpoints/best.json;
-- bank/, the rollouts that no checkpoint covers yet;
-- profile/step_N/, the profiles of the steps of `profile.steps`;
-- stacks/, which exists only if some rank hung;
-- holder.json, which names the process that writes to the folder.
+These files are in the folder `ROOT/NAME/`:
+
+`config.yaml` is the resolved configuration of the last start.
+`config.N.yaml` and `env.N.txt` are the configuration and the environment of the N-th start.
+`date.txt` has the date that the prompts give as today's date.
+`plugins/` has copies of the user's own rewards and tools (`run.plugins`).
+`judge/` has the replies of the reward `judge`.
+`metrics.jsonl` and `tensorboard/` have the metrics.
+`rollouts/step_N/` has the recorded rollouts of step N (`record.rollout_files`).
+`checkpoints/step_N/` is a checkpoint, and `checkpoints/best.json` names the best checkpoint.
+`bank/` has the rollouts that no checkpoint covers yet.
+`profile/step_N/` has the profiles of step N, if N is in `profile.steps`.
+`stacks/` exists only if a rank hung.
+`holder.json` names the process that writes to the folder.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class FolderLock:
             descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             other = _read(self._path)
-            if other is None:  # another start may be about to write its identity to the file
+            if other is None:  # another process may be about to write its identity to the file
                 time.sleep(SETTLE_S)
                 other = _read(self._path)
             if other is not None and not _is(self._me, other) and _lives(self._path, other, self._me):

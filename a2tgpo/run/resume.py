@@ -1,4 +1,4 @@
-"""Resume a run, perhaps with a changed configuration. Some changes are refused, all others are reported."""
+"""Resume a run, perhaps with a changed configuration. Some changes are refused, and all others are reported."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class DenseServing:
     """How to serve a dense index. The index's files do not depend on these settings."""
 
     encoder_path: str = ""
-    """The encoder's folder on this machine; empty: the folder that the index was built with."""
+    """The encoder's folder on this machine; empty: the folder of the encoder with which the index was built."""
     dtype: str = "auto"
     """Dtype of the encoder (`Encoder`)."""
     num_threads: int = 1
@@ -60,7 +60,7 @@ class DenseIndex:
         # OpenMP's number of threads is a setting of the calling thread. A new thread begins with OMP_NUM_THREADS.
         faiss.omp_set_num_threads(self._num_threads)
         scores, positions = self._neighbours.search(self._encoder.queries(queries), top_k)
-        # If FAISS finds fewer passages, it fills up the result with position -1.
+        # If FAISS finds fewer than `top_k` passages, it fills up the result with position -1.
         return [
             [
                 (self.passages[int(position)], float(score))

@@ -55,7 +55,7 @@ class Inbox:
         return len(self._waiting)
 
     def put(self, order: Order) -> Future[Played]:
-        """Add `order` to the queue, and return a future of its result.
+        """Add `order` to the queue, and return a future for its result.
 
         Raises:
             InboxFullError: if the queue is full.

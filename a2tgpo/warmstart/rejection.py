@@ -176,7 +176,7 @@ def demonstrations_of(
 
     Args:
         questions: the training set of the run. The rollouts refer to its questions by id.
-        per_question: most demonstrations of a question.
+        per_question: largest number of demonstrations of a question.
         first: the first step to read.
         last: the last step to read; None: the newest.
 

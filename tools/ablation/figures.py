@@ -1,10 +1,10 @@
 """Draw the figures of a comparison, and write each figure's numbers as CSV.
 
-- `learning_curves.png` shows held-out EM, training reward, entropy and turns over the training (curves.csv).
-- `figure4.png` shows the gains and advantages of IGPO and A2TGPO by turn index, for the same trajectories.
-- `figure5.png` shows the spread of the advantage by the number of remaining process turns.
-- `figure10.png` shows the tool calls over the training, and exact match by number of tool calls.
-- `needless.png` shows each method's advantages for trajectories with more searches than the question needs.
+`learning_curves.png` shows held-out EM, training reward, entropy and turns over the training (curves.csv).
+`figure4.png` shows the gains and advantages of IGPO and A2TGPO by turn index, for the same trajectories.
+`figure5.png` shows the spread of the advantage by the number of remaining process turns.
+`figure10.png` shows the tool calls over the training, and exact match by number of tool calls.
+`needless.png` shows each method's advantages for trajectories with more searches than the question needs.
 
 Figures 4, 5 and 10 correspond to the figures with these numbers in the paper (arXiv 2605.06200).
 """
@@ -130,7 +130,7 @@ def draw_learning_curves(by_method: Mapping[str, Sequence[RunResult]]) -> Figure
 
 
 def draw_bands(ax: Axes, by_method: Mapping[str, Sequence[RunResult]], names: Sequence[str]) -> None:
-    """Draw for each method a line of the mean and a band of the range over seeds.
+    """For each method, draw a line for the mean over seeds and a band for the range over seeds.
 
     The metric of a run is the first of `names` that the run has recorded.
     """

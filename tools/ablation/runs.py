@@ -1,8 +1,8 @@
 """The runs of a comparison, their files, and their results.
 
-- `DIR/ablation.json` has the methods, the seeds, and the exit codes of runs that have ended.
-- `DIR/runs/NAME-seedS/` is the folder of a run.
-- `DIR/logs/NAME-seedS.log` has the output of all attempts to train a run.
+`DIR/ablation.json` has the methods, the seeds, and the exit codes of runs that have ended.
+`DIR/runs/NAME-seedS/` is the folder of a run.
+`DIR/logs/NAME-seedS.log` has the output of all attempts to train a run.
 """
 
 from __future__ import annotations

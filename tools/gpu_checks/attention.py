@@ -1,4 +1,4 @@
-"""Check that this machine's attention kernels compute packed sequences as they compute single sequences."""
+"""Check that this machine's attention kernels give the same results for packed and for single sequences."""
 
 from __future__ import annotations
 

@@ -66,7 +66,9 @@ def _wait(processes: list[subprocess.Popen], logs: list[Path], timeout_s: float)
 
 
 def _end(processes: list[subprocess.Popen]) -> None:
-    """Kill all remaining processes in each rank's session, because a rank's children may still run after the rank."""
+    """Kill all remaining processes in each rank's session, because a rank's children may still run when the rank has
+    ended.
+    """
     for process in processes:
         try:
             os.killpg(process.pid, signal.SIGKILL)
