@@ -1,4 +1,6 @@
-"""Tokenizers with the added tokens of known model families, and templates of the same structure in other words."""
+"""Tokenizers with the added tokens of known model families, and templates with the structure of these families'
+templates.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ QWEN = """\
     {{- '<|im_start|>assistant\nHEADER' }}
 {%- endif %}
 """
-"""Structure of Qwen2.5 and Qwen3: results in one message of role user, several calls in a turn."""
+"""A template with the structure of Qwen2.5's and Qwen3's. A turn may have several calls. One user message has all
+results.
+"""
 
 LLAMA = """\
 {{- '<|begin_of_text|>' -}}
@@ -80,25 +84,33 @@ Answer with {"name": NAME, "parameters": OBJECT} to call one of:
 
 {% endif -%}
 """
-"""Structure of Llama 3.1: one call in a turn, its text is the JSON alone, and the result is a JSON text."""
+"""A template with the structure of Llama 3.1's. A turn has at most one call, which is plain JSON. A result is a JSON
+text.
+"""
 
 
 PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How both families split texts: line breaks join the signs before them."""
+"""The rule by which both families split texts. Line breaks belong to the same piece as the punctuation before
+them.
+"""
 
 
 def qwen_template(*, header: str = "", thought: str = "''") -> str:
-    """The template with `header` after the generation header; `thought` precedes an assistant's content."""
+    """Return the template with `header` after the generation header, and `thought` before the content of an
+    assistant.
+    """
     return QWEN.replace("HEADER", header.replace("\n", "\\n")).replace("THOUGHT", thought)
 
 
 def build_chat_tokenizer(
     template: str, special: list[str], added: list[str], *, eos: str
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with `special` and, not marked as special, `added` tokens."""
+    """Return a byte-level BPE tokenizer. The `special` tokens are marked as special, and the `added` tokens
+    are not.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -123,7 +135,7 @@ def build_chat_tokenizer(
 
 
 def qwen_tokenizer(*, has_response_tags: bool = True, **template: str) -> PreTrainedTokenizerFast:
-    """As Qwen3 has it; without the tokens of responses and thoughts as Qwen2.5 has it."""
+    """Return a tokenizer like Qwen3's or, without the tokens of responses and thoughts, like Qwen2.5's."""
     added = ["<tool_call>", "</tool_call>"]
     if has_response_tags:
         added += ["<tool_response>", "</tool_response>", "<think>", "</think>"]
@@ -144,7 +156,7 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def schema(name: str, /, **properties: str) -> dict[str, Any]:
-    """The description of a tool; `properties` are types by name, all required."""
+    """Return the description of a tool. `properties` maps each parameter to its type. All parameters are required."""
     parameters = {
         "type": "object",
         "properties": {key: {"type": kind} for key, kind in properties.items()},

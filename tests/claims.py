@@ -1,4 +1,4 @@
-"""What a program of tests/distributed finds out, claim by claim, so that each is a test of its own."""
+"""The outcomes of a program of tests/distributed, one per claim, so that each claim is a test of its own."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import torch.distributed as dist
 
 
 class Claims:
-    """`outcomes`: by claim, empty where it holds on every rank, else what the first rank says that sees a fault."""
+    """Collects the outcomes of claims. An outcome is empty if the claim holds on every rank, and otherwise the fault
+    that the first failing rank reports.
+    """
 
     def __init__(self) -> None:
         self.outcomes: dict[str, str] = {}
 
     def check(self, claim: str, check: Callable[..., Any], *arguments: Any) -> Any:
-        """Call `check` on every rank, to its end or its fault; return what it returns, None after a fault.
+        """Call `check` on every rank. Return the result of `check`, or None if `check` raised an error on this rank.
 
-        A rank that a fault leaves waiting in a collective is freed by the time-out.
+        If a fault on one rank leaves another rank waiting in a collective, the collective's time-out ends the wait.
         """
         result, fault = None, ""
         try:

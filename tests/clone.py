@@ -1,4 +1,4 @@
-"""A copy of the sources in a folder of its own, and commands typed there as a user would."""
+"""Copy the sources to a folder, and run commands in the copy as a user would."""
 
 import os
 import re
@@ -12,13 +12,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def commands(block: str) -> list[list[str]]:
-    """The words of every command of a block in a page."""
+    """Return the words of every command in a code block of a page."""
     lines = [shlex.split(line, comments=True) for line in block.splitlines()]
     return [words for words in lines if words]
 
 
 class Clone:
-    """The sources in a folder of their own, and commands run there as a user would type them."""
+    """A copy of the sources in which commands are run as a user would type them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -26,9 +26,9 @@ class Clone:
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         self.server: subprocess.Popen | None = None
         self.address = ""
-        binaries = str(Path(sys.executable).parent)  # what `source .venv/bin/activate` does
+        binaries = str(Path(sys.executable).parent)  # the effect of `source .venv/bin/activate`
         self.environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        self.environment["PYTHONPATH"] = str(folder)  # as an editable install: the sources are found
+        self.environment["PYTHONPATH"] = str(folder)  # as after an editable install, Python finds the sources
 
     def __call__(self, words: list[str], *, timeout: int = 300) -> subprocess.CompletedProcess:
         done = subprocess.run(

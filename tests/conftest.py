@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread per process (what the machine's cores are counted on), reproducible hypothesis."""
+"""Settings of all tests: one thread per process, and hypothesis with reproducible examples."""
 
 import os
 from pathlib import Path
@@ -7,8 +7,10 @@ TESTS = Path(__file__).resolve().parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("PET_LOCAL_ADDR", "127.0.0.1")  # torchrun's: the machine's own name may have no address
-# The processes that tests start import this checkout, and what tests share.
+os.environ.setdefault(
+    "PET_LOCAL_ADDR", "127.0.0.1"
+)  # torchrun reads this variable; the machine's own name may have no address
+# The processes that tests start must import this checkout and the modules that tests share.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
 )
@@ -27,7 +29,7 @@ SLOW = (
     *("unit/rollout/test_vllm_engine.py", "unit/run/", "unit/search/test_http_client.py"),
     *("unit/search/test_retrieval_", "unit/test_wheel.py", "unit/tools/", "unit/warmstart/test_rejection.py"),
 )
-"""Tests that start engines, servers or programs, or take more than a few seconds: `make check` leaves them out."""
+"""Tests that start engines, servers or programs, or take more than a few seconds. `make check` leaves them out."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,10 +1,11 @@
-"""Every method's advantages for random spreads of the rollouts over 4 ranks, against one process with all.
+"""Check that every method's advantages do not depend on how the rollouts are spread over 4 ranks.
 
     torchrun --nproc-per-node 4 advantage_worker.py RESULTS.json
 
-Sums are taken in another order when rollouts are spread otherwise, which moves the last bit. Gains are therefore of
-ordinary size and all different, and discounts powers of two: where the members of a group are equal but for that bit,
-it would be divided by the floor under their deviation.
+Random spreads are compared with one process that has all rollouts. In another spread, sums are computed in another
+order, so their last bits differ. If the members of a group were otherwise equal, this difference would be divided by
+the smallest allowed standard deviation. Therefore all gains are of ordinary size and different from each other, and
+discounts are powers of two.
 """
 
 import random
@@ -23,14 +24,14 @@ from a2tgpo.trajectory import Call, Trajectory, Turn
 NUM_PROMPTS, GROUP_SIZE, MAX_TURNS = 6, 8, 5
 NUM_RANDOM_DEALS = 12
 LIMIT = 1e-12
-"""Of the difference, against the largest value of the batch or 1."""
+"""Largest allowed difference, relative to the largest value of the batch or to 1."""
 
 
 def all_trajectories(seed: int) -> list[Trajectory]:
     rng = random.Random(seed)
     made = []
     for prompt in range(NUM_PROMPTS - 1):  # the last prompt has no rollout on any rank
-        for sample in range(GROUP_SIZE if prompt else 1):  # the first has a single one
+        for sample in range(GROUP_SIZE if prompt else 1):  # the first prompt has a single rollout
             turns = [
                 Turn(
                     tokens=[1],
@@ -41,7 +42,7 @@ def all_trajectories(seed: int) -> list[Trajectory]:
                 )
                 for _ in range(rng.randint(0, MAX_TURNS))
             ]
-            if not turns or rng.random() < 0.9:  # otherwise cut short after an observation
+            if not turns or rng.random() < 0.9:  # otherwise the rollout ends after an observation
                 turns.append(Turn(tokens=[2], rollout_logprobs=[-0.5]))
             made.append(
                 Trajectory(
@@ -58,7 +59,7 @@ def all_trajectories(seed: int) -> list[Trajectory]:
 
 
 def deals(trajectories: list[Trajectory], num_ranks: int) -> list[list[int]]:
-    """Who gets which trajectory, by its place in the list: one list of owners per deal."""
+    """Return several deals. A deal lists the owner of each trajectory."""
     named = [
         *([rank] * len(trajectories) for rank in range(num_ranks)),
         [t.prompt_index % num_ranks for t in trajectories],
@@ -67,7 +68,9 @@ def deals(trajectories: list[Trajectory], num_ranks: int) -> list[list[int]]:
     ]
     for seed in range(NUM_RANDOM_DEALS):
         rng = random.Random(seed)
-        owners = rng.sample(range(num_ranks), rng.randint(1, num_ranks))  # the others stay empty
+        owners = rng.sample(
+            range(num_ranks), rng.randint(1, num_ranks)
+        )  # the other ranks get no trajectories
         named.append([rng.choice(owners) for _ in trajectories])
     return named
 

@@ -1,7 +1,7 @@
-"""Partial rollouts on real engines: what refit_worker checks of them on its 2 ranks.
+"""Checks of partial rollouts on real engines, which refit_worker runs on its 2 ranks.
 
-One engine over both ranks plays four steps. The last two are played again from the run's checkpoint between them: by
-that engine, and by one on each rank, which share what the one carried over.
+One engine over both ranks plays four steps. The last two steps are played again from the checkpoint after the second
+step: once by the same engine, and once by one engine on each rank. These two engines share the carried groups.
 """
 
 from __future__ import annotations
@@ -48,14 +48,16 @@ SETTINGS = dict(
     max_turn_tokens=48,
     partial=PartialConfig(tokens_per_step=1, extra_prompts=3, max_staleness=2),
 )
-"""Of the `rollout` section: a trajectory pauses after each turn, and three groups are carried over."""
+"""Settings of the `rollout` section. A trajectory pauses after each turn, and three groups are carried over."""
 NUM_STEPS, SAVED_STEP = 4, 2
 TOLERANCE = 2e-5
-"""Between engines over one rank and over two, of log-probs (nats) and probabilities; they are some 1e-6 apart."""
+"""Largest allowed difference in log-probs (nats) and probabilities between engines over one rank and over two ranks.
+The real difference is some 1e-6.
+"""
 
 
 def trainer_parts(policy):
-    """What of a trainer is saved and restored."""
+    """Return the parts of a trainer that are saved and restored."""
     update = UpdateConfig(prompts_per_minibatch=SETTINGS["prompts_per_step"])
     optimizer, schedule = build_optimizer(policy, update, total_steps=NUM_STEPS)
     phases = MemoryPhases(policy, optimizer=optimizer)
@@ -66,7 +68,7 @@ def trainer_parts(policy):
 
 
 class Run:
-    """The parts of a run that play, save and restore; both ranks make it and make the same calls."""
+    """The parts of a run that play, save and restore. Both ranks have one instance and make the same calls."""
 
     def __init__(self, root, path, rollout, groups, *, trainer, engine, tokenizer):
         config = RunConfig(
@@ -108,9 +110,11 @@ class Run:
         self._checkpoints = build_checkpoints(self.parts, self._folder, guards)
 
     def play(self, step, should_stop=None):
-        """What all replicas together train on in `step` and carry over from it; None: broken off on both ranks."""
+        """Return the trajectories that all replicas together train on in `step`, and the groups that they carry over.
+        Return None if both ranks interrupted the rollout.
+        """
         parts = self.parts
-        # As between the steps of a run: nothing of one is in the cache in the next.
+        # As in a real run, a refit empties the engine's cache between two steps.
         version = parts.engine.weight_version + 1
         assert not refit(parts.policy, parts.engine, version=version, bucket_mib=1).skipped
         rollout = rewarded(parts.rollout, should_stop=should_stop)
@@ -140,7 +144,7 @@ class Run:
         self._checkpoints.finish_saving()
 
     def restore(self):
-        """Everything as the checkpoint has it, from however many engines that is."""
+        """Restore the state in the checkpoint, whatever the number of engines that saved it."""
         assert self._checkpoints.restore(self._folder.open("auto", accept_changes=True)) == SAVED_STEP
 
     def close(self):
@@ -148,7 +152,7 @@ class Run:
 
 
 def check_one_engine_over_both_ranks_carries_groups_on(run):
-    """They go on bit for bit from a checkpoint; returns what each step came to."""
+    """Carried groups continue from a checkpoint bit for bit. Return the results of each step."""
     played = []
     for step in range(NUM_STEPS):
         if step == SAVED_STEP:
@@ -169,7 +173,9 @@ def check_one_engine_over_both_ranks_carries_groups_on(run):
 
 
 def check_an_engine_per_rank_plays_what_the_one_carried(run, played):
-    """From the checkpoint of the one engine: both play of its groups, and the steps come to the same."""
+    """Two engines continue from the checkpoint of one engine. Both play some of its groups, and the steps have the
+    same results.
+    """
     run.restore()
     shares = all_gather_object(run.parts.state.carried.own, dist.group.WORLD)
     assert all(any(not group.is_complete for group in share) for share in shares), "not shared out"
@@ -182,19 +188,19 @@ def check_an_engine_per_rank_plays_what_the_one_carried(run, played):
 
 
 def members(step):
-    """Trajectories that a step trained on, then those that it carried over."""
+    """Return the trajectories that a step trained on, and then the trajectories that it carried over."""
     trained, carried = step
     return [*trained, *(member for group in carried for member in group.trajectories)]
 
 
 def course(member):
-    """All that does not depend on an engine's rounding."""
+    """Return all values that do not depend on an engine's rounding."""
     turns = [(turn.version, turn.tokens, turn.observation_tokens, turn.query) for turn in member.turns]
     return member.prompt_index, member.prompt_id, member.sample_index, member.stop_reason, turns
 
 
 def measures(trajectories):
-    """Log-probs of all sampled tokens, and the answers' probabilities; nan where there is none yet."""
+    """Return the log-probs of all sampled tokens and the probabilities of the answers. A missing value is nan."""
     values = [
         value
         for member in trajectories

@@ -1,4 +1,4 @@
-"""What test_update.py checks of checkpoints: going on from them on any layout, older ones, retention, host memory."""
+"""Checks of checkpoints for test_update.py: resuming in any layout, older formats, retention, host memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from storage_tally import StorageTally  # isort: skip  (found by what update_ben
 
 
 def save(root: Path, step: int, **what: Any) -> Path:
-    """A complete checkpoint."""
+    """Write a complete checkpoint, and return its path."""
     writer = CheckpointWriter(root, timeout_s=60)
     writer.start(step, **what, on_complete=lambda: None)
     assert writer.wait() == ""
@@ -49,7 +49,7 @@ def save(root: Path, step: int, **what: Any) -> Path:
 
 
 def check_resume(bench: Bench, **options: Any) -> None:
-    """Saved, loaded into a fresh policy and continued: equal to the bit to never having stopped."""
+    """A policy that was saved, loaded and trained further equals a policy that never stopped, bit for bit."""
     root = bench.folder / "checkpoints" / (bench.name + "".join(options))
     options = {"distributed_optimizer": True, **options}
     policy, update = bench.policy(**options)
@@ -85,17 +85,19 @@ def check_resume(bench: Bench, **options: Any) -> None:
 
 
 def check_resume_with_buckets(bench: Bench) -> None:
-    """The same with gradients in several buckets, each padded at its end."""
+    """The same holds with gradients in several buckets, each padded at its end."""
     check_resume(bench, bucket_size=3000)
 
 
 def check_resume_bfloat16(bench: Bench) -> None:
-    """The same in bfloat16, with float32 weights in the optimizer."""
+    """The same holds in bfloat16, with float32 weights in the optimizer."""
     check_resume(bench, dtype="bfloat16")
 
 
 def check_resume_whole_optimizer(bench: Bench) -> None:
-    """The same with all of the optimizer's state on every rank; a distributed optimizer refuses it in one line."""
+    """The same holds with the whole optimizer state on every rank. A distributed optimizer refuses this state in one
+    line.
+    """
     check_resume(bench, distributed_optimizer=False)
     policy, update = bench.policy(distributed_optimizer=True)
     optimizer, schedule = build_optimizer(policy, update, total_steps=6)
@@ -109,7 +111,7 @@ def check_resume_whole_optimizer(bench: Bench) -> None:
 
 
 PIECE = 4096
-"""Bytes; some 20 rows of a matrix of the model here."""
+"""Size of a piece in bytes: some 20 rows of a matrix of this model."""
 SAVED_ELSEWHERE = {
     "tp2_pp2": ["dp4", "dp4bucket_size"],
     "pp2_vpp2": ["dp4"],
@@ -119,30 +121,32 @@ SAVED_ELSEWHERE = {
 
 
 def check_another_layout(bench: Bench) -> None:
-    """A checkpoint of another layout goes on at this one: same optimizer state, so close weights."""
+    """Training continues from a checkpoint of another layout. The optimizer state is the same, so the weights are
+    close.
+    """
     for saved in SAVED_ELSEWHERE[bench.name]:
         policy, update = bench.policy(distributed_optimizer=True)
         optimizer, schedule = build_optimizer(policy, update, total_steps=6)
         root = bench.folder / "checkpoints" / saved
         with captured_warnings() as lines:
             checkpoint.load(root / "step_2", policy=policy, optimizer=optimizer, schedule=schedule)
-        # With or without virtual stages, the ranks are laid out the same: their random states are restored.
+        # Virtual stages do not change the places of the ranks, so their random states are restored.
         expected = 0 if bench.groups.rank > 0 or (saved, bench.name) == ("pp2_vpp2", "pp2") else 1
         assert sum("another layout" in line for line in lines) == expected, lines
         for _ in range(2):
             bench.step(policy, optimizer)
             schedule.step()
-        # Adam turns rounding into steps of its own: across layouts updated weights are close, not equal.
+        # Adam magnifies rounding errors, so updated weights of two layouts are close, but not equal.
         assert_close(hf_weights(policy), torch.load(root / "after_two_more.pt"), 1e-3)
 
 
 def check_values_of_another_layout(bench: Bench) -> None:
-    """Loaded from four data-parallel ranks and saved again, every saved value is the same, to the bit."""
+    """If a checkpoint of four data-parallel ranks is loaded and saved again, every value is the same, to the bit."""
     check_values_again(bench, bench.folder / "checkpoints" / "dp4dtype" / "step_2")
 
 
 def check_earlier_format_of_another_layout(bench: Bench) -> None:
-    """The same of a checkpoint whose optimizer was gathered on every rank."""
+    """The same holds for a checkpoint whose optimizer state was gathered on every rank."""
     check_values_again(bench, bench.folder / "checkpoints" / "earlier_dp4_bfloat16")
 
 
@@ -156,7 +160,9 @@ def check_values_again(bench: Bench, saved: Path, *, dtype: str = "bfloat16") ->
 
 
 def check_earlier_format(bench: Bench) -> None:
-    """A checkpoint whose optimizer was gathered on every rank, as it was once, goes on to the bit."""
+    """Training continues bit for bit from a checkpoint of the earlier format, whose optimizer state was gathered on
+    every rank.
+    """
     for dtype in ("float32", "bfloat16"):
         policy, optimizer = stepped(bench, dtype=dtype)
         models = model_shards(policy)
@@ -170,7 +176,7 @@ def check_earlier_format(bench: Bench) -> None:
         now = write(bench, f"now_{bench.name}_{dtype}", copy_sharded(policy, optimizer))
         if bench.groups.rank == 0:
             old, new = read_all(earlier), read_all(now)
-            # Float32 weights were once saved twice.
+            # The earlier format has float32 weights twice.
             dropped = {key for key in old if key.startswith("optimizer.state.param.")}
             assert old.keys() - new.keys() == (dropped if dtype == "float32" else set())
             assert_same_values(new, {key: old[key] for key in new})
@@ -183,7 +189,9 @@ def check_earlier_format(bench: Bench) -> None:
 
 
 def check_host_memory(bench: Bench) -> None:
-    """A save takes a rank's own share on the host, a load one piece at a time; Megatron's way takes the whole."""
+    """On the host, a save needs memory for the rank's own share, and a load for one piece. Megatron's own code needs
+    memory for the whole state.
+    """
     policy, optimizer = stepped(bench)
     own = sum(tensor.nbytes for tensor in optimizer_tensors(policy, optimizer))
     weights = [tensor.nbytes for tensor in weight_tensors(policy)]
@@ -210,21 +218,21 @@ def check_host_memory(bench: Bench) -> None:
     with mock.patch.object(filesystem.torch, "load", load), loading:
         load_sharded(folder, policy, optimizer)
 
-    # Weights are dealt out by whole tensors.
+    # The ranks divide the weights by whole tensors.
     share = own + sum(weights) / bench.groups.dp_size + max(weights)
     assert kept <= saving.peak_bytes <= share, (kept, saving.peak_bytes, share)
     assert gathering.peak_bytes > 4 * share, "the count is blind"
     assert max(read[torch.float32]) <= PIECE and sum(read[torch.float32]) == own, read
-    # Weights are read once, by one of the ranks that hold them alike.
+    # If several ranks have the same weights, only one of them reads the weights.
     read_here = sum(read[torch.bfloat16])
     assert max(read[torch.bfloat16]) <= max(weights) and read_here <= share - own, read
     assert sum(all_gather_object(read_here, bench.groups.dp_cp_group)) == sum(weights)
-    # Megatron puts gate and up projections together, where the weights are: on the card.
+    # Megatron concatenates gate and up projections on the device of the weights.
     assert loading.peak_bytes < sum(weights), loading.peak_bytes
 
 
 def check_retention(bench: Bench) -> None:
-    """The newest checkpoints are kept, leftovers go, and damaged ones are skipped."""
+    """The newest checkpoints are kept, leftovers are removed, and damaged checkpoints are skipped."""
     root = bench.folder / "checkpoints" / "retention"
     policy, update = bench.policy(distributed_optimizer=True)
     optimizer, schedule = build_optimizer(policy, update, total_steps=6)
@@ -282,20 +290,22 @@ def check_retention(bench: Bench) -> None:
 
 
 def built(bench: Bench, *, dtype: str = "bfloat16") -> tuple[Policy, Any]:
-    """A policy and its distributed optimizer."""
+    """Return a policy and its distributed optimizer."""
     policy, update = bench.policy(distributed_optimizer=True, dtype=dtype)
     return policy, build_optimizer(policy, update, total_steps=6)[0]
 
 
 def stepped(bench: Bench, *, dtype: str = "bfloat16") -> tuple[Policy, Any]:
-    """The same after an update."""
+    """Return a policy and its distributed optimizer after an update."""
     policy, optimizer = built(bench, dtype=dtype)
     bench.step(policy, optimizer)
     return policy, optimizer
 
 
 def write(bench: Bench, name: str, copy: Any, *, together: bool = False) -> Path:
-    """The tensors of a checkpoint; weights and optimizer in one folder, as they were once, if `together`."""
+    """Write the tensors of a checkpoint. If `together`, put weights and optimizer into one folder, as in the earlier
+    format.
+    """
     folder = bench.folder / "checkpoints" / name
     if bench.groups.rank == 0:
         for part in (WEIGHTS,) if together else (WEIGHTS, OPTIMIZER):
@@ -310,7 +320,7 @@ def write(bench: Bench, name: str, copy: Any, *, together: bool = False) -> Path
 
 
 def read_all(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, in full."""
+    """Return every tensor of a checkpoint in full."""
     found: dict[str, Tensor] = {}
     for part in (path for path in (folder / WEIGHTS, folder / OPTIMIZER) if path.is_dir()):
         entries = FileSystemReader(part).read_metadata().state_dict_metadata
@@ -322,7 +332,9 @@ def read_all(folder: Path) -> dict[str, Tensor]:
 
 
 def assert_same_values(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Equal to the bit, but for rows that a layout adds to the vocabulary to divide it."""
+    """Check that the values are equal to the bit, apart from rows that a layout adds to make the vocabulary
+    divisible.
+    """
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     for key, tensor in found.items():
         rows = min(len(tensor), len(expected[key]))
@@ -330,7 +342,7 @@ def assert_same_values(found: dict[str, Tensor], expected: dict[str, Tensor]) ->
 
 
 def held_bytes(tensors: dict[str, Any]) -> int:
-    """Of the tensors that a rank is about to write."""
+    """Return the bytes of the tensors that a rank is about to write."""
     total = 0
     for value in tensors.values():
         if hasattr(value, "local_shards"):

@@ -1,4 +1,4 @@
-"""Exchange and advantages over 4 ranks, in two layouts, against one process that holds everything.
+"""Compare exchange and advantages over 4 ranks, in two layouts, with one process that has all trajectories.
 
 torchrun --nproc-per-node 4 exchange_worker.py RESULTS.json
 """
@@ -40,7 +40,7 @@ def all_trajectories(seed: int) -> list[Trajectory]:
                 )
                 turn.observation_tokens = TokenIds([rng.randrange(100) for _ in range(rng.randint(1, 40))])
                 if rng.random() < 0.5:
-                    turn.observation_tokens = TokenIds([5, 6])  # a state that other rollouts come to as well
+                    turn.observation_tokens = TokenIds([5, 6])  # a state that other rollouts reach too
                 turns.append(turn)
             turns.append(Turn(tokens=[7, 8], rollout_logprobs=[-0.1, -0.25]))
             made.append(
@@ -63,7 +63,7 @@ def table_of(trajectories):
 
 
 def check_exchange(groups) -> list[Trajectory]:
-    """Every trajectory arrives once, unchanged, at all ranks of one replica, however it was played."""
+    """Every trajectory arrives once and unchanged at all ranks of one replica, whichever engine played it."""
     everything = all_trajectories(0)
     results = []
     for deal_by in (lambda t: t.prompt_index % groups.world_size, lambda t: 0, lambda t: t.sample_index % 2):
@@ -86,7 +86,9 @@ def check_exchange(groups) -> list[Trajectory]:
 
 
 def check_advantages(groups, mine: list[Trajectory]) -> None:
-    """Advantages equal those of one process, for the balanced split and for one with empty ranks (1e-12 relative)."""
+    """Advantages equal those of one process (1e-12 relative), for the balanced split and for a split with empty
+    ranks.
+    """
     everything = all_trajectories(0)
     everything_on_first = everything if groups.dp_rank == 0 else []
     for share in (mine, everything_on_first):
@@ -95,14 +97,17 @@ def check_advantages(groups, mine: list[Trajectory]) -> None:
             whole = compute_advantages(table_of(everything), config, dp_group=None)
             rows = [everything.index(t) for t in share]
             spread = compute_advantages(table_of(share), config, dp_group=groups.dp_group)
-            # igpo_joint pools gains near 1000 with outcomes near 0: compare against the size of the values
+            # igpo_joint puts gains near 1000 and outcomes near 0 into one pool, so compare relative to the size of
+            # the values
             torch.testing.assert_close(spread.advantages, whole.advantages[rows], rtol=1e-12, atol=1e-9)
             error = (spread.advantages - whole.advantages[rows]).abs().max().item() if rows else 0.0
             assert error <= 1e-9, (name, error)
 
 
 def check_texts_shown_on_rank_0(groups, mine: list[Trajectory]) -> None:
-    """Rank 0 is shown the rollouts that one process would choose, and every gain; texts come from who holds them."""
+    """Rank 0 gets every gain, and the rollouts that one process would choose. Their texts come from the ranks that
+    have these rollouts.
+    """
     if groups.is_replica_first:
         summaries = gather_summaries(mine, groups)
         everything = all_trajectories(0)
@@ -117,7 +122,7 @@ def check_texts_shown_on_rank_0(groups, mine: list[Trajectory]) -> None:
 
 
 def check_small_gains_to_the_last_digits(groups) -> None:
-    """With gains of ordinary size the split changes nothing past 1e-12."""
+    """With gains of ordinary size the split changes no value by more than 1e-12."""
     everything = all_trajectories(1)
     for trajectory in everything:
         for turn in trajectory.turns:
@@ -134,7 +139,7 @@ def check_small_gains_to_the_last_digits(groups) -> None:
 
 
 def check_token_weights(groups, mine: list[Trajectory]) -> None:
-    """Loss normalisers are those of the whole mini-batch."""
+    """The weights of tokens are those of the whole mini-batch."""
     everything = all_trajectories(0)
     counts = torch.tensor([t.num_sampled_tokens for t in everything])
     my_counts = torch.tensor([t.num_sampled_tokens for t in mine])

@@ -1,8 +1,9 @@
-"""What each of the 4 ranks of test_experts.py runs, on a mixture of experts: results to FOLDER/results.json.
+"""Checks of a mixture of experts, which each of the 4 ranks of test_experts.py runs. FOLDER/results.json has the
+results.
 
     torchrun --nproc-per-node 4 expert_worker.py FOLDER
 
-As update_worker.py, whose checks are run here too.
+This program resembles update_worker.py, and also runs its checks.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ NUM_UPDATES = 3
 
 
 def check_transformers(bench: Bench) -> None:
-    """Logits and gradients are those of transformers; exported and saved weights are the checkpoint's, to the bit."""
+    """Logits and gradients equal those of transformers. Exported and saved weights equal the checkpoint's, to the
+    bit.
+    """
     check_groups(bench.groups)
     recompute = "full" if bench.parallel.pipeline > 1 else "none"
     model = ModelConfig(path=str(bench.folder / "model"), dtype="float32", recompute=recompute)
@@ -57,7 +60,9 @@ def check_transformers(bench: Bench) -> None:
 
 
 def check_idle_experts(bench: Bench) -> None:
-    """An expert, and a rank's whole share of them, without a token has zero gradients; others have theirs."""
+    """An expert without a token has zero gradients, even if all experts of a rank have no token. Other experts have
+    gradients.
+    """
     policy, _ = bench.policy()
     tokens = torch.zeros(EXPERTS)
 
@@ -82,9 +87,9 @@ def check_idle_experts(bench: Bench) -> None:
 
 
 def check_expert_load(bench: Bench) -> None:
-    """A training pass counts for each layer and expert the tokens that transformers sends there, without padding.
+    """For each layer and expert, a training pass counts as many tokens as transformers sends there, without padding.
 
-    Layers that are computed twice count once, and scoring does not count.
+    A layer that is recomputed is counted once, and a scoring pass is not counted.
     """
     model = ModelConfig(
         path=str(bench.folder / "model"),
@@ -114,7 +119,7 @@ def check_expert_load(bench: Bench) -> None:
 
 
 def check_frozen_router(bench: Bench) -> None:
-    """Frozen routers keep every bit, also over a restart; the gradients of the other weights are what they were."""
+    """Frozen routers keep every bit, also after a restart. The gradients of the other weights do not change."""
     check_resume(bench, freeze_router=True)
     policy, update = bench.policy(distributed_optimizer=True, freeze_router=True)
     optimizer, _ = build_optimizer(policy, update, total_steps=6)
@@ -131,9 +136,9 @@ def check_frozen_router(bench: Bench) -> None:
 
 
 def check_updates(bench: Bench) -> None:
-    """Three updates give the weights and gradient norms that one process with transformers and AdamW gives.
+    """After three updates, weights and gradient norms equal those of one process with transformers and AdamW.
 
-    Everything leaves the card and comes back between them.
+    Between the updates the whole state leaves the GPU and comes back.
     """
     policy, update = bench.policy(distributed_optimizer=True, clip_grad=0.05)
     optimizer, schedule = build_optimizer(policy, update, total_steps=10)
@@ -158,13 +163,15 @@ def check_updates(bench: Bench) -> None:
         expected = float(torch.nn.utils.clip_grad_norm_(model.parameters(), update.clip_grad))
         assert math.isclose(norm, expected, rel_tol=1e-3) and norm > update.clip_grad, (norms, expected)
         adam.step()
-    # Adam turns rounding into steps of its own: updated weights are close, not equal.
+    # Adam magnifies rounding errors, so updated weights are close, but not equal.
     weights = checkpoint_tensors({name: p.detach() for name, p in model.named_parameters()})
     assert_close(hf_weights(policy), weights, 2e-3)
 
 
 def check_from_two_expert_ranks(bench: Bench) -> None:
-    """A checkpoint of two expert-parallel ranks goes on in another layout, and saved there has the same values."""
+    """Training continues in another layout from a checkpoint of two expert-parallel ranks. If this layout saves it
+    again, it has the same values.
+    """
     policy, update = bench.policy(distributed_optimizer=True)
     optimizer, schedule = build_optimizer(policy, update, total_steps=6)
     root = bench.folder / "checkpoints" / "ep2"

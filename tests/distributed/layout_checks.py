@@ -1,6 +1,6 @@
-"""Checks that hold on every layout, for update_worker.py: loss, gradients, scores against transformers.
+"""Checks for every layout, which update_worker.py runs. They compare loss, gradients and scores with transformers.
 
-A check is a function of a `Bench`; it raises AssertionError on the ranks that see a fault.
+A check is a function of a `Bench`. It raises AssertionError on the ranks that see a fault.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from a2tgpo.update.train_step import compute_gradients
 
 
 def check_gradients(bench: Bench) -> None:
-    """Loss and gradients are those of transformers on single trajectories, however they are packed and dealt."""
+    """Loss and gradients equal those of transformers on single trajectories, however the trajectories are packed and
+    divided.
+    """
     policy, _ = bench.policy()
     ways = [(1, None), (60, None), (10_000, None), (60, 1)]
     for max_tokens, replicas in ways if bench.name == "dp4" else ways[2:]:
@@ -49,7 +51,9 @@ def check_gradients(bench: Bench) -> None:
 
 
 def check_output_rows(bench: Bench) -> None:
-    """The output layer runs where a rank's tokens were sampled; gradients are those of it run at every position."""
+    """The output layer runs only at a rank's sampled tokens. The gradients equal those of an output layer at every
+    position.
+    """
     policy, _ = bench.policy()
     batches, groups, rows = bench.batches(), bench.groups, []
     loss = bench.loss_function(batches)
@@ -67,7 +71,7 @@ def check_output_rows(bench: Bench) -> None:
         if groups.cp_size > 1:
             mask = mask[context_positions(batch.cu_seqlens, groups.cp_size)[groups.cp_rank]]
         sampled.append(int(mask.sum()))
-    empty = rows[len(batches) :]  # keep step with replicas that have more
+    empty = rows[len(batches) :]  # this rank runs as many micro-batches as the replica with the most
     assert rows == ([max(count, 1) for count in sampled] + [1] * len(empty) if last else []), (rows, sampled)
     assert all(layer.sequence_parallel == bench.parallel.sequence for layer in last)
     whole = [dataclasses.replace(batch, loss_mask=torch.ones_like(batch.loss_mask)) for batch in batches]
@@ -76,9 +80,9 @@ def check_output_rows(bench: Bench) -> None:
 
 
 def check_scores(bench: Bench) -> None:
-    """Log-probs are those of transformers, on the last stage only; weights and mode are left as they were.
+    """The last stage returns the log-probs of transformers. Weights and training mode do not change.
 
-    0 where the policy sampled nothing.
+    A log-prob is 0 if the policy did not sample the token.
     """
     policy, _ = bench.policy()
     batches = bench.batches()
@@ -96,7 +100,9 @@ def check_scores(bench: Bench) -> None:
 
 
 def check_probes(bench: Bench) -> None:
-    """Branches score what stands there as transformers does on the trajectory itself, some replicas without any."""
+    """Branches give the tokens the log-probs that transformers gives them in the trajectory. Some replicas have no
+    branches.
+    """
     policy, _ = bench.policy()
     mine = [i for i in bench.reference.logprobs if i % 2 == 0 and i // 2 % 2 == bench.groups.dp_rank]
     sequences, expected = [], []
@@ -119,7 +125,9 @@ def check_probes(bench: Bench) -> None:
 
 
 def check_turn_ratios(bench: Bench) -> None:
-    """One ratio per turn, clipped: loss and gradients are those of loops over turns, also of turns that are split."""
+    """With one clipped ratio per turn, loss and gradients equal those of loops over turns, also if turns are split
+    over ranks.
+    """
     policy, _ = bench.policy()
     batches, cp_size = bench.batches(max_tokens=10_000), bench.groups.cp_size
     inputs = []
@@ -158,7 +166,7 @@ def check_turn_ratios(bench: Bench) -> None:
 
 
 def check_entropy(bench: Bench) -> None:
-    """A weighted entropy has the value and the gradients that transformers and a dense softmax give."""
+    """A weighted entropy has the value and the gradients of transformers with a dense softmax."""
     policy, _ = bench.policy()
     batches = bench.batches()
 
@@ -178,9 +186,9 @@ def check_entropy(bench: Bench) -> None:
 
 
 def check_correction(bench: Bench) -> None:
-    """Likelihood and correction speak of all tokens of all replicas, also where some replicas have none.
+    """The metrics of likelihood and correction cover all tokens of all replicas, also if some replicas have none.
 
-    The same by a training pass as by a pass of their own before it.
+    A training pass gives the same metrics as a scoring pass before it.
     """
     config = AlgorithmConfig(correction=CorrectionConfig(kind="mask", lower=0.01))
     found = []
@@ -229,7 +237,7 @@ def check_correction(bench: Bench) -> None:
 
 
 def correction_minibatch(batches: list[PackedBatch]) -> Minibatch:
-    """With a loss of zero."""
+    """Return a mini-batch with a loss of zero."""
     return [
         Microbatch(
             batch=batch,
@@ -243,7 +251,9 @@ def correction_minibatch(batches: list[PackedBatch]) -> Minibatch:
 
 
 def check_update(bench: Bench) -> None:
-    """Weights come back to the bit; the norm of all ranks' gradients is that of one process, the step is taken."""
+    """Weights are loaded to the bit. The norm of all ranks' gradients equals that of one process, and the update
+    lowers the loss.
+    """
     policy, update = bench.policy(distributed_optimizer=True)
     assert_close(hf_weights(policy), load_file(bench.folder / "model" / "model.safetensors"), 0)
     optimizer, _ = build_optimizer(policy, update, total_steps=10)

@@ -1,4 +1,6 @@
-"""One engine over 2 ranks on a small cache, and a record of what its schedulers do (see lockstep_worker)."""
+"""One engine over 2 ranks with a small cache, and a record of the decisions of its schedulers (see
+lockstep_worker).
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,15 @@ BLOCK_TOKENS = 32
 BLOCK_BYTES = BLOCK_TOKENS * 512  # float32, 2 layers, keys and values of one head of 32 on each rank
 MAX_MODEL_LEN = 512
 EVICTING, PREEMPTING = 40, 18
-"""Blocks of the cache: 16 sequences of up to 6 blocks have room while they run, but not between their turns; or not
-even while they run. One sequence of `MAX_MODEL_LEN` takes 17."""
+"""Two numbers of blocks in the cache. With the first, 16 sequences of up to 6 blocks fit while they run, but not
+between their turns. With the second, they do not even fit while they run. One sequence of `MAX_MODEL_LEN` takes 17
+blocks.
+"""
 QUESTIONS = [question for question in SCRIPTS if question.startswith(("capital", "ruler"))]
 
 
 class ShuffledSearch(ScriptedSearch):
-    """Answers come in an order that has nothing to do with that of the calls."""
+    """A search whose answers arrive in another order than the calls."""
 
     def __init__(self, seed):
         super().__init__(failing=["capital of Peru"])
@@ -56,7 +60,9 @@ class ShuffledSearch(ScriptedSearch):
 
 
 class Schedule:
-    """What this rank's scheduler does, compared with the other rank's before each pass is computed."""
+    """Compares the decisions of this rank's scheduler with those of the other rank's, before each pass is
+    computed.
+    """
 
     def __init__(self, engine, group):
         self.seen = Counter()
@@ -118,7 +124,7 @@ def named(request_id):
 
 
 class Bench:
-    """What all claims share."""
+    """The objects that all claims share."""
 
     def __init__(self, path, groups):
         self.path, self.rank, self.group = path, groups.rank, groups.tp_group
@@ -127,7 +133,9 @@ class Bench:
 
     @contextlib.contextmanager
     def open(self, *, search, blocks=EVICTING, guarded=False, watched=True, limits=None, **settings):
-        """The parts of a run that plays, with a new engine; `schedule` is None unless `watched`."""
+        """Yield the parts of a run that plays, with a new engine, and a `Schedule`, which is None unless
+        `watched`.
+        """
         rollout = RolloutConfig(
             tensor_parallel=2,
             check_lockstep_every=int(guarded),
@@ -188,7 +196,7 @@ class Bench:
             engine.close()
 
     def play(self, parts, *, seed, num_prompts=9, **settings):
-        """Trajectories that both ranks played alike."""
+        """Play, check that both ranks played the same trajectories, and return the trajectories."""
         prompts = parts.train_prompts.prompts(range(num_prompts))
         trajectories, counts = run(parts.rollout, prompts, seed=seed, **settings)
         self.assert_equal([trajectory.to_dict() for trajectory in trajectories])
@@ -208,7 +216,7 @@ class Bench:
         assert mine == theirs, "the ranks played different rollouts"
 
     def raised(self, error_class, play):
-        """What `play` raises on both ranks."""
+        """Return the message of the error that `play` raises on both ranks."""
         message = "nothing was raised"
         try:
             play()

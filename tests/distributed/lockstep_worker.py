@@ -1,9 +1,10 @@
-"""What each of the 2 ranks of test_lockstep.py runs: one engine over both, whose schedulers must decide alike.
+"""Checks of one engine over 2 ranks, whose schedulers must take the same decisions. test_lockstep.py runs this
+program.
 
 torchrun --nproc-per-node 2 lockstep_worker.py MODEL OUT [SEEDS [CLAIM ...]]
 
-MODEL is the taught tiny model; OUT gets a JSON file of what each claim came to, empty where it holds. Claims on
-schedules are tried with that many seeds (1).
+MODEL is the taught tiny model. OUT is a JSON file with the outcome of each claim, which is empty if the claim holds.
+Claims about schedules are tried with SEEDS seeds (1).
 """
 
 from __future__ import annotations
@@ -101,13 +102,13 @@ def check_a_rollout_that_is_broken_off_and_played_anew(bench, seed):
 
 @contextlib.contextmanager
 def replaced(owner, name, make):
-    """`owner.name` is what `make` makes of it."""
+    """In the `with` block, replace `owner.name` by the result of `make` for it."""
     with mock.patch.object(owner, name, make(getattr(owner, name))):
         yield
 
 
 def reversed_aborts(abort_in_order):
-    """On this rank, what is aborted together is aborted from the last to the first."""
+    """On this rank, abort requests that end together from the last to the first."""
 
     def abort_in_reverse(core):
         abort_in_order(core)
@@ -118,7 +119,7 @@ def reversed_aborts(abort_in_order):
 
 
 def one_token_more(schedule):
-    """From the fifth pass on, the first request is scheduled with one token more than it has."""
+    """From the fifth pass on, schedule the first request with one token more than it has."""
     passes = []
 
     def scheduled(*args, **kwargs):
@@ -132,7 +133,7 @@ def one_token_more(schedule):
 
 
 def another_token(update):
-    """From the fifth pass on, another token comes out for the first request."""
+    """From the fifth pass on, change the token that is sampled for the first request."""
     passes = []
 
     def updated(scheduler, scheduler_output, model_output):
@@ -161,7 +162,9 @@ def check_the_guard_stops_ranks_that_schedule_different_tokens(bench, seed):
 
 
 def check_the_guard_stops_ranks_that_sample_different_tokens(bench, seed):
-    """Before anything is decided by them: here a turn could end on one rank only."""
+    """The guard stops the ranks before any decision depends on the tokens, which could end a turn on one rank
+    only.
+    """
     from a2tgpo.rollout.lockstep import Lockstep
 
     watch = Lockstep._watch
@@ -177,7 +180,7 @@ def check_the_guard_stops_ranks_that_sample_different_tokens(bench, seed):
 
 
 def stopped_by_guard(bench, change):
-    """The line with which both ranks end when `change` is made on rank 1."""
+    """Return the line with which both ranks end if `change` is made on rank 1."""
     with (
         change if bench.rank == 1 else contextlib.nullcontext(),
         bench.open(search=ScriptedSearch(), guarded=True, watched=False) as (parts, _),
@@ -222,7 +225,7 @@ def check_a_call_that_hangs_is_given_up_on_both_ranks(bench, seed):
 
 
 class ComingAndGoing(ScriptedSearch):
-    """Out of service for the next `num_refusals` calls."""
+    """A search that is out of service for the next `num_refusals` calls."""
 
     num_refusals = 0
 
@@ -258,7 +261,7 @@ def check_an_outage_holds_both_ranks_and_changes_nothing_that_they_play(bench, s
 
 
 def check_the_guard_lets_ranks_in_step_play_on(bench, seed):
-    """And all ways of counting the passes come to the same rollout."""
+    """The rollout does not depend on how often the ranks compare their passes."""
     found = []
     for every in (0, 1, 7):
         with bench.open(search=ScriptedSearch(), guarded=every, watched=False) as (parts, _):
@@ -268,7 +271,7 @@ def check_the_guard_lets_ranks_in_step_play_on(bench, seed):
 
 
 def trained(parts, prompts, score, *, should_stop):
-    """(tokens, rewards) of each trajectory."""
+    """Return (tokens, rewards) of each trajectory."""
     reward = TrajectoryReward(reader=reader_of(parts.rollout.protocol))
     with contextlib.closing(pool_of(score)) as pool:
         rollout = RewardedRollout(
@@ -279,7 +282,7 @@ def trained(parts, prompts, score, *, should_stop):
 
 
 def evaluated(parts, prompts, score, *, should_stop):
-    """(answer without its scores, scores) of each question."""
+    """Return (answer without its scores, scores) of each question."""
     with contextlib.closing(pool_of(score)) as pool:
         answers = answer_questions(
             parts.rollout,
@@ -354,7 +357,7 @@ WITH_SEEDS = ("turns_that_end", "preempted", "dynamic", "partial", "a_rollout_th
 
 
 def outcome(check, bench, seed):
-    """Empty where `check` holds on both ranks, else what the first failing rank says."""
+    """Return "" if `check` holds on both ranks, and otherwise the fault that the first failing rank reports."""
     try:
         check(bench, seed)
         fault = ""
