@@ -1,9 +1,10 @@
-"""What each of the 2 ranks of test_methods.py runs: every preset trains two steps from the same weights.
+"""Train every preset for two steps from the same weights. Each of the 2 ranks of test_methods.py runs this program.
 
 torchrun --nproc-per-node 2 methods_worker.py CONFIG RUNS.json
 
-RUNS.json: {run name: overrides of CONFIG}. Leaves the folder of each run, as launch/train.py would, and trained.json
-beside them: what became of the weights, and what each rank held after each step.
+RUNS.json is {run name: overrides of CONFIG}. The program writes the folder of each run, as launch/train.py would, and
+trained.json next to these folders. trained.json describes the trained weights, and the memory that each rank held
+after each step.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ from a2tgpo.update.optimizer import build_optimizer
 
 
 def of_method(parts: RunParts, config: RunConfig) -> RunParts:
-    """`parts` as `assemble` would make them for `config`, but with the same policy, engine and tools.
+    """Return `parts` as `assemble` would build them for `config`, but with the given policy, engine and tools.
 
-    Both are in memory phase build.
+    Policy and engine are in the memory phase `build`.
     """
     minibatches = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
     optimizer, schedule = build_optimizer(
@@ -94,7 +95,9 @@ def weights(parts: RunParts) -> list[torch.Tensor]:
 
 
 def train(parts: RunParts, start: list[torch.Tensor]) -> dict[str, Any]:
-    """The run's steps, in its folder; what became of the weights, and what the ranks held, [rank][step]."""
+    """Run the steps in the run's folder. Return a description of the trained weights, and the memory held,
+    [rank][step].
+    """
     config = parts.config
     folder = RunFolder(config, parts.groups)
     folder.open("none")

@@ -1,6 +1,8 @@
-"""What every rank of test_model_layouts.py runs; rank 0 writes what was measured as JSON.
+"""Measure a model in several layouts. Every rank of test_model_layouts.py runs this program, and rank 0 writes the
+results as JSON.
 
-Checks measure and the test judges; what every rank must see for itself is asserted here.
+The program measures, and the test judges the measurements. Claims about every single rank are asserted in the
+program.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ LENGTHS = [7, 20, 5, 1]  # 33 tokens: odd, so that sequence parallelism has to p
 
 def main(checkpoints: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(210, exit=True)  # before the test's own patience ends
+    faulthandler.dump_traceback_later(210, exit=True)  # before the test's own time limit
     measured: dict[str, Any] = {}
     initialize(ParallelConfig(), seed=0)
     for parallel, cases in (
@@ -64,7 +66,7 @@ def main(checkpoints: Path, out: Path) -> None:
 
 
 def packed_batch(vocab_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """tokens [1, T], positions [1, T], cu_seqlens, and a weight for every token's log-prob, [T]."""
+    """Return tokens [1, T], positions [1, T], cu_seqlens, and a weight for every token's log-prob, [T]."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, vocab_size, (1, sum(LENGTHS)), generator=generator)
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
@@ -73,7 +75,9 @@ def packed_batch(vocab_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def run(policy: Policy, batches: list, *, forward_only: bool) -> list[torch.Tensor]:
-    """Logits [T, vocabulary] of each batch on the last stage; gradients of sum(weight * logprob) if asked for."""
+    """Return the logits [T, vocabulary] of each batch on the last stage. Unless `forward_only`, compute gradients of
+    sum(weight * logprob).
+    """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     seen: list[torch.Tensor] = []
@@ -90,7 +94,7 @@ def run(policy: Policy, batches: list, *, forward_only: bool) -> list[torch.Tens
             tp_group=policy.groups.tp_group,
             chunk_size=9,
         )
-        # The schedule divides by the number of micro-batches, DistributedDataParallel by the replicas.
+        # The schedule divides by the number of micro-batches, and DistributedDataParallel by the number of replicas.
         total = (weights * logprobs).sum() * len(batches) * policy.groups.dp_size
         return total, {}
 
@@ -122,10 +126,12 @@ def check_against_transformers(
 ) -> dict[str, Any]:
     policy = build_policy(model, parallel, groups, update=UpdateConfig(distributed_optimizer=False))
     reference = transformers.AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
-    batches = [packed_batch(policy.vocab_size, seed) for seed in range(4)]  # as many for each replica
+    batches = [packed_batch(policy.vocab_size, seed) for seed in range(4)]  # the same number for each replica
 
     logits_error = 0.0
-    logits = run(policy, batches, forward_only=True)  # one per batch on the last stage, none elsewhere
+    logits = run(
+        policy, batches, forward_only=True
+    )  # one tensor per batch on the last stage, none on other stages
     for i, (tokens, _, _, weights) in enumerate(batches):
         expected = torch.cat([reference(part).logits[0] for part in tokens.split(LENGTHS, 1)])
         if logits:
@@ -135,7 +141,7 @@ def check_against_transformers(
 
     state = checkpoint_tensors(
         {name: p.detach() for name, p in reference.named_parameters()}
-    )  # tied weights once
+    )  # tied weights are counted once
     exported, exact = set(), True
     for name, tensor in iterate_hf_weights(policy):
         exported.add(name)
@@ -151,7 +157,7 @@ def check_against_transformers(
 
 
 def check_saved(policy: Policy, state: dict[str, torch.Tensor], folder: Path) -> bool:
-    """save_hf, twice over the same folder, gives what transformers loads as the model it came from."""
+    """After save_hf has written the same folder twice, transformers loads the original model from it."""
     for _ in range(2):
         save_hf(policy, str(folder))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -168,10 +174,10 @@ def check_saved(policy: Policy, state: dict[str, torch.Tensor], folder: Path) ->
 
 
 def gradient_error(policy: Policy, batches: list, reference: Any) -> float:
-    """Largest error of any gradient, relative to that gradient's largest entry."""
+    """Return the largest error of any gradient, relative to that gradient's largest entry."""
     policy.chunks[0].zero_grad_buffer()
     run(policy, batches[policy.groups.dp_rank :: policy.groups.dp_size], forward_only=False)
-    with torch.no_grad():  # gradients travel home by the way that weights do
+    with torch.no_grad():  # export gradients in the same way as weights
         for parameter in policy.chunks[0].parameters():
             parameter.copy_(parameter.main_grad)
     grads = checkpoint_tensors({name: p.grad for name, p in reference.named_parameters()})
@@ -182,7 +188,7 @@ def gradient_error(policy: Policy, batches: list, reference: Any) -> float:
 
 
 def check_bfloat16(checkpoints: Path, parallel: ParallelConfig, groups: ParallelGroups) -> dict[str, Any]:
-    """A frozen bfloat16 policy: dtype of its logits, distance to transformers, bit-exact export."""
+    """Measure a frozen bfloat16 policy: dtype of its logits, distance to transformers, bit-exact export."""
     model = ModelConfig(path=str(checkpoints / "qwen3"), dtype="bfloat16")
     policy = build_policy(model, parallel, groups, update=None, trainable=False)
     reference = transformers.AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.bfloat16)
@@ -203,7 +209,9 @@ def check_bfloat16(checkpoints: Path, parallel: ParallelConfig, groups: Parallel
 
 
 def check_token_logprobs(groups: ParallelGroups) -> dict[str, float]:
-    """Largest error at TP2 against float64, for a padded vocabulary and for a slice that is all padding."""
+    """Return the largest error at TP2 compared with float64, for a padded vocabulary and for a slice of only
+    padding.
+    """
     errors = {}
     for name, vocab_size, width in (("padded", 250, 128), ("empty slice", 100, 128)):
         generator = torch.Generator().manual_seed(3)
@@ -217,7 +225,7 @@ def check_token_logprobs(groups: ParallelGroups) -> dict[str, float]:
         (weight * expected + entropy_weight * entropy).sum().backward()
 
         mine = slice(groups.tp_rank * width, (groups.tp_rank + 1) * width)
-        full[:, vocab_size:] = float("nan")  # padding must not even be read
+        full[:, vocab_size:] = float("nan")  # padding must not be read
         logits = full[:, mine].clone().requires_grad_()
         logprobs, found_entropy = token_logprobs(
             logits,
@@ -238,7 +246,9 @@ def check_token_logprobs(groups: ParallelGroups) -> dict[str, float]:
 
 
 def check_exchange(groups: ParallelGroups) -> list[list[list[int]]]:
-    """Lengths and first bytes each rank received from each; rank 2 sends nothing, one payload is large."""
+    """Return the lengths and first bytes that each rank received from each rank. Rank 2 sends nothing, and one
+    payload is large.
+    """
 
     def payload(source: int, destination: int) -> bytes:
         if source == 2:
@@ -259,7 +269,7 @@ def check_exchange(groups: ParallelGroups) -> list[list[list[int]]]:
 
 
 def check_groups(groups: ParallelGroups) -> None:
-    """The record agrees with the process groups it carries, and with what other ranks know of themselves."""
+    """Check that the record agrees with the process groups in it, and with the records of other ranks."""
     assert (groups.tp_rank, groups.tp_size) == (groups.tp_group.rank(), groups.tp_group.size())
     assert (groups.pp_rank, groups.pp_size) == (groups.pp_group.rank(), groups.pp_group.size())
     assert (groups.dp_rank, groups.dp_size) == (groups.dp_group.rank(), groups.dp_group.size())
@@ -272,7 +282,7 @@ def check_groups(groups: ParallelGroups) -> None:
 
 
 def check_refusals(checkpoints: Path, out: Path, groups: ParallelGroups) -> dict[str, str]:
-    """One checkpoint with a tensor missing: every rank must refuse it alike, whichever stage needed it."""
+    """Check that every rank refuses a checkpoint without one of its tensors, whichever stage needs that tensor."""
     from safetensors.torch import load_file, save_file
 
     broken = out / "broken"

@@ -1,4 +1,5 @@
-"""Partial rollouts and the bank on 2 ranks, which decide alike although they see different things.
+"""Check partial rollouts and the bank on 2 ranks. The ranks take the same decisions, although they have different
+data.
 
     torchrun --nproc-per-node 2 partial_worker.py FOLDER
 
@@ -49,7 +50,7 @@ PROMPTS: Any = SimpleNamespace(prompts=prompts)
 
 
 class Played:
-    """Stands in for `RewardedRollout`: a turn per call, and an end only for groups without a budget."""
+    """A replacement of `RewardedRollout`. Each call plays one turn, and only groups without a budget end."""
 
     def __init__(self, should_stop: Callable[[], bool]):
         self.should_stop = should_stop
@@ -148,7 +149,7 @@ def check_banks_of_two_attempts_are_not_mixed(root: Path, rank: int) -> None:
 
 
 def check_a_shared_engine_banks_one_file_with_what_is_each_ranks_own(root: Path, rank: int) -> None:
-    torch.manual_seed(rank)  # as with tensor parallelism, each rank has weights of its own
+    torch.manual_seed(rank)  # as with tensor parallelism, each rank has different weights
     policy, state = new_policy(), new_state(run_config(root))
 
     def bank() -> RolloutBank:

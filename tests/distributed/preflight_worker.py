@@ -1,4 +1,6 @@
-"""Each rank of tests/distributed/test_preflight.py: starts with faults on one rank, then one without."""
+"""Start with a fault on one rank, several times, and then once without a fault. Each rank of test_preflight.py runs
+this program.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ def change(config: RunConfig, section: str, **values) -> RunConfig:
 
 
 def refused(attempt: int, config: RunConfig, paths: dict[str, str], *patches) -> str:
-    """What this rank printed about a start that was refused on all ranks."""
-    # torchrun's store keeps an earlier start's keys; a restart of the ranks is told from it by this.
+    """Return the text that this rank printed about a start that was refused on all ranks."""
+    # torchrun's store keeps the keys of an earlier start. This variable distinguishes a restart of the ranks from it.
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.ExitStack() as stack:
@@ -109,7 +111,9 @@ def main(path: str) -> None:
 
 
 def check_side_store(rank: int) -> None:
-    """It is heard by the other rank, and its timeout is not that in which communicators are made."""
+    """The other rank receives a message in the side store. The side store's timeout does not limit the creation of
+    communicators.
+    """
     import torch.distributed as dist
 
     from a2tgpo.lifecycle.side_store import side_store
@@ -122,7 +126,7 @@ def check_side_store(rank: int) -> None:
 
 
 def stuck(path: str) -> None:
-    """Rank 1 comes, but not to the first sum."""
+    """Rank 1 joins, but does not take part in the first sum."""
     join_launcher()
     config = change(load_config(path), "parallel", start_timeout_s=8.0)
     if os.environ["RANK"] == "1":

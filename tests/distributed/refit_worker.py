@@ -1,4 +1,4 @@
-"""What each of the 2 ranks of test_refit.py runs.
+"""Checks of the refit, which each of the 2 ranks of test_refit.py runs.
 
 torchrun --nproc-per-node 2 refit_worker.py RESULTS.json replicas MODEL     one engine per rank beside Megatron
 torchrun --nproc-per-node 2 refit_worker.py RESULTS.json shared MODEL ROOT  one engine over both, then one per rank
@@ -76,7 +76,7 @@ def make_policy(path, parallel, groups):
 
 
 def change_weights(policy, cycle):
-    """A different factor for every parameter and cycle, the same on all shards of it."""
+    """Multiply every parameter by a factor that depends on the parameter and on `cycle`, but not on the shard."""
     with torch.no_grad():
         for model in policy.gpt_models:
             for name, parameter in model.named_parameters():
@@ -84,7 +84,9 @@ def change_weights(policy, cycle):
 
 
 class Events:
-    """What happens in a refit, in order: a collective issued, waited for, a tensor handed to the engine."""
+    """Records the events of a refit in order: a collective is issued, a rank waits for it, a tensor is handed to the
+    engine.
+    """
 
     def __init__(self, engine):
         self.log, self.buckets, self.tensors, self.tally = [], [], {}, StorageTally()
@@ -123,7 +125,7 @@ class Events:
     def _watched(self, weights):
         weights = iter(weights)
         while True:
-            with self.tally:  # the export runs in here, the engine outside
+            with self.tally:  # the export runs inside this block, and the engine outside it
                 named = next(weights, None)
             if named is None:
                 return
@@ -134,7 +136,9 @@ class Events:
 
 
 def check_what_a_refit_moves(policy, engine, path, version):
-    """Of the checkpoint's own weights: every bit of them, no more bytes, in which order, in how much memory."""
+    """Check that a refit hands over every bit of the checkpoint's weights, and no other bytes. Check its order and
+    its memory.
+    """
     bucket_bytes = 2**16
     with Events(engine) as events:
         report = refit(policy, engine, version=version, bucket_mib=bucket_bytes / 2**20)
@@ -145,19 +149,22 @@ def check_what_a_refit_moves(policy, engine, path, version):
     minimum = 4 * sum(math.prod(shape) for shape in checkpoint_shapes(path, tied=tied).values())
     assert report.num_bytes == minimum and report.num_tensors == len(events.of("handed"))
     check_order_of_collectives(policy, events)
-    # A parameter in full, as Megatron fuses it, is the least that can be gathered and taken apart.
+    # A full parameter, as fused by Megatron, is the smallest unit that can be gathered and split.
     sizes = [record.num_bytes(policy.groups, torch.float32) for bucket in events.buckets for record in bucket]
     (second, parameter), tally = sorted(sizes)[-2:], events.tally
     assert 0 < tally.largest_bytes <= max(bucket_bytes, parameter), (tally.largest_bytes, parameter)
-    # The bucket being loaded and the one in flight, of which one may hold the largest parameter; and what is made of
-    # one parameter: the whole, then its tensors. Far from a copy of the model.
+    # The memory consists of the bucket being loaded, the bucket in flight, and one parameter twice: in full, and as
+    # exported tensors. One of the buckets may contain the largest parameter. This sum is far below a copy of the
+    # model.
     bound = max(bucket_bytes, parameter) + max(bucket_bytes, second) + 2 * parameter
     assert tally.peak_bytes <= bound < 0.7 * minimum, (tally.peak_bytes, bound, minimum)
     assert refit(policy, engine, version=version, bucket_mib=1).skipped
 
 
 def check_order_of_collectives(policy, events):
-    """Whenever the engine is given a tensor, all of the next bucket is under way and nothing of the one after."""
+    """Whenever the engine gets a tensor, all collectives of the next bucket are issued, and none of the bucket after
+    it.
+    """
     groups, mapped = policy.groups, policy.bridge._weight_name_mapping_mcore_to_hf
     assert len(events.buckets) > 5
     collectives, tensors = [], []  # of each bucket
@@ -187,7 +194,9 @@ def check_order_of_collectives(policy, events):
 
 
 def check_one_engines_refusal_stops_both(policy, engine, rank, version):
-    """Rank 1's engine refuses a tensor, misses one at the end, fails without a word; nobody waits for ever."""
+    """Rank 1's engine refuses a tensor, lacks a tensor at the end, or fails without a message. No rank waits
+    forever.
+    """
 
     def mute(weights, shapes, *, tied):
         yield from itertools.islice(weights, 5)
@@ -222,14 +231,14 @@ def check_one_engines_refusal_stops_both(policy, engine, rank, version):
 
 
 def trainer_logprobs(policy, parallel, trajectories, distribution=MODEL_DISTRIBUTION):
-    """log p of every sampled token by the trainer, trajectory by trajectory (no observations)."""
+    """Return the trainer's log p of every sampled token, by trajectory. Observations are left out."""
     batch = pack(trajectories, range(len(trajectories)), align=alignment(parallel, Fp8Config()))
     (scores,) = compute_logprobs(policy, [batch], distribution=distribution)
     return scores.logprobs[batch.loss_mask[0]]
 
 
 def rank_trajectories(engine, rank, cycle):
-    """Sampled continuations of a prompt that only this rank has; rank 1 plays one more."""
+    """Return sampled continuations of a prompt that only this rank has. Rank 1 plays one continuation more."""
     prompt = [5 + rank, 9, 20 + cycle]
     for sample in range(2 + rank):
         engine.submit(
@@ -270,7 +279,9 @@ def check_three_cycles(policy, parallel, engine, rank, first_version):
 
 
 def check_training_step(policy, parallel, engine, rank, version):
-    """Rollout, update, refit: what was played becomes likelier by the trainer, and by the engine alike."""
+    """After rollout, update and refit, the played tokens are more probable, equally for the trainer and for the
+    engine.
+    """
     optimizer, _ = build_optimizer(policy, UpdateConfig(lr=1e-3), total_steps=1)
     played = rank_trajectories(engine, rank, version)
     batch = pack(played, range(len(played)), align=alignment(parallel, Fp8Config()))
@@ -381,7 +392,7 @@ def run_shared(claims, path, root):
 
 
 def check_both_ranks_play_alike(path, config, engine, tokenizer, groups):
-    """Both ranks hold half of one engine: rank 0 searches, both play the same."""
+    """Each rank has half of one engine. Rank 0 searches, and both ranks play the same trajectories."""
     search = ScriptedSearch(delays={"capital of France": 0.3}, failing=["capital of Peru"])
     engine_group = EngineGroup(rank=groups.rank, group=groups.tp_group)
     rollout = GroupRollout(
@@ -416,7 +427,7 @@ def check_logprobs_against_transformers(path, trajectories):
         for turn in trajectory.turns:
             start, tokens = len(tokens), [*tokens, *turn.tokens]
             with torch.no_grad():
-                # The engine never samples ids past the tokenizer's: they have no part in its distribution.
+                # The engine never samples ids that the tokenizer lacks, so its distribution excludes them.
                 logits = model(torch.tensor([tokens])).logits[0, :, :num_token_ids].log_softmax(-1)
             expected = logits[start - 1 : -1].gather(1, torch.tensor(list(turn.tokens))[:, None])[:, 0]
             torch.testing.assert_close(torch.tensor(list(turn.rollout_logprobs)), expected, atol=2e-4, rtol=0)

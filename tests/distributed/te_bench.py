@@ -1,4 +1,4 @@
-"""What the checks of te_worker.py run on: tiny models, micro-batches, a layout, and layers of either kind."""
+"""The objects that the checks of te_worker.py use: tiny models, micro-batches, a layout, and both kinds of layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from a2tgpo.trajectory import Trajectory, Turn
 from a2tgpo.update.logprobs import compute_logprobs
 from a2tgpo.update.train_step import LossFunction, compute_gradients
 
-# A card would run out of memory in float32 (`require_number_formats`); the exact comparisons here are of tiny rows.
+# `require_number_formats` refuses float32, because a GPU would run out of memory. The rows here are tiny, and exact
+# comparisons need float32.
 build.require_number_formats = lambda dtype, fp8: precision.require_number_formats("bfloat16", fp8)
 
 VOCAB = 250
@@ -50,16 +51,16 @@ RECIPES = {
 
 @dataclasses.dataclass
 class Outcome:
-    """What a pass over micro-batches gave on this rank."""
+    """The results of a pass over micro-batches on this rank."""
 
     logits: list[Tensor]
-    """One [T, own vocabulary] float32 a micro-batch; none where the rank has no output layer."""
+    """One float32 tensor [T, own vocabulary] per micro-batch. Empty if the rank has no output layer."""
     gradients: dict[str, Tensor]
-    """float32, by parameter; none of a pass without gradients."""
+    """float32 gradient of each parameter. Empty after a pass without gradients."""
 
 
 class Bench:
-    """A layout in place, and policies built of Transformer Engine's modules or of their twins."""
+    """A layout, and policies that are built from Transformer Engine's modules or from their CPU twins."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name, self.parallel = folder, name, LAYOUTS[name]
@@ -76,7 +77,9 @@ class Bench:
         update: UpdateConfig | None = None,
         overlap: bool = False,
     ) -> Policy:
-        """With `overlap`, gradients are reduced in small buckets during the backward pass, as on GPUs."""
+        """Build a policy. With `overlap`, gradients are reduced in small buckets during the backward pass, as on
+        GPUs.
+        """
         config = ModelConfig(
             path=str(self.folder / model),
             dtype=dtype,
@@ -103,9 +106,11 @@ class Bench:
         fp8: Fp8Config = NO_FP8,
         align: Alignment | None = None,
     ) -> list[PackedBatch]:
-        """`count` micro-batches of random sequences of these lengths, aligned as layout and format need it.
+        """Return `count` micro-batches of random sequences with these lengths, aligned as the layout and the number
+        format require.
 
-        Each data-parallel replica has its own. Every position has a target, so log-probs are computed everywhere.
+        Each data-parallel replica has different micro-batches. Every position has a target, so log-probs are computed
+        everywhere.
         """
         rng = random.Random(f"{seed} {self.groups.dp_rank}")
         align = align or alignment(self.parallel, fp8)
@@ -118,7 +123,9 @@ class Bench:
 
 
 def save_models(folder: Path) -> None:
-    """Write the checkpoints that `Bench.policy` names; in bfloat16, so that float32 is the truth about the same."""
+    """Write the checkpoints that `Bench.policy` names. Their weights are bfloat16, so a float32 policy is the exact
+    reference.
+    """
     sizes = dict(hidden_size=256, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -135,7 +142,7 @@ def save_models(folder: Path) -> None:
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.ndim > 1:
-                        parameter.mul_(3.0)  # distributions that are not all uniform
+                        parameter.mul_(3.0)  # so that the distributions are not all uniform
         model.to(torch.bfloat16).save_pretrained(folder / name)
         build_tokenizer(VOCAB).save_pretrained(folder / name)
 
@@ -153,27 +160,27 @@ def _trajectory(row: list[int]) -> Trajectory:
 
 
 def weighted_logprobs(number: int, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """A loss: the log-probs of micro-batch `number` weighted at random."""
+    """Return a loss: a random weighting of the log-probs of micro-batch `number`."""
     generator = torch.Generator().manual_seed(number)
     return (torch.randn(logprobs.shape, generator=generator) * logprobs).sum(), {}
 
 
 def run(policy: Policy, batches: list[PackedBatch], loss: LossFunction = weighted_logprobs) -> Outcome:
-    """A training pass, as an update makes it."""
+    """Run a training pass, as an update does."""
     with _collected_logits(policy) as logits:
         compute_gradients(policy, batches, loss)
     return Outcome(logits, gradients(policy))
 
 
 def run_scoring(policy: Policy, batches: list[PackedBatch]) -> Outcome:
-    """A pass without gradients, as before an update."""
+    """Run a pass without gradients, as before an update."""
     with _collected_logits(policy) as logits:
         compute_logprobs(policy, batches)
     return Outcome(logits, {})
 
 
 def gradients(policy: Policy) -> dict[str, Tensor]:
-    """Copies of what is in the gradient buffers, by parameter."""
+    """Return copies of the gradients in the gradient buffers, by parameter."""
     named = [item for gpt in policy.gpt_models for item in gpt.named_parameters()]
     return {name: parameter.main_grad.clone() for name, parameter in named}
 
@@ -199,7 +206,7 @@ def _collected_logits(policy: Policy) -> Iterator[list[Tensor]]:
 
 
 def disturb(policy: Policy, seed: int) -> None:
-    """Change all weights, as an update would; the same change for the same seed."""
+    """Change all weights, as an update would. Equal seeds give equal changes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.chunks[0].parameters():
@@ -207,12 +214,12 @@ def disturb(policy: Policy, seed: int) -> None:
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """Of the difference, relative to the norm of what is expected."""
+    """Return the norm of the difference, relative to the norm of `expected`."""
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 def errors(found: Outcome, expected: Outcome) -> tuple[float, float]:
-    """The largest error of the logits of a micro-batch, and of the gradient of a parameter."""
+    """Return the largest error of a micro-batch's logits, and the largest error of a parameter's gradient."""
     assert found.gradients.keys() == expected.gradients.keys()
     assert len(found.logits) == len(expected.logits)
     logits = [error(a, b) for a, b in zip(found.logits, expected.logits, strict=True)]
@@ -221,7 +228,7 @@ def errors(found: Outcome, expected: Outcome) -> tuple[float, float]:
 
 
 def assert_equal(found: Outcome, expected: Outcome, what: str = "") -> None:
-    """To the bit."""
+    """Check that both outcomes are equal to the bit."""
     assert found.gradients.keys() == expected.gradients.keys()
     for number, (a, b) in enumerate(zip(found.logits, expected.logits, strict=True)):
         assert torch.equal(a, b), f"{what} logits of micro-batch {number} differ by {error(a, b):.1e}"
@@ -232,7 +239,7 @@ def assert_equal(found: Outcome, expected: Outcome, what: str = "") -> None:
 
 @contextlib.contextmanager
 def using_adam(adam: Any) -> Iterator[None]:
-    """Megatron's optimizers take this class for their Adam."""
+    """In the `with` block, Megatron's optimizers use the class `adam`."""
     modules: Any = (megatron.core.optimizer, megatron.core.optimizer.distrib_optimizer)
     before = [module.Adam for module in modules]
     for module in modules:

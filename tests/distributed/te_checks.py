@@ -1,6 +1,6 @@
-"""Checks of te_worker.py: Transformer Engine's modules against their CPU twins, and FP8 against itself.
+"""Checks of te_worker.py: Transformer Engine's modules compared with their CPU twins, and FP8 in different settings.
 
-A check is a function of a `Bench`; it raises AssertionError on the ranks that see a fault.
+A check is a function of a `Bench`. It raises AssertionError on the ranks that see a fault.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LONG = (7, 60, 41, 20)
 
 
 def check_float32_is_the_twin(bench: Bench) -> None:
-    """Logits and gradients in float32; 33 tokens, which sequence parallelism pads to 34."""
+    """Logits and gradients are equal in float32. Sequence parallelism pads the 33 tokens to 34."""
     _assert_twin(bench, "dense")
 
 
@@ -49,7 +49,9 @@ def check_float32_is_the_twin_with_biases(bench: Bench) -> None:
 
 
 def check_float32_is_the_twin_with_experts(bench: Bench) -> None:
-    """Grouped products, the permutation of tokens in Triton, the exchange between expert-parallel ranks."""
+    """The results are equal with grouped products, the permutation of tokens in Triton, and the exchange between
+    expert-parallel ranks.
+    """
     _assert_twin(bench, "experts", lengths=(5, 3))  # the interpreter is slow
 
 
@@ -61,7 +63,9 @@ def _assert_twin(bench: Bench, model: str, lengths: tuple[int, ...] = (7, 20, 5,
 
 
 def check_bfloat16_is_as_exact_as_the_twin(bench: Bench) -> None:
-    """Fused attention, around the ring of context-parallel ranks too: against float32, twin and modules alike."""
+    """With fused attention, also around the ring of context-parallel ranks, the modules are as near to float32 as the
+    twin.
+    """
     batches = bench.batches((28, 84, 44, 100))
     truth = run(bench.policy(twin=True, dtype="float32"), batches)
     twin = errors(run(bench.policy(twin=True), batches), truth)
@@ -76,16 +80,16 @@ EVERYWHERE = {recipe: Fp8Config(format="hybrid", recipe=recipe) for recipe in RE
 
 
 def check_fp8_blockwise_does_not_depend_on_tensor_parallelism(bench: Bench) -> None:
-    """The first layer's projection of a sequence-parallel rank is its part of one rank's alone, to the bit.
+    """A sequence-parallel rank's first projection is its part of a single rank's projection, to the bit.
 
-    The input is gathered in FP8: data and scales.
+    The ranks gather the FP8 data and scales of the input.
     """
     whole, own = _first_projection(bench, "blockwise")
     assert torch.equal(own, whole), f"off by {error(own, whole):.1e}"
 
 
 def check_fp8_tensorwise_depends_on_tensor_parallelism(bench: Bench) -> None:
-    """Each shard of a weight has a scale of its own, finer where the shard's largest value is smaller."""
+    """Each shard of a weight has its own scale, which is finer if the shard's largest value is smaller."""
     whole, own = _first_projection(bench, "tensorwise")
     differ = torch.tensor(float(not torch.equal(own, whole)))
     torch.distributed.all_reduce(differ)
@@ -93,7 +97,7 @@ def check_fp8_tensorwise_depends_on_tensor_parallelism(bench: Bench) -> None:
 
 
 def _first_projection(bench: Bench, recipe: str) -> tuple[Tensor, Tensor]:
-    """This rank's part of what one rank computes alone, and what it computes with the other."""
+    """Return this rank's part of a single rank's projection, and the projection that both ranks compute together."""
     alone = Bench(bench.folder, "dp2")
     batch = alone.batches((28, 84, 44, 100), count=1, fp8=EVERYWHERE[recipe])
     batch = [_of_rank_0(batch[0], alone)]
@@ -110,7 +114,7 @@ def _of_rank_0(batch: Any, bench: Bench) -> Any:
 
 
 def _projection(policy: Policy, batches: list[Any]) -> Tensor:
-    """Queries, keys and values of the first layer, [T, 1, channels of the rank]."""
+    """Return queries, keys and values of the first layer, [T, 1, channels of the rank]."""
     found: list[Tensor] = []
     layer = policy.gpt_models[0].decoder.layers[0].self_attention.linear_qkv
     hook = layer.register_forward_hook(lambda _layer, _inputs, output: found.append(output[0].detach()))
@@ -120,7 +124,9 @@ def _projection(policy: Policy, batches: list[Any]) -> Tensor:
 
 
 def check_fp8_is_near_bfloat16(bench: Bench) -> None:
-    """Both recipes, with biases, whose gradients come with the quantisation."""
+    """FP8 is near bfloat16 in both recipes, with biases, whose gradients are computed together with the
+    quantisation.
+    """
     for recipe, fp8 in RECIPES.items():
         batches = bench.batches((28, 84, 44, 100), fp8=fp8)
         twin = run(bench.policy(model="with_bias", twin=True), batches)
@@ -129,7 +135,9 @@ def check_fp8_is_near_bfloat16(bench: Bench) -> None:
 
 
 def check_fp8_is_near_bfloat16_with_experts(bench: Bench) -> None:
-    """Grouped products in FP8: each expert's rows padded to what the recipe takes, and unpadded again."""
+    """FP8 is near bfloat16 in grouped products. Each expert's rows are padded to the multiple that the recipe needs,
+    and unpadded again.
+    """
     fp8 = EVERYWHERE["tensorwise"]  # rows of 16: the interpreter takes a minute for blockwise's 128
     batches = bench.batches((5, 3), count=1, fp8=fp8)
     twin = run(bench.policy(model="experts", twin=True), batches)
@@ -138,9 +146,10 @@ def check_fp8_is_near_bfloat16_with_experts(bench: Bench) -> None:
 
 
 def check_fp8_weights_are_quantised_once_a_pass_and_anew_after_updates(bench: Bench) -> None:
-    """A policy kept over scores and updates is one built anew with the same weights, to the bit, in both recipes.
+    """A policy after scores and updates equals a newly built policy with the same weights, to the bit, in both
+    recipes.
 
-    Its weights are quantised once a pass: not for each micro-batch, and not by what was kept from the pass before.
+    Its weights are quantised once per pass, not for each micro-batch, and no pass uses copies of the pass before.
     """
     for recipe, fp8 in RECIPES.items():
         batches = bench.batches(LONG, count=3, fp8=fp8)
@@ -160,7 +169,7 @@ def check_fp8_weights_are_quantised_once_a_pass_and_anew_after_updates(bench: Be
 
 
 class _CountedQuantisations:
-    """Counts the parameters that are quantised within."""
+    """Counts the parameters that are quantised in the `with` block."""
 
     def __init__(self) -> None:
         self.weights = 0
@@ -180,7 +189,9 @@ class _CountedQuantisations:
 
 
 def check_recomputation_changes_no_bit(bench: Bench) -> None:
-    """Full recomputation in both FP8 recipes, over scores and updates; selective in bfloat16."""
+    """Full recomputation changes no bit in both FP8 recipes, over scores and updates. Selective recomputation changes
+    none in bfloat16.
+    """
     for fp8, recompute in (
         (RECIPES["blockwise"], "full"),
         (RECIPES["tensorwise"], "full"),
@@ -205,7 +216,7 @@ def check_recomputation_changes_no_bit(bench: Bench) -> None:
 
 
 def check_fault_a_row_that_fp8_cannot_take(bench: Bench) -> None:
-    """33 tokens: Transformer Engine's own refusal. 40: the product's, over what is no multiple of 16."""
+    """Transformer Engine refuses 33 tokens. The matrix product refuses 40 tokens, because 40 is no multiple of 16."""
     policy = bench.policy(fp8=RECIPES["blockwise"])
     for lengths, message in (((7, 20, 5, 1), "divisible by 8"), ((20, 20), "not a multiple of 16")):
         _assert_raises(message, run, policy, bench.batches(lengths, align=Alignment()))
@@ -229,7 +240,7 @@ def check_fault_segments_of_64_bits(bench: Bench) -> None:
 
 
 def check_fault_wrong_segments(bench: Bench) -> None:
-    """Sequences that see each other are far outside what is allowed to the right ones."""
+    """If sequences attend to each other, the results differ far more than correct results may."""
     policy, (batch, _) = bench.policy(dtype="float32"), bench.batches()
     with torch.no_grad():
         right, wrong = (
@@ -240,7 +251,7 @@ def check_fault_wrong_segments(bench: Bench) -> None:
 
 
 def check_fault_weights_of_before_the_update(bench: Bench) -> None:
-    """Where the schedule does not say that a pass begins, the FP8 weights stay those of the pass before."""
+    """If the schedule does not announce that a pass begins, the FP8 weights are still those of the pass before."""
     fp8, batches = RECIPES["blockwise"], bench.batches(LONG, fp8=RECIPES["blockwise"])
     policy = bench.policy(fp8=fp8)
     run(policy, batches)

@@ -96,7 +96,9 @@ def describe(path: str, parallel: ParallelConfig, *, transformer_engine: bool) -
 
 
 def describe_recipe(path: str, recipe: str, number_format: str) -> list[str]:
-    """Class and number format of what Transformer Engine is given; fields that 0.19 holds are what we set."""
+    """Return the class and the number format of the recipe for Transformer Engine. Check that Megatron 0.19 stores
+    the given settings.
+    """
     fp8 = Fp8Config(format=number_format, recipe=recipe, first_layers_bf16=1)
     config = transformer_config(
         load_hf_config(path), ModelConfig(path=path, fp8=fp8), ParallelConfig(), transformer_engine=True

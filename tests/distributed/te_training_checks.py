@@ -34,7 +34,9 @@ MICROBATCHES = 8
 
 
 def check_weight_gradients_add_up_in_float32(bench: Bench) -> None:
-    """A matrix's gradient is the exact sum of its micro-batches' products; with each rounded first, it is not."""
+    """A matrix's gradient is the exact sum of its micro-batches' products. If each product is rounded first, the sum
+    is not exact.
+    """
     batches = bench.batches(count=MICROBATCHES)
     found = {}
     for is_fused in (True, False):
@@ -44,7 +46,7 @@ def check_weight_gradients_add_up_in_float32(bench: Bench) -> None:
         layer = policy.gpt_models[0].decoder.layers[1].mlp.linear_fc2
         with _ExactGradient(layer) as exact:
             run(policy, batches)
-        # The buffers hold the mean over the replicas, each of which saw its own micro-batches.
+        # The buffers contain the mean over the replicas, each of which ran different micro-batches.
         torch.distributed.all_reduce(exact.total, group=bench.groups.dp_group)
         found[is_fused] = error(layer.weight.main_grad.double(), exact.total / bench.groups.dp_size)
     assert found[True] < 1e-6, found
@@ -52,7 +54,7 @@ def check_weight_gradients_add_up_in_float32(bench: Bench) -> None:
 
 
 def check_added_gradients_are_nearer_to_float32(bench: Bench) -> None:
-    """Over all matrices, many bfloat16 micro-batches of the same tokens: only the addition differs."""
+    """For all matrices and many bfloat16 micro-batches of the same tokens, so that only the addition differs."""
     batches = bench.batches(count=1) * MICROBATCHES
     outcomes = {}
     for is_fused in (True, False):
@@ -70,7 +72,9 @@ def check_added_gradients_are_nearer_to_float32(bench: Bench) -> None:
 
 
 def check_added_gradients_are_the_same_in_float32(bench: Bench) -> None:
-    """To the bit: tied embeddings, biases, experts; the first micro-batch may overwrite, the others add."""
+    """The sums are equal to the bit, with tied embeddings, biases and experts. The first micro-batch may overwrite,
+    and the others add.
+    """
     for model in {"dp2": ("tied", "with_bias"), "pp2": ("tied",), "ep2": ("experts",)}[bench.name]:
         batches = bench.batches(count=3)
         outcomes = []
@@ -79,14 +83,16 @@ def check_added_gradients_are_the_same_in_float32(bench: Bench) -> None:
             policy.transformer_config.moe_permute_fusion = False  # slow in Triton's interpreter
             if not is_fused:
                 _round_each_microbatch(policy)
-            for _ in range(2):  # a second pass must not keep anything of the first
+            for _ in range(2):  # a second pass must not use values of the first
                 outcome = run(policy, batches)
             outcomes.append(outcome)
         assert_equal(*outcomes, model)
 
 
 def check_added_gradients_are_reduced_beside_the_computation(bench: Bench) -> None:
-    """In buckets, as soon as the last micro-batch has added to them: the same bits as reduced at the end."""
+    """Each bucket is reduced as soon as the last micro-batch has added to it. The bits are the same as with a
+    reduction at the end.
+    """
     for fp8 in (NO_FP8, RECIPES["blockwise"]):
         batches = bench.batches((7, 60, 41, 20), count=3, fp8=fp8)
         outcomes = [run(bench.policy(fp8=fp8, overlap=overlap), batches) for overlap in (True, False)]
@@ -99,7 +105,9 @@ def _same_weights(number: int, logprobs: Tensor, entropy: Tensor) -> tuple[Tenso
 
 
 def _round_each_microbatch(policy: Policy) -> None:
-    """Layers as Transformer Engine builds them: a gradient tensor in the weights' dtype for each micro-batch."""
+    """Let each micro-batch have its own gradient tensor in the weights' dtype, as in layers that Transformer Engine
+    builds by default.
+    """
     switched = 0
     for chunk in policy.chunks:
         for module in chunk.modules():
@@ -110,7 +118,7 @@ def _round_each_microbatch(policy: Policy) -> None:
 
 
 class _ExactGradient:
-    """Sums dy^T x of a linear layer over the micro-batches in float64."""
+    """Sums dy^T x of a linear layer over the micro-batches, in float64."""
 
     def __init__(self, layer: Any) -> None:
         self.layer, self.inputs, self.total = layer, [], torch.zeros((), dtype=torch.float64)
@@ -137,7 +145,9 @@ class _ExactGradient:
 
 
 def check_fused_adam_is_the_cpus(bench: Bench) -> None:
-    """Three clipped updates of the distributed optimizer; in bfloat16 weights are the same up to a rounding step."""
+    """Three clipped updates of the distributed optimizer give the same weights, in bfloat16 up to one
+    rounding step.
+    """
     for dtype, tolerance in (("float32", 2e-6), ("bfloat16", 2**-9)):
         update = UpdateConfig(distributed_optimizer=True, lr=1e-2, weight_decay=0.1, clip_grad=1.0)
         weights, states = [], []
@@ -160,7 +170,7 @@ def check_fused_adam_is_the_cpus(bench: Bench) -> None:
 
 
 def check_a_loaded_checkpoint_goes_on_to_the_bit(bench: Bench) -> None:
-    """Train two, save, train two: the same as load, train two; FusedAdam, in bfloat16 and in FP8."""
+    """Two steps after a save equal two steps after a load, with FusedAdam, in bfloat16 and in FP8."""
     root = Path(broadcast_object(str(bench.folder / "checkpoints"), torch.distributed.group.WORLD, source=0))
     update = UpdateConfig(distributed_optimizer=True, lr=1e-2)
     for name, options in (("bfloat16", {}), ("fp8", {"fp8": RECIPES["blockwise"]})):

@@ -1,8 +1,9 @@
-"""What both ranks of test_transformer_engine.py run: Transformer Engine's Python code on its reference extension.
+"""Run Transformer Engine's Python code on its reference extension. Both ranks of test_transformer_engine.py run this
+program.
 
     torchrun --nproc-per-node 2 te_worker.py FOLDER
 
-All checks in one launch, results to FOLDER/results.json. The environment must be `te_reference.ENVIRONMENT`.
+One launch runs all checks and writes FOLDER/results.json. The environment must be `te_reference.ENVIRONMENT`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every method's advantages over four gloo processes, for random spreads (advantage_worker says what is checked)."""
+"""Every method's advantages over four gloo processes, for random spreads (see advantage_worker)."""
 
 import json
 

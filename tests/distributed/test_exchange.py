@@ -1,4 +1,4 @@
-"""Exchange and group statistics over four gloo processes (see exchange_worker for what is checked)."""
+"""Exchange and group statistics over four gloo processes (see exchange_worker)."""
 
 import json
 

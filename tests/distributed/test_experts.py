@@ -1,4 +1,4 @@
-"""A mixture of experts over 4 gloo processes, its experts shared out or not (see expert_worker.py)."""
+"""A mixture of experts over 4 gloo processes, with and without expert parallelism (see expert_worker.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One engine over 2 real gloo processes, whose schedulers must decide alike (see lockstep_worker for the claims)."""
+"""One engine over 2 real gloo processes, whose schedulers must take the same decisions (see lockstep_worker)."""
 
 import json
 import subprocess

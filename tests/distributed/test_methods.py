@@ -1,7 +1,7 @@
 """Every preset of configs/algorithm/ trains two steps on 2 real processes with a real engine (see methods_worker.py).
 
-All runs start from the same weights, questions and seeds: what differs between them is the method. One more run takes
-enough steps to show that none of them leaves anything behind.
+All runs start from the same weights, questions and seeds, so they differ only in the method. One more run takes
+enough steps to show that a step leaves nothing in memory.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ WORKER = Path(__file__).with_name("methods_worker.py")
 PRESETS = {path.stem: path for path in sorted((ROOT / "configs/algorithm").glob("*.yaml"))}
 MAX_RESPONSE_TOKENS, OVERLONG_BUFFER, GROUPS_PER_STEP, GROUP_SIZE = 160, 64, 4, 8
 
-SHORT_BUFFER = f"reward.overlong_buffer_tokens={OVERLONG_BUFFER}"  # dapo's own is longer than these responses
+SHORT_BUFFER = (
+    f"reward.overlong_buffer_tokens={OVERLONG_BUFFER}"  # dapo's buffer is longer than these responses
+)
 VARIANTS = {
     "grpo_k2": ["grpo", "algorithm.kl_estimator=k2"],
     "grpo_tight": ["grpo", "algorithm.dual_clip=1.01"],
     "dapo_one_draw": ["dapo", SHORT_BUFFER, "rollout.max_draws=1"],
-    # In float32 engine and trainer agree to the last digits; a bound of 1 has about half of the weights past it.
+    # In float32 engine and trainer agree to the last digits, so about half of the weights exceed a bound of 1.
     "truncated": [
         "a2tgpo",
         "algorithm.correction.kind=truncate",
@@ -49,13 +51,15 @@ WITH_ADAPTIVE_CLIP = ("a2tgpo", "a2tgpo_released", "turn_group_absent", "truncat
 LONG, LONG_STEPS, WARM_STEPS = "long", 24, 12
 JUDGED, SCORED = "judged", "scored"
 LAST_REPLY = 2
-"""Number of requests that the judge answers before it hangs up on everybody."""
+"""Number of requests that the judge answers before it closes all connections."""
 
 pytestmark = pytest.mark.distributed
 
 
 class Run:
-    """What a run left: the metrics of its steps, their rollouts, its weights, and what its ranks held."""
+    """The results of a run: the metrics of its steps, their rollouts, its weights, and the memory that its ranks
+    held.
+    """
 
     def __init__(self, folder: Path, trained: dict):
         lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -106,14 +110,14 @@ def launched(tmp_path_factory) -> dict[str, Run]:
     )
     assert result.returncode == 0, result.stderr[-4000:]
     server.close()
-    # dapo_one_draw leaves places unfilled in both of its steps.
+    # dapo_one_draw does not fill its two steps.
     assert result.stderr.count("after 1 draws (rollout.max_draws=1)") == 1
     trained = json.loads((root / "runs/trained.json").read_text())
     return {name: Run(root / "runs" / name, trained[name]) for name in overrides}
 
 
 def dying_judge() -> StubJudge:
-    """A judge that answers `LAST_REPLY` requests and then hangs up on everybody."""
+    """Return a judge that answers `LAST_REPLY` requests and then closes all connections."""
     asked = itertools.count(1)
 
     def script(prompt: str, _: int) -> Reply:
@@ -134,7 +138,7 @@ def progress(episode):
 
 
 def write_inputs(root: Path) -> Path:
-    """The configuration of all runs, over questions that the model answers now and then, or never."""
+    """Write the configuration of all runs. The model answers some of the questions rarely, and others never."""
     questions = [(f"capital of {land}?", city, 1) for land, city in CAPITALS.items()]
     questions += [(f"ruler of {land}?", f"King of {city}", 2) for land, city in list(CAPITALS.items())[:3]]
     questions += [(question, "nothing", 0) for question in ("babble?", "silent?", "loop?")]
@@ -181,7 +185,7 @@ def groups_of(records: list[dict]) -> dict[int, list[dict]]:
 
 
 def advantages_of(run: Run) -> list[list[float]]:
-    """Of the first step's turns, by trajectory."""
+    """Return the advantages of the first step's turns, by trajectory."""
     return [[turn["advantage"] for turn in record["turns"]] for record in run.rollouts[0]]
 
 
@@ -197,7 +201,7 @@ def test_two_steps_update_all_ranks_alike(runs, name):
         assert all(value is not None and math.isfinite(value) for value in record.values())
         assert record["update/skipped"] == 0
         assert record["update/grad_norm"] > 0
-        # At a low temperature all rollouts of a step may be alike.
+        # At a low temperature all rollouts of a step may be equal.
         assert record["advantage/max"] > record["advantage/min"] or name == "cool"
         assert record["gap/train_engine_abs_mean"] < 1e-4, (
             "the engine plays with other weights or temperature"
@@ -220,7 +224,7 @@ def test_a_step_holds_whole_groups_numbered_from_0(runs, name):
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in (*DYNAMIC, "cool")])
 def test_without_dynamic_sampling_every_method_plays_the_same_first_step(runs, name):
-    """Weights were put back, and one draw is one draw."""
+    """This shows that the weights were restored, and that a step without dynamic sampling has one draw."""
     played, first = runs[name], runs["a2tgpo"]
     assert not [key for key in played.steps[0] if key.startswith("sampling/")]
 
@@ -234,7 +238,7 @@ def test_without_dynamic_sampling_every_method_plays_the_same_first_step(runs, n
 def test_dynamic_sampling_trains_on_informative_groups_and_counts_the_others(runs, name):
     for record, records in zip(runs[name].steps, runs[name].rollouts, strict=True):
         groups = groups_of(records).values()
-        # Before the overlong penalty: that alone teaches nothing about answers.
+        # Compare the rewards before the overlong penalty, because the penalty alone says nothing about answers.
         worth = [{r["exact_match"] if r["format_ok"] else -1 for r in members} for members in groups]
         num_equal = sum(len(rewards) == 1 for rewards in worth)
         assert record["sampling/unfilled_groups"] == num_equal
@@ -257,7 +261,7 @@ def test_dynamic_sampling_refills_what_one_draw_leaves_empty(runs):
     assert refilled["sampling/draws"] > 1
     assert refilled["sampling/groups_played"] > GROUPS_PER_STEP
     assert refilled["sampling/unfilled_groups"] < once["sampling/unfilled_groups"]
-    # The engine's counts are of everything it played.
+    # The engine counts everything that it played.
     assert refilled["speed/sampled_tokens"] > once["speed/sampled_tokens"]
 
 
@@ -296,12 +300,12 @@ def test_the_kl_estimators_differ(runs):
 
 def test_only_grpo_clips_twice(runs):
     twice = {name: max(record["clip/dual_fraction"] for record in run.steps) for name, run in runs.items()}
-    assert twice["grpo_tight"] > 0  # its own bound of 3 is for larger steps than these
+    assert twice["grpo_tight"] > 0  # its default bound of 3 is meant for larger steps
     assert not any(share for name, share in twice.items() if name not in WITH_REFERENCE)
 
 
 def test_advantages_are_those_of_the_method(runs):
-    """On the same first step: methods that share a formula agree, the others do not."""
+    """On the same first step, methods with the same formula agree, and all other methods differ."""
     advantages = {name: advantages_of(run) for name, run in runs.items() if name not in (*DYNAMIC, "cool")}
     assert advantages["gspo"] == advantages["grpo"]
     assert advantages["igpo_tg_rescaled"] == advantages["a2tgpo"] == advantages["truncated"]
@@ -347,13 +351,15 @@ def test_corrections_act_only_where_they_are_asked_for(runs, name):
         share = record[f"correction/{kind}_share"]
         assert 0.05 < share < 0.95
         assert record[f"correction/{other}_share"] == 0
-        # The weights that are left are all 1 but for the last digits.
+        # The remaining weights are all 1, apart from the last digits.
         used = 1.0 if kind == "truncated" else 1 - share
         assert record["correction/effective_sample_share"] == pytest.approx(used, abs=1e-4)
 
 
 def test_steps_leave_nothing_behind_in_memory(launched):
-    """Caches and TensorBoard keep a little more for a while; a step's rollouts, batches or graphs are far more."""
+    """Caches and TensorBoard keep a little more memory for some steps. A step's rollouts, batches or graphs would be
+    far more.
+    """
     run = launched[LONG]
     before = held()
     kept = read_rollouts(run.folder, step=1)
@@ -399,7 +405,7 @@ def test_a_group_is_normalised_over_the_members_that_were_judged(launched):
 
 
 def is_process(record: dict) -> bool:
-    """Whether the rollout ended with a tool call."""
+    """Return whether the rollout ended with a tool call."""
     return bool(record["turns"][-1]["calls"])
 
 

@@ -1,4 +1,4 @@
-"""The policy on 4 gloo processes: equal to transformers at every layout, in logits, gradients and weights."""
+"""On 4 gloo processes the policy equals transformers in every layout, in logits, gradients and weights."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What the worker measured, from one launch of 4 processes."""
+    """The measurements of the worker, from one launch of 4 processes."""
     checkpoints, out = tmp_path_factory.mktemp("checkpoints"), tmp_path_factory.mktemp("out")
     for kind, tied in (("qwen2", True), ("qwen3", False), ("llama", True)):
-        # No multiple of 128, so that Megatron's vocabulary is padded.
+        # 250 is no multiple of 128, so Megatron pads the vocabulary.
         model = build_model(kind, vocab_size=250, tied=tied, num_layers=4)
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.dim() == 1:  # norms are made as ones, biases as zeros: mistakes would not show
+                if parameter.dim() == 1:  # norms begin as ones and biases as zeros, which would hide mistakes
                     parameter.add_(torch.randn_like(parameter) * 0.1)
         model.to(torch.bfloat16).save_pretrained(checkpoints / kind)
         (checkpoints / kind / "tokenizer.json").write_text("{}")
@@ -75,7 +75,7 @@ def test_vocabulary_parallel_logprobs_equal_float64(measured: dict, case: str) -
 
 
 def test_exchange_delivers_each_payload_to_its_destination_only(measured: dict) -> None:
-    # By destination, then source: [length, source, destination]; rank 2 sent nothing.
+    # [length, source, destination], by destination and then by source. Rank 2 sent nothing.
     expected = [
         [[0] if s == 2 else [100_000 if (s, d) == (1, 3) else 2 * (1 + d), s, d] for s in range(4)]
         for d in range(4)

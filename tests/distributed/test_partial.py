@@ -1,4 +1,4 @@
-"""What partial rollouts and the bank agree on over real gloo processes (see partial_worker for what is checked)."""
+"""Partial rollouts and the bank over real gloo processes (see partial_worker)."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The checks before a run, over real processes (see preflight_worker for what is checked)."""
+"""The checks before a run, over real processes (see preflight_worker)."""
 
 import os
 import re
@@ -32,7 +32,7 @@ LEFT_BY_ANOTHER_JOB = {
     "TORCHELASTIC_USE_AGENT_STORE": "False",
     "TORCHELASTIC_RUN_ID": "another",
 }
-"""What a shell inside of a torchrun job exports."""
+"""Variables that a shell inside a torchrun job exports."""
 UNKNOWN_HOST = [
     "unshare",
     "--user",
@@ -43,7 +43,7 @@ UNKNOWN_HOST = [
     'hostname gpu-07.invalid; exec "$@"',
     "-",
 ]
-"""Runs a command on this machine under a name that has no address."""
+"""Command that runs another command under a host name that has no address."""
 
 
 def start(
@@ -63,7 +63,9 @@ def start(
 
 @pytest.fixture(scope="module")
 def faults(config) -> subprocess.CompletedProcess:
-    """Starts with a fault each, and one without; launched from another job's shell on a host without an address."""
+    """The results of several starts with one fault each, and of one start without a fault. They were launched from
+    another job's shell, on a host without an address.
+    """
     can_rename = subprocess.run([*UNKNOWN_HOST, "true"], capture_output=True, check=False).returncode == 0
     return start(config, "faults", UNKNOWN_HOST if can_rename else (), **LEFT_BY_ANOTHER_JOB)
 

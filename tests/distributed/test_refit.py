@@ -1,4 +1,4 @@
-"""Engines beside Megatron on 2 real gloo processes (see refit_worker for what is checked)."""
+"""Engines and Megatron in the same 2 real gloo processes (see refit_worker)."""
 
 import json
 
@@ -28,7 +28,9 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def replicas(tmp_path_factory) -> dict[str, str]:
-    """A mixture of experts with tied embeddings: the two that vLLM's CPU kernels keep packed copies of."""
+    """Results for a mixture of experts with tied embeddings, because vLLM's CPU kernels keep packed copies of
+    both.
+    """
     folder = tmp_path_factory.mktemp("replicas")
     out, model = folder / "results.json", save_tiny(folder / "model", "qwen3_moe", tied=True)
     run_ranks(2, "refit_worker.py", out, "replicas", model)

@@ -1,4 +1,4 @@
-"""Transformer Engine's own Python code, forward and backward, on a reference of its compiled part."""
+"""Transformer Engine's own Python code, forward and backward, with a PyTorch reference for its compiled part."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ pytestmark = [
 
 
 def run_worker(script: str, *arguments: str) -> None:
-    """Run a program of this folder on two ranks, to its end."""
+    """Run a program of this folder on two ranks until it ends."""
     paths = os.pathsep.join([os.environ["PYTHONPATH"], str(FOLDER)])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = subprocess.run(

@@ -1,4 +1,6 @@
-"""The layers' CPU twin against Transformer Engine's real modules: names, shapes, dtypes, splits, weight tables."""
+"""Compare the layers' CPU twin with Transformer Engine's real modules: names, shapes, dtypes, splits, weight
+tables.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ RECIPES = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What two ranks found, from one launch."""
+    """The results of two ranks, from one launch."""
     folder = tmp_path_factory.mktemp("names")
     for number, architecture in enumerate(ARCHITECTURES):
         model = build_model(architecture, vocab_size=250, tied=number == 0)
@@ -40,7 +42,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
 def test_the_twin_has_transformer_engines_parameters(found: dict, architecture: str, tensor: int) -> None:
     for mine, theirs in found["names"][f"{architecture}-tp{tensor}"]:
         assert mine == theirs
-        assert len(mine) >= 2 * 6 + 2  # six of each layer, embedding, final norm
+        assert len(mine) >= 2 * 6 + 2  # six parameters of each layer, the embedding and the final norm
 
 
 def test_tensor_parallel_ranks_hold_half_of_what_is_split(found: dict) -> None:
@@ -60,7 +62,7 @@ def test_experts_are_whole_and_shared_out_in_transformer_engines_grouped_linears
         assert sorted(experts) == sorted(
             f"{stem}{number}.weight{expert}" for number in (1, 2) for expert in range(num_experts)
         )
-        # Two of 32 channels from 64 (gate and up), and back: neither is divided among tensor-parallel ranks.
+        # gate and up map 64 channels to 32 each, and down maps back. Tensor parallelism divides none of them.
         assert all(
             value[0] == ([64, 64] if "linear_fc1" in name else [64, 32]) for name, value in experts.items()
         )

@@ -1,4 +1,4 @@
-"""Warm starts on real gloo processes, alone and ended by kills and signals (see warm_start_worker.py)."""
+"""Warm starts on real gloo processes, undisturbed or ended by kills and signals (see warm_start_worker.py)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def make_demonstrations(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Of one worker: `one`, `two`, `ended` (models), `runs/`, and `codes.json`, how each start ended."""
+    """The folder of one worker. It has the models `one`, `two` and `ended`, `runs/`, and `codes.json` with the exit
+    code of each start.
+    """
     root = tmp_path_factory.mktemp("warm_start")
     make_model(root / "model")
     make_demonstrations(root / "demonstrations.jsonl")
@@ -73,7 +75,7 @@ def folder(tmp_path_factory) -> Path:
         "run": {"name": "unset", "root": str(root / "runs"), "seed": 4},
         "model": {"path": "unset", "dtype": "float32"},
         "data": {"train": "unused", "test": "unused", "instructions": ""},
-        # Neither is there: a warm start has no engine, and asks no server.
+        # Corpus and server do not exist, because a warm start needs neither an engine nor a server.
         "search": {"backend": "http", "url": "http://127.0.0.1:9/retrieve"},
         "rollout": {"tensor_parallel": 7},
         "update": {"max_microbatch_tokens": 64},
@@ -139,7 +141,7 @@ def test_a_warm_start_reports_the_loss_of_what_it_does_not_train_on(folder) -> N
 
 
 def test_a_warm_started_model_is_a_checkpoint_that_transformers_loads(folder) -> None:
-    """And it gives its tokens the loss that the last step reported, or less."""
+    """The loss of the loaded model is at most the loss that the last step reported."""
     model = AutoModelForCausalLM.from_pretrained(folder / "two")
     tokenizer = AutoTokenizer.from_pretrained(folder / "two")
     prompt = tokenizer.apply_chat_template(

@@ -1,4 +1,4 @@
-"""What the checks of update_worker.py run on: a tiny model, trajectories, a reference, a layout in place."""
+"""The objects that the checks of update_worker.py use: a tiny model, trajectories, a reference and a layout."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LAYOUTS = {
 
 
 def make_trajectories() -> list[Trajectory]:
-    """Nine of different shapes, among them one without a sampled token and one that ends with an observation."""
+    """Return nine trajectories of different shapes. One has no sampled token, and one ends with an observation."""
     rng = random.Random(5)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -85,29 +85,31 @@ def make_trajectories() -> list[Trajectory]:
 
 
 def coefficient(trajectory: int, turn: int) -> float:
-    """Stands in for a turn's advantage: different for every turn, of both signs."""
+    """Return a value to use as a turn's advantage. It is different for every turn, and may be negative."""
     return math.sin(1.0 + 3.0 * trajectory + 0.7 * turn)
 
 
 def old_logprobs(logprobs: Tensor) -> Tensor:
-    """Stands in for what a trajectory's log-probs were before some updates: near enough that ratios are near 1."""
+    """Return values to use as a trajectory's log-probs before some updates. They are so close that ratios are
+    near 1.
+    """
     return logprobs.detach() + 0.02 * torch.sin(torch.arange(1.0, len(logprobs) + 1))
 
 
 @dataclasses.dataclass
 class Reference:
-    """Losses and gradients by transformers, one unpacked trajectory at a time, and each token's log-prob."""
+    """Losses, gradients and each token's log-prob, computed by transformers on one unpacked trajectory at a time."""
 
     loss: float
     gradients: dict[str, Tensor]
     turn_loss: float
-    """Eq. 10 and 12 written as loops over trajectories and turns, each sampled token with the same weight."""
+    """Eq. 10 and 12, written as loops over trajectories and turns. Each sampled token has the same weight."""
     turn_gradients: dict[str, Tensor]
     entropy_loss: float
-    """Minus the entropy of every sampled token's distribution, weighted as in `Bench.loss_function`."""
+    """Negative entropy of every sampled token's distribution, weighted as in `Bench.loss_function`."""
     entropy_gradients: dict[str, Tensor]
     logprobs: dict[int, Tensor]
-    """Per trajectory, log p of its tokens 1 .. m."""
+    """For each trajectory, log p of its tokens 1 to m."""
 
 
 def make_reference(path: Path, trajectories: list[Trajectory]) -> Reference:
@@ -138,7 +140,9 @@ def load_reference(path: Path) -> Any:
 def reference_loss(
     model: Any, trajectories: list[Trajectory]
 ) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:
-    """The loss of `Bench.loss_function`, that of turns, that of entropies, and each token's log-prob."""
+    """Return the loss of `Bench.loss_function`, the loss of turns, the loss of entropies, and each token's
+    log-prob.
+    """
     total = sum(t.num_sampled_tokens for t in trajectories)
     loss, turn_loss, entropy_loss, logprobs = torch.zeros(()), torch.zeros(()), torch.zeros(()), {}
     for index, rollout in enumerate(trajectories):
@@ -167,7 +171,7 @@ def reference_loss(
 
 
 class Bench:
-    """A layout in place, with the trajectories dealt to this rank's replica."""
+    """A layout, and the trajectories of this rank's replica."""
 
     def __init__(self, folder: Path, name: str, trajectories: list[Trajectory], reference: Reference) -> None:
         self.folder, self.name, self.parallel = folder, name, LAYOUTS[name]
@@ -183,8 +187,9 @@ class Bench:
         dtype: str = "float32",
         **options: Any,
     ) -> tuple[Policy, UpdateConfig]:
-        """With `bucket_size`, gradients are reduced in buckets during the backward pass, and weights gathered so
-        during the next forward pass, as on GPUs."""
+        """Build a policy. With `bucket_size`, gradients are reduced in buckets during the backward pass, and weights
+        are gathered in buckets during the next forward pass, as on GPUs.
+        """
         update = UpdateConfig(
             distributed_optimizer=distributed_optimizer,
             **{"lr": 1e-2, "weight_decay": 0.1, "lr_schedule": "linear", **options},
@@ -200,7 +205,7 @@ class Bench:
         return policy, update
 
     def batches(self, *, max_tokens: int = 60, replicas: int | None = None) -> list[PackedBatch]:
-        """This replica's micro-batches, the trajectories dealt over the first `replicas` replicas."""
+        """Return this replica's micro-batches. The trajectories are divided among the first `replicas` replicas."""
         align = alignment(self.parallel, Fp8Config())
         lengths = [align.segment_length(packed_length(t)) for t in self.trajectories]
         dealt = deal(lengths, replicas or self.groups.dp_size)
@@ -226,7 +231,9 @@ class Bench:
 
 
 def hf_gradients(policy: Policy) -> dict[str, Tensor]:
-    """Gradients in the model's buffers under Hugging Face names, in full: exported as if they were the weights."""
+    """Return the full gradients in the model's buffers under Hugging Face names. They are exported as if they were
+    weights.
+    """
     parameters = [p for chunk in policy.chunks for p in chunk.parameters()]
     weights = [p.data for p in parameters]
     for p in parameters:
@@ -242,7 +249,9 @@ def hf_weights(policy: Policy) -> dict[str, Tensor]:
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Each tensor within `tolerance` of the expected one, relative to its norm; 0: equal to the bit."""
+    """Check that each tensor is within `tolerance` of the expected tensor, relative to its norm; 0: equal to
+    the bit.
+    """
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     for name, tensor in found.items():
         error = float((tensor - expected[name]).norm() / expected[name].norm().clamp(min=1e-12))

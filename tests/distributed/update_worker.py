@@ -1,8 +1,8 @@
-"""What each of the 4 ranks of test_update.py runs: all checks in one launch, results to FOLDER/results.json.
+"""Run all checks of test_update.py in one launch of 4 ranks, and write FOLDER/results.json.
 
     torchrun --nproc-per-node 4 update_worker.py FOLDER
 
-A check is a function of a `Bench`; it raises AssertionError on the ranks that see a fault.
+A check is a function of a `Bench`. It raises AssertionError on the ranks that see a fault.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ from a2tgpo.update.train_step import train_step
 
 
 def check_nan_is_skipped(bench: Bench) -> None:
-    """A NaN on one replica leaves weights and optimizer state of all ranks as if the step had not been."""
+    """A NaN on one replica leaves the weights and the optimizer state of all ranks unchanged."""
     results = {}
     for with_nan in (False, True):
         policy, update = bench.policy(distributed_optimizer=True)
@@ -95,7 +95,7 @@ def check_nan_is_skipped(bench: Bench) -> None:
 
 
 def check_memory_phases(bench: Bench, **options: Any) -> None:
-    """Trained with everything leaving the card and coming back between steps: equal to the bit to staying there."""
+    """If the whole state leaves the GPU and comes back between steps, the results are equal to the bit."""
     results = {}
     for moves in (False, True):
         policy, update = bench.policy(distributed_optimizer=True, clip_grad=0.05, **options)
@@ -120,12 +120,12 @@ def check_memory_phases(bench: Bench, **options: Any) -> None:
 
 
 def check_memory_phases_with_buckets(bench: Bench) -> None:
-    """The same with weights gathered bucket by bucket during the forward pass."""
+    """The same holds if weights are gathered bucket by bucket during the forward pass."""
     check_memory_phases(bench, bucket_size=3000)
 
 
 def check_data_parallel_updates(bench: Bench) -> None:
-    """Three updates of a sharded optimizer give the weights and norms that one replica with all the data gives."""
+    """Three updates of a sharded optimizer give the same weights and norms as one replica with all data."""
     outcomes = {}
     for replicas in (1, 4):
         policy, update = bench.policy(distributed_optimizer=True, clip_grad=0.05)
@@ -143,7 +143,7 @@ def check_data_parallel_updates(bench: Bench) -> None:
 
 
 def check_clip_cov(bench: Bench) -> None:
-    """Clip-Cov chooses the tokens that one process chooses, also if a replica has no token."""
+    """Clip-Cov chooses the same tokens as one process, also if a replica has no token."""
     generator = torch.Generator().manual_seed(7)
     logprobs, advantages, draws = torch.rand(3, 300, generator=generator, dtype=torch.float64)
     values = (logprobs * -9, advantages * 3, draws)
@@ -156,7 +156,7 @@ def check_clip_cov(bench: Bench) -> None:
 
 
 def check_one_best(bench: Bench) -> None:
-    """All ranks take for the best so far what rank 0 sees, also where the others see other files."""
+    """All ranks use the best checkpoint that rank 0 sees, even if the other ranks see other files."""
     policy, update = bench.policy(distributed_optimizer=True)
     optimizer, schedule = build_optimizer(policy, update, total_steps=6)
     parts: dict[str, Any] = dict(
@@ -282,7 +282,7 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
 
 
 def run_checks(folder: Path, checks_by_layout: dict[str, Any], *, experts: int = 0) -> None:
-    """All checks on a model in FOLDER/model, results to FOLDER/results.json."""
+    """Run all checks on the model in FOLDER/model, and write FOLDER/results.json."""
     trajectories, claims = make_trajectories(), Claims()
     rank = initialize(ParallelConfig(timeout_s=60), seed=3).rank
     if rank == 0:
@@ -294,13 +294,13 @@ def run_checks(folder: Path, checks_by_layout: dict[str, Any], *, experts: int =
         for check in checks:
             claims.check(f"{check.__name__.removeprefix('check_')}[{layout}]", check, bench)
         claims.save(folder / "results.json")
-        del bench  # with its groups, of which each keeps a thread that wakes a hundred times a second
+        del bench  # delete its groups too, because each has a thread that wakes a hundred times a second
         gc.collect()
         leave()
 
 
 def leave() -> None:
-    """End the process group; the next one meets at a new port, since keys of this one stay in its store."""
+    """End the process group. The next group uses a new port, because the old store keeps the keys of this group."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

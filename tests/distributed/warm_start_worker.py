@@ -1,9 +1,11 @@
-"""Starts warm starts on forked ranks, as launch/warmstart.py does: alone, and ended at one point after another.
+"""Run warm starts on forked ranks, as launch/warmstart.py does: undisturbed, and ended at several points one after
+another.
 
     python warm_start_worker.py FOLDER
 
-What all ranks import is imported once. FOLDER holds config.yaml; written are the models, the warm starts' folders,
-and codes.json: the exit code of each rank of each start, 0 for a rank that was ended because another had died.
+The modules that all ranks need are imported once. FOLDER contains config.yaml. The program writes the models, the
+folders of the warm starts, and codes.json with the exit code of each rank of each start. The code is 0 for a rank
+that was ended because another rank had died.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ assert start_ranks, "imported here for all ranks"
 
 
 def passing(owner: Any, name: str, *, at: int, action: Callable[[], None]) -> None:
-    """Do `action` before the call number `at`, from 1, of `owner.name`."""
+    """Run `action` before call number `at` of `owner.name`, counted from 1."""
     function, count = getattr(owner, name), [0]
 
     @functools.wraps(function)
@@ -43,7 +45,7 @@ def passing(owner: Any, name: str, *, at: int, action: Callable[[], None]) -> No
 
 
 def in_step(step: int, action: Callable[[], None]) -> None:
-    """Do `action` before the update of `step`."""
+    """Run `action` before the update of `step`."""
     train_step = loop.WarmStart._train_step
 
     def wrapped(self: loop.WarmStart) -> None:
@@ -65,7 +67,7 @@ def ask_to_stop() -> None:
 def start(
     folder: Path, name: str, *overrides: str, ranks: int, faults: dict[int, Callable[[], None]]
 ) -> list[int]:
-    """Exit codes of the ranks of one start; `faults` are put in place by rank."""
+    """Return the exit codes of the ranks of one start. `faults` maps ranks to faults, which are installed first."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -91,7 +93,7 @@ def start(
 
 
 def ends_of(children: list[int]) -> list[int]:
-    """As a launcher does, end the others once one has died."""
+    """When one rank has died, end the other ranks, as a launcher does. Return the exit codes."""
     codes: dict[int, int] = {}
     ended_by_us = set()
     while len(codes) < len(children):
