@@ -1,10 +1,11 @@
-"""Run every fault at every point of a step in real runs on this machine; write the table in docs/reliability.md.
+"""Run every fault at every point of a step in real runs on this machine, and write the table in docs/reliability.md.
 
     python tests/fault_table.py [--out docs/reliability.md] [--jobs 2] [--only PART,PART,...] [--work FOLDER]
 
-Takes a quarter of an hour on two idle cores, up to an hour on busy ones. Mounts a small tmpfs for the full disk,
-which needs root. FOLDER keeps finished parts, so an interrupted table resumes; parts without rows in FOLDER are named
-as not run. With --only and without --work, the table is only printed. Exits with 1 if a row fails.
+The program takes a quarter of an hour on two idle cores, and up to an hour on busy cores. For the full disk it mounts
+a small tmpfs, which needs root. FOLDER keeps finished parts, so the same command resumes an interrupted table. Parts
+without rows in FOLDER are reported as not run. With --only and without --work, the table is only printed. The exit
+code is 1 if a row fails.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BEGIN, END = "<!-- fault table: written by tests/fault_table.py -->", "<!-- end of the fault table -->"
 CHAIN_FAULTS = 6
-"""Consecutive faults in one run, which has at least a step for each."""
+"""Number of consecutive faults in one run, which has at least one step for each fault."""
 
 
 def chains() -> dict[str, list[Fault]]:
@@ -68,7 +69,7 @@ def parts(config: Path, undisturbed: Path) -> dict[str, Callable[[], list[Row]]]
 
 
 def prepare(folder: Path) -> Path:
-    """Make the inputs of all runs and the run without faults, unless they exist; return the configuration."""
+    """Make the inputs of all runs and the run without faults, unless they exist. Return the configuration."""
     config = folder / "config.yaml"
     if not (folder / "ready").exists():
         write_inputs(folder)
@@ -140,7 +141,8 @@ def main() -> int:
         for name in waiting:
             run_part(folder, name, work[name])
 
-    # Not concurrent.futures, whose pool a process forked from one of its threads would wait for at its exit.
+    # Do not use concurrent.futures: a process that is forked from a thread of its pool would wait for the pool at
+    # exit.
     threads = [threading.Thread(target=work_off) for _ in range(options.jobs)]
     for thread in threads:
         thread.start()

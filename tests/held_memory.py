@@ -1,4 +1,6 @@
-"""What this process holds on to: found by counting, where resident memory shows pages that come and go."""
+"""Count the objects and bytes that this process keeps. Resident memory is less exact, because its pages come
+and go.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,17 @@ _NAMES = (
 
 
 class _MallInfo(ctypes.Structure):
-    """struct mallinfo2 of malloc.h: `uordblks` bytes are allocated in the arenas, `hblkhd` outside of them."""
+    """struct mallinfo2 of malloc.h: `uordblks` bytes are allocated in the arenas, and `hblkhd` bytes outside them."""
 
     _fields_ = [(name, ctypes.c_size_t) for name in _NAMES]
 
 
 def held() -> dict[str, int]:
-    """Counts that stay where they are if nothing is kept, after a collection of garbage:
+    """Collect garbage, and return counts that do not grow if nothing is kept:
 
     python_blocks: small objects of Python
-    tensors: those that Python knows
-    bytes: what is allocated through malloc (glibc >= 2.33), tensors and large objects of Python included
+    tensors: tensors that Python knows
+    bytes: bytes allocated through malloc (glibc >= 2.33), including tensors and large objects of Python
     files: open file descriptors
     """
     gc.collect()

@@ -1,4 +1,4 @@
-"""Rollouts for tests of advantages: plain rows with gains, made into trajectories."""
+"""Make trajectories from plain rows of gains, for tests of advantages."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class Row:
     gains: tuple[float | None, ...]
     outcome: float
     final: bool = True
-    """Whether the rollout has a final turn. One without process turns always has."""
+    """Whether the rollout has a final turn. A rollout without process turns always has a final turn."""
 
     @property
     def num_turns(self) -> int:
@@ -23,7 +23,7 @@ class Row:
 
 
 GRID = st.integers(-64, 64).map(lambda k: k / 64)
-"""Gains whose sums are exact, so that equal gains stay equal."""
+"""Strategy for gains whose sums are exact, so that equal gains stay equal."""
 
 
 def batches(gains=GRID, *, missing=True, min_size=1):
@@ -66,7 +66,9 @@ def trajectories_of(batch: list[Row]) -> list[Trajectory]:
 
 
 def z_score(value: float, group: list[float], *, by_std: bool = True, sample: bool = False) -> float:
-    """`value` against `group` in plain float64, with the stabilisers of the project; 0 if it is alone."""
+    """Return the z-score of `value` in `group`, in float64 with the project's stabilisers; 0 if the group has one
+    member.
+    """
     mean = sum(group) / len(group)
     if len(group) == 1 or not by_std:
         return 0.0 if len(group) == 1 else value - mean

@@ -26,7 +26,7 @@ from a2tgpo.trajectory import Prompt, Trajectory
 def tags(
     tokenizer: PreTrainedTokenizerBase, *tools: str, gain: GainConfig | None = None, **settings: Any
 ) -> TagProtocol:
-    """The protocol of tags with the `tools`, search alone if none is named; `settings` are those of `TagProtocol`."""
+    """Return the tag protocol with the tools `tools`, or with search alone. `settings` are those of `TagProtocol`."""
     template, scaffold = PromptTemplate(tokenizer, ""), (gain or GainConfig()).scaffold
     return TagProtocol(template, tools=tools or ("search",), scaffold=scaffold, **settings)
 
@@ -41,7 +41,9 @@ def run(
     should_stop: Callable[[], bool] | None = None,
     **settings: Any,
 ) -> tuple[list[Trajectory], RolloutCounts]:
-    """The scored trajectories by prompt and sample, and the counts; `settings` are those of `GroupRollout.play`."""
+    """Return the scored trajectories by prompt and sample, and the counts. `settings` are those of
+    `GroupRollout.play`.
+    """
     counts = RolloutCounts()
     reward = TrajectoryReward(measure=measure, reader=reader_of(rollout.protocol))
     playing = rollout.play(prompts, seed=seed, version=version, counts=counts, **settings)
@@ -56,7 +58,7 @@ def run(
 def run_on(
     rollout: GroupRollout, groups: Sequence[CarriedGroup], *, budgets: Sequence[int | None], version: int
 ) -> tuple[list[CarriedGroup], RolloutCounts]:
-    """The groups played on, and the counts."""
+    """Continue the groups, and return them and the counts."""
     counts = RolloutCounts()
     return rewarded(rollout).play_on(groups, budgets=budgets, version=version, counts=counts), counts
 

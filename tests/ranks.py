@@ -1,8 +1,8 @@
-"""Programs of tests/distributed on several real processes, as torchrun starts them.
+"""Run programs of tests/distributed on several real processes, as torchrun does.
 
     python ranks.py NUM_RANKS WORKER [ARGUMENT ...]
 
-The ranks are forks of a process that has imported what the worker imports, which saves most of a short launch.
+The ranks are forks of a process that has imported the worker's modules, which saves most of a short launch's time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 DISTRIBUTED = Path(__file__).with_name("distributed")
 OF_A_LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
-"""Variables that a test in this process may have left."""
+"""Variables that an earlier test in this process may have set."""
 
 
 def run_ranks(
@@ -26,7 +26,7 @@ def run_ranks(
     environment: dict[str, str] | None = None,
     timeout_s: float = 300,
 ) -> str:
-    """Run `worker`, a file of tests/distributed, on each rank; return what they printed.
+    """Run `worker`, a file of tests/distributed, on each rank, and return the output of the ranks.
 
     Raises:
         AssertionError: unless all ranks end with exit code 0 in time.
@@ -51,11 +51,11 @@ def run_ranks(
 
 
 def main(num_ranks: str, worker: str, *arguments: str) -> None:
-    runpy.run_path(worker)  # imports, and runs nothing: it is not __main__
+    runpy.run_path(worker)  # only imports the modules, because the name is not __main__
     from torch.distributed.run import main as torchrun
 
-    gc.freeze()  # what was imported stays: an engine's start collects garbage five times
-    sys.stdout.flush()  # otherwise each fork prints what is still in the buffer
+    gc.freeze()  # keep imported objects out of garbage collection, which an engine's start runs five times
+    sys.stdout.flush()  # otherwise each fork prints the content of the buffer
     fork = ["--start-method", "fork", "--run-path", worker]
     torchrun(["--standalone", "--nproc-per-node", num_ranks, *fork, *arguments])
 

@@ -1,4 +1,4 @@
-"""Evaluation sets of prompts that a test has rendered by itself."""
+"""Evaluation sets of prompts that a test has rendered itself."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from a2tgpo.trajectory import Prompt
 
 
 class Rendered:
-    """Questions whose prompts exist already, in place of a `PromptSet`."""
+    """A replacement of `PromptSet` for questions whose prompts already exist."""
 
     def __init__(self, prompts: Sequence[Prompt]):
         self.members = prompts

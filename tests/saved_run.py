@@ -1,4 +1,4 @@
-"""A run as far as its folder is concerned: what it saves and restores, in one process."""
+"""The parts of a run that its folder saves and restores, in one process."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def best_of(root: Path) -> dict | None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Iterator[SimpleNamespace]:
-    """A process group of one and the parts of a run that a checkpoint holds, before any update."""
+    """A process group of one process, and the parts of a run that a checkpoint contains, before any update."""
     environment = dict(os.environ)
     groups = initialize(ParallelConfig(), seed=0)
     yield SimpleNamespace(groups=groups, parts=new_parts(groups, tmp_path_factory.mktemp("model")))
@@ -60,7 +60,7 @@ def world(tmp_path_factory) -> Iterator[SimpleNamespace]:
 
 
 def new_parts(groups: ParallelGroups, model: Path, *, vocab_size: int = 250) -> SimpleNamespace:
-    """The parts of a run with a random model, which is written to `model` first."""
+    """Write a random model to `model`, and return the parts of a run with this model."""
     build_model("llama", vocab_size=vocab_size).save_pretrained(model)
     update = UpdateConfig()
     policy = build_policy(
@@ -81,7 +81,7 @@ def new_parts(groups: ParallelGroups, model: Path, *, vocab_size: int = 250) -> 
 
 
 class Questions:
-    """A question set as far as a run's folder looks at it: every prompt is [1, 2]."""
+    """A replacement of a question set, in which every prompt is [1, 2]."""
 
     def __init__(self, fingerprint: str):
         self.fingerprint = fingerprint
@@ -94,7 +94,7 @@ class Questions:
 
 
 class Run:
-    """What a program holds of one run between its start and its end."""
+    """The objects of one run between its start and its end."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ _EM_AND_F1 = (*EM, NamedReward(label="f1", weight=0.0, reward=TokenF1(), path=Pa
 
 
 def tag_reader(**settings: Any) -> EpisodeReader:
-    """Reads episodes in tags, whose tokens are not decoded; `settings` are those of `TagFormat`."""
+    """Return a reader of episodes in tags, whose tokens are not decoded. `settings` are those of `TagFormat`."""
     return EpisodeReader(format=TagFormat(**settings), decode=str)
 
 
@@ -41,7 +41,7 @@ def score(
     *,
     rewards: Sequence[NamedReward] = EM,
 ) -> None:
-    """Set all fields of `trajectory` at once."""
+    """Set all fields of `trajectory`."""
     episode = reward.begin(trajectory, prompt_of(answers), texts, logprobs)
     reward.finish(trajectory, judge(rewards, episode, format_gate=reward.config.format_gate))
 
@@ -49,7 +49,7 @@ def score(
 def score_response(
     response: str, golds: Sequence[str], *, tools: tuple[str, ...] = ("search",)
 ) -> SimpleNamespace:
-    """Reward, EM, F1, answer and format of a whole response, with its `<result>` blocks."""
+    """Return reward, EM, F1, answer and format of a whole response with its `<result>` blocks."""
     trajectory = Trajectory(
         prompt_index=0,
         prompt_id="0",

@@ -1,4 +1,4 @@
-"""An engine that writes what a test decides, without vLLM."""
+"""An engine without vLLM that writes the texts of a test's script."""
 
 from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput
 

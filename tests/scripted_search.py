@@ -1,4 +1,4 @@
-"""A search tool whose answers, delays and failures a test decides."""
+"""A search tool with answers, delays and failures that a test sets."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ class ScriptedSearch:
     Args:
         delays: seconds by query.
         failing: queries that end in `SearchError`.
-        text: of the passage; `{}` is the query.
+        text: text of the passage, in which `{}` is replaced by the query.
     """
 
     def __init__(self, *, delays=None, failing=(), text="{} is known."):
@@ -37,9 +37,9 @@ class ScriptedSearch:
         return {}
 
     def close(self):
-        """Nothing to close."""
+        """Do nothing."""
 
 
 def toolset_of(search, *, more_tools=None, **limits):
-    """The search tool over `search`, and others by name; `limits` as in `Toolset`."""
+    """Return a toolset with the search tool `search`, and other tools by name. `limits` are those of `Toolset`."""
     return Toolset(tools={"search": Search(search), **(more_tools or {})}, **limits)

@@ -1,4 +1,4 @@
-"""Counts the memory that tensor operations allocate."""
+"""Count the memory that tensor operations allocate."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_iter
 
 
 class StorageTally(TorchDispatchMode):
-    """Storages that operations make while it is entered, and which of them are alive at once, bytes.
+    """Counts the bytes of storages that operations create in the `with` block, and the bytes that exist at once.
 
-    It may be entered and left again and again. What an operation allocates inside itself is not seen.
+    It may be entered several times. Memory that an operation allocates and frees internally is not counted.
     """
 
     def __init__(self) -> None:

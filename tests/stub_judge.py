@@ -1,4 +1,4 @@
-"""A server with OpenAI's chat interface that replies as a script says, over real HTTP."""
+"""A server with OpenAI's chat interface that replies according to a script, over real HTTP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 Reply = tuple[int, str, dict[str, str]] | None
-"""Status, body, headers; None: the server hangs up."""
+"""Status, body and headers. None means that the server closes the connection."""
 
 
 def chat(text: str) -> Reply:
@@ -17,7 +17,7 @@ def chat(text: str) -> Reply:
 
 
 class StubJudge:
-    """Answers each request with `script(prompt, times that this prompt was asked before)`."""
+    """Answers each request with `script(prompt, number of earlier requests with this prompt)`."""
 
     def __init__(self, script: Callable[[str, int], Reply]):
         self.asked: list[dict] = []

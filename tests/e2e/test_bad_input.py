@@ -1,4 +1,4 @@
-"""What a user gets wrong is answered by one line that says what, where, what is allowed; never a traceback."""
+"""A user's mistake gives one line that says what is wrong, where it is and what is allowed, and never a traceback."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory) -> dict[str, str]:
-    """Settings of a run that a dry run finds nothing wrong with."""
+    """Settings of a run in which a dry run finds no fault."""
     folder = tmp_path_factory.mktemp("good")
     save_tiny(folder / "model", "qwen3")
     question = {"id": "1", "question": "What is the capital of France?", "answers": ["Paris"]}
@@ -97,7 +97,7 @@ def write(folder: Path, content: str | bytes, *, encoding: str = "utf-8") -> str
 
 
 def model_with(folder: Path, good: Path, change: Callable[[Path], object]) -> dict[str, str]:
-    """A copy of the good model, changed."""
+    """Return a changed copy of the good model."""
     model = folder / "model"
     shutil.copytree(good, model)
     change(model)
@@ -250,7 +250,7 @@ def test_a_dry_run_compares_the_checkpoint_to_go_on_from_with_the_model(
     for folder in (
         checkpoint,
         checkpoint.with_name("step_9"),
-    ):  # an older one is not looked at where this can be read
+    ):  # an older checkpoint is not read if the newest checkpoint is readable
         folder.mkdir(parents=True)
         (folder / MARKER).write_text("{}")
     model = architecture_of(load_hf_config(good["model.path"]))
@@ -266,7 +266,7 @@ def test_a_dry_run_compares_the_checkpoint_to_go_on_from_with_the_model(
     assert line.startswith(f"error: --resume: {checkpoint} does not fit the model at model.path")
     assert f"num_hidden_layers 7 (here {model['num_hidden_layers']})" in line
     (checkpoint / STATE).write_text("{")
-    if resume == "auto":  # the start would go on from an older one
+    if resume == "auto":  # the start would continue from an older checkpoint
         assert dry_run(settings, monkeypatch, *options) == 0
     else:
         assert "was not written by this program" in refusal(settings, monkeypatch, capsys, *options)
@@ -275,7 +275,7 @@ def test_a_dry_run_compares_the_checkpoint_to_go_on_from_with_the_model(
 
 
 def refusal(settings: dict[str, str], monkeypatch, capsys, *options: str) -> str:
-    """The one line that a dry run prints."""
+    """Return the one line that a dry run prints."""
     assert dry_run(settings, monkeypatch, *options) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
@@ -283,7 +283,7 @@ def refusal(settings: dict[str, str], monkeypatch, capsys, *options: str) -> str
 
 
 def dry_run(settings: dict[str, str], monkeypatch, *options: str) -> int:
-    """The exit code of a dry run in this process: an uncaught exception would be a traceback."""
+    """Return the exit code of a dry run in this process, in which an uncaught exception would be a traceback."""
     settings = dict(settings)
     arguments = ["--config", settings.pop("config"), "--dry-run", *options]
     arguments += [f"{key}={value}" for key, value in settings.items()]

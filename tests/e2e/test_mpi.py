@@ -1,4 +1,4 @@
-"""mpirun starts the same run as torchrun, and a rank that fails ends all."""
+"""A run under mpirun equals a run under torchrun, and a rank that fails ends all ranks."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The jobs of slurm/ on a real Slurm: two nodes and a spare one on this machine (slurm/dev_cluster.sh)."""
+"""The jobs of slurm/ on a real Slurm with two nodes and a spare node on this machine (slurm/dev_cluster.sh)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = [
 ]
 TRAINING = ("train_70b", "train_30b_a3b", "train_8b", "train_4b", "smoke_cpu")
 SMALL = ["--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0"]
-"""What a node of this machine has, in place of a script's GPUs."""
+"""Options that request the resources of this machine's nodes instead of a script's GPUs."""
 STEPS = 8
 LEFT_BY_ANOTHER_JOB = {
     "RANK": "0",
@@ -43,7 +43,7 @@ LEFT_BY_ANOTHER_JOB = {
     "PET_NNODES": "2",
     "TORCHELASTIC_USE_AGENT_STORE": "True",
 }
-"""What a shell inside of a torchrun job exports."""
+"""Variables that a shell inside a torchrun job exports."""
 QWEN_72B = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 8192, "intermediate_size": 29568,
     "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 152064,
@@ -53,7 +53,7 @@ QWEN_72B = {
 
 
 def write_hole(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
-    """A safetensors file of bfloat16 tensors that takes no room on the disk: a header, and a hole."""
+    """Write a safetensors file of bfloat16 tensors that takes no space on the disk: a header and a hole."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + 2 * math.prod(shape)
@@ -65,12 +65,12 @@ def write_hole(path: Path, shapes: dict[str, tuple[int, int]]) -> None:
 
 class Ended(NamedTuple):
     record: dict[str, str]
-    """Of `scontrol show job`."""
+    """The output of `scontrol show job`."""
     log: str
 
 
 class Cluster:
-    """Partition main of nodes n1 and n2, partition spare of these and n3; and the jobs in them."""
+    """A cluster and its jobs. Partition `main` has the nodes n1 and n2, and partition `spare` also has n3."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -115,7 +115,7 @@ class Cluster:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def wait(self, number: str, *, timeout_s: float = 400) -> dict[str, str]:
-        """The job's record once it has ended for good."""
+        """Wait until the job has ended permanently, and return its record."""
         return self.wait_until(
             lambda: (
                 (job := self.job(number))["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
@@ -149,7 +149,7 @@ def inputs(tmp_path_factory) -> Path:
 
 
 def commit_all(checkout: Path) -> str:
-    """Commit what is in `checkout`; its name."""
+    """Commit all files in `checkout`, and return the name of the commit."""
     author = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-q", "-m", "state"]):
         subprocess.run(["git", *command], cwd=checkout, check=True)
@@ -160,16 +160,16 @@ def commit_all(checkout: Path) -> str:
 
 
 class Disturbed(NamedTuple):
-    """Two equal jobs: one left alone, one sent back to the queue while its files are changed under it."""
+    """Two equal jobs. One runs undisturbed. The other is requeued while the files of its checkout are changed."""
 
     whole: Ended
     cut: Ended
     second: Ended
-    """A job for the run of the first one, while that ran."""
+    """A job for the same run as the first job, submitted while the first job ran."""
     runs: Path
     checkout: Path
     commits: tuple[str, str]
-    """Of the checkout, before and after."""
+    """Commits of the checkout before and after the changes."""
 
 
 @pytest.fixture(scope="module")
@@ -189,15 +189,17 @@ def disturbed(cluster, inputs, tmp_path_factory) -> Disturbed:
     whole, cut = submit("whole"), submit("cut", resume="none")
     copies = checkout / "runs" / "slurm"
     cluster.wait_until((copies / whole / "config.yaml").exists, whole)
-    cluster.run("scontrol", "suspend", whole)  # or it has ended before a slow machine has started the second
+    cluster.run(
+        "scontrol", "suspend", whole
+    )  # otherwise it may end before a slow machine has started the second job
     second = submit("whole", "--nodes=1", "--hold")
     time.sleep(1.1)  # Slurm's times are whole seconds
     (checkout / "configs" / "edited.yaml").write_text("{}\n")
     cluster.run("scontrol", "release", second)
-    # All that the three take from the checkout is copied before they build a model.
+    # The three jobs copy all files that they need from the checkout before they build a model.
     cluster.wait_until((copies / cut / "config.yaml").exists, cut)
     cluster.wait_until(lambda: "edited after" in cluster.log(second), second)
-    # The experiment that is prepared next, in the same files.
+    # Edit the same files for another experiment.
     config.write_text(
         inputs.read_text().replace("name: run", "name: next").replace("lr: 0.0001", "lr: 0.001")
     )
@@ -309,7 +311,7 @@ def test_slurm_would_take_the_script(cluster, script):
 
 
 def write_program(path: Path, body: str) -> str:
-    """What each rank runs in place of Python."""
+    """Write a program that each rank runs instead of Python, and return its path."""
     path.write_text(f"#!/bin/bash\n{body}\n")
     path.chmod(0o755)
     return str(path)
@@ -319,7 +321,7 @@ SERVES_TWICE = """echo "1 passages, listening on http://127.0.0.1:1/retrieve"
 if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then exit 75; fi
 if [ "${SLURM_RESTART_COUNT:-0}" = 1 ]; then exit 137; fi"""
 ENDINGS = {"saves, 0": "exit 75", "saves, 1": "exit 75", "fails, 1": "exit 3", "is done, 1": "exit 0"}
-"""By what the ranks do and MAX_REQUEUES: what each rank runs."""
+"""Maps the behaviour of the ranks and MAX_REQUEUES to the program that each rank runs."""
 ONE_STEP_A_START = """started=${SLURM_RESTART_COUNT:-0}
 echo "step $((started + 1))/3"
 if [ "$started" -lt 2 ]; then exit 75; fi"""
@@ -330,7 +332,7 @@ TELLS = (
 
 @pytest.fixture(scope="module")
 def stub_jobs(cluster, tmp_path_factory) -> dict[str, Ended]:
-    """Jobs whose ranks are shell scripts, submitted together; by name, how each ended."""
+    """Submit jobs whose ranks are shell scripts, and return how each job ended, by name."""
     folder = tmp_path_factory.mktemp("programs")
     one_node = ["--nodes=1", "--oversubscribe"]
     jobs = {}
@@ -418,7 +420,7 @@ LOST = """if [ "${{SLURM_RESTART_COUNT:-0}}" != 0 ]; then exit 0; fi
 touch {folder}/started-$SLURM_JOB_ID-$SLURM_PROCID
 until [ -e {folder}/lost ]; do sleep 0.1; done
 exit 9"""
-"""A rank that fails once a node is lost, and is done when it is started again."""
+"""The program of a rank that fails as soon as a node is lost, and succeeds when it is started again."""
 
 
 def test_a_lost_node_is_excluded_only_where_the_partition_has_another(cluster, tmp_path):

@@ -1,4 +1,4 @@
-"""Whole programs, started as a user starts them: warm start, training, resume, other layouts."""
+"""Whole programs, started as by a user: warm start, training, resume, other layouts."""
 
 import gzip
 import json
@@ -65,7 +65,7 @@ def rollouts_of(run: Path, step: int) -> list[dict]:
 
 
 def played_of(run: Path) -> list:
-    """All tokens of the first step."""
+    """Return all tokens of the first step."""
     return [
         (record["prompt_id"], [(turn["tokens"], turn["observation_tokens"]) for turn in record["turns"]])
         for record in rollouts_of(run, 1)
@@ -74,7 +74,7 @@ def played_of(run: Path) -> list:
 
 @pytest.fixture(scope="module")
 def warm_model(tmp_path_factory) -> str:
-    """The quickstart's model after a very short warm start: enough for it to call its tool now and then."""
+    """The quickstart's model after a warm start that is just long enough for some calls of the tool."""
     out = tmp_path_factory.mktemp("warm") / "model"
     settings = ["warmstart.steps=60", "warmstart.batch_size=24", f"model.path={out}"]
     root = tmp_path_factory.mktemp("runs")
@@ -86,7 +86,7 @@ def warm_model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, warm_model) -> Path:
-    """Three steps in one go on two data-parallel processes."""
+    """A run of three steps without interruption on two data-parallel processes."""
     root = tmp_path_factory.mktemp("whole")
     settings = [f"model.path={warm_model}", f"run.root={root}", "run.steps=3", "profile.steps=[2]"]
     result = start(CONFIG, *settings, *SMALL)
@@ -118,7 +118,7 @@ def test_the_trainer_leaves_the_card_for_every_rollout_and_memory_does_not_creep
         (held,) = {record[f"memory/{name}_trainer_gib"] for record in steps[1:]}
         assert (held == 0) == (name == "rollout"), name
         first, last = (record[f"memory/{name}_used_gib"] for record in (steps[1], steps[-1]))
-        assert last < 1.25 * first, (name, first, last)  # a save under way comes and goes
+        assert last < 1.25 * first, (name, first, last)  # the memory of a save in progress comes and goes
     assert all(record["memory/moved_gib"] > 0 for record in steps)
 
 
@@ -199,7 +199,7 @@ def test_rollouts_hold_whole_groups_with_one_advantage_per_turn(undisturbed):
             assert len(turn["tokens"]) == len(turn["rollout_logprobs"])
             assert math.isfinite(turn["advantage"]) and 0.7 <= turn["clip_scale"] <= 1.3
             assert math.isfinite(turn["ratio"])
-            if record["prompt_index"] < 2:  # the first mini-batch: the policy is the one that played
+            if record["prompt_index"] < 2:  # in the first mini-batch the policy is the policy that played
                 assert turn["ratio"] == pytest.approx(1.0, abs=1e-4)
 
 
@@ -215,7 +215,7 @@ def test_a_run_stopped_after_two_steps_goes_on_bit_for_bit_without_the_first_wei
     header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
     with weights.open("r+b") as stream:
         stream.seek(header)
-        stream.write(b"\xff" * (weights.stat().st_size - header))  # every one of them not a number
+        stream.write(b"\xff" * (weights.stat().st_size - header))  # every weight is NaN
     second = start(*common, "run.steps=3")
     assert second.returncode == 0, second.stderr[-3000:]
     assert "step 2 of 3" in second.stderr
@@ -240,7 +240,7 @@ def test_an_alarm_that_lasts_ends_the_run_and_a_restart_says_why_again(tmp_path,
         assert len(lines) == 1 and "Traceback" not in result.stderr, (attempt, result.stderr[-3000:])
         for part in ("after step 3 of 9", "engine_gap", "best: the untrained model", "guard.stop_after=0"):
             assert part in lines[0]
-        # The gap's alarm starts at the second step past the limit.
+        # The alarm about the gap starts at the second step past the limit.
         assert [r.get("alarm/engine_gap") for r in metrics_of(run)] == [None, 0, 1, 1]
         assert [p.name for p in (run / "checkpoints").glob("step_*")] == ["step_3"]
         assert ("step 2: alarm engine_gap: gap/train_engine_abs_mean" in result.stderr) == (
@@ -251,7 +251,7 @@ def test_an_alarm_that_lasts_ends_the_run_and_a_restart_says_why_again(tmp_path,
 SHARED_ENGINE = (
     "parallel.tensor=2 rollout.tensor_parallel=2 rollout.kv_cache_gib=0.0025 rollout.max_concurrent=16"
 )
-"""One engine over both ranks, with a cache that does not hold all that is played."""
+"""Settings of one engine over both ranks, with a cache that is too small for all trajectories."""
 
 
 @pytest.mark.parametrize("layout", [SHARED_ENGINE, "parallel.context=2", "parallel.pipeline=2"])
@@ -277,7 +277,9 @@ CAPITALS = dict(zip(TWINS, ("Copenhagen", "Vienna", "Tokyo", "Madrid"), strict=T
 
 @pytest.fixture(scope="module")
 def chat_run(tmp_path_factory) -> Path:
-    """Two steps in the chat protocol; the model was taught to make two calls in its first turn, then to answer."""
+    """A run of two steps in the chat protocol. The model was taught to make two calls in its first turn, and then to
+    answer.
+    """
     folder = tmp_path_factory.mktemp("chat")
     questions = [
         {"id": one, "question": f"What is the capital of {one}, and of {two}?", "answers": [CAPITALS[one]]}
@@ -295,7 +297,7 @@ def chat_run(tmp_path_factory) -> Path:
 
 
 def taught_to_call_twice(out: Path, questions: list[dict], config: RunConfig) -> AgentProtocol:
-    """Write a tiny model that knows the questions' dialogues by heart; returns its protocol."""
+    """Write a tiny model that knows the dialogues of the questions by heart, and return its protocol."""
     tokenizer = build_tokenizer(texts_of(ROOT / "artifacts/worldqa"), protocol="chat")
     index = Bm25Index(load_corpus(str(ROOT / config.search.corpus)))
     protocol = build_protocol(config, tokenizer, schemas=[function_schema("search", Search)], date=None)

@@ -1,4 +1,4 @@
-"""From nothing to a trained, evaluated, exported agent: README's own commands, in a copy of the sources."""
+"""Run README's commands in a copy of the sources, up to a trained, evaluated and exported agent."""
 
 import importlib
 import json
@@ -29,7 +29,9 @@ SHORTER = {
     "update.prompts_per_minibatch=2 evaluation.max_questions=6 evaluation.every=0 evaluation.at_start=false",
     "tools/evaluate.py": "--limit 21",
 }
-"""Appended to a documented command, where the later of two settings counts: sizes of a test, a port that is free."""
+"""Arguments that are appended to a documented command, so that they override it: sizes for a test, and a free
+port.
+"""
 
 
 OPERATE = (ROOT / "docs" / "operate.md").read_text(encoding="utf-8")
@@ -39,11 +41,11 @@ TYPED = [
     for line in block.splitlines()
     if line.strip() and "(cluster)" not in line
 ]
-"""Commands of the operator's page that are not marked as a cluster's."""
+"""Commands of docs/operate.md that are not marked as `(cluster)`."""
 
 
 def documented(section: str) -> list[list[str]]:
-    """The words of every command of a section's first block in README."""
+    """Return the words of every command in the first code block of a section of README."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").split(section + "\n")[1]
     block = re.search(r"^```\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)[1]
     return commands(block)
@@ -56,7 +58,7 @@ def script_of(words: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    """README's path walked: where (`clone`), and what each script said (`said`)."""
+    """Run README's commands. Yield the copy of the sources (`clone`) and the output of each script (`said`)."""
     clone, said = Clone(tmp_path_factory.mktemp("clone")), {}
     try:
         for words in documented(SECTION):
@@ -83,7 +85,7 @@ def work(path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(work) -> Path:
-    """Folder of the run of two steps that searched over HTTP."""
+    """Folder of the run of two steps that searches over HTTP."""
     return work / "runs" / "served"
 
 
@@ -118,7 +120,9 @@ def test_the_trained_agent_searched_the_server(path, trained):
 
 
 def kill_half_way(clone: Clone, command: list[str], log: Path) -> Path:
-    """Kill an evaluation once a few of its answers are in `log`; another name of that file, which outlives it."""
+    """Kill an evaluation as soon as some of its answers are in `log`. Return a hard link to `log`, which remains when
+    `log` is removed.
+    """
     process = subprocess.Popen(
         command, cwd=clone.folder, env=clone.environment, stdout=subprocess.DEVNULL, start_new_session=True
     )
@@ -133,7 +137,9 @@ def kill_half_way(clone: Clone, command: list[str], log: Path) -> Path:
 
 
 def test_a_checkpoint_cut_into_2_x_2_scores_the_same_on_two_processes_and_on_one(path, work, trained):
-    """Two processes begin and are killed, one goes on; compared with the whole checkpoint, which README evaluates."""
+    """Two processes begin and are killed, and one process continues. The scores equal those of the undivided
+    checkpoint in README.
+    """
     cut = work / "cut.yaml"
     cut.write_text(
         f"base: {trained}/config.yaml\nparallel: {{tensor: 2, pipeline: 2}}\nrollout: {{tensor_parallel: 2}}\n"
@@ -145,7 +151,7 @@ def test_a_checkpoint_cut_into_2_x_2_scores_the_same_on_two_processes_and_on_one
     evaluate = [
         *("--script", "tools/evaluate.py", "cut.yaml", "--checkpoint", "cut", "--limit", "21"),
         *("--sets", "worldqa=artifacts/worldqa/test.jsonl", "--out", "cut/report"),
-        "rollout.max_concurrent=2",  # so that answers come one after the other
+        "rollout.max_concurrent=2",  # so that the answers arrive one after the other
     ]
     log = work / "cut" / "report.partial" / "replica_0.jsonl"
     kept = kill_half_way(path.clone, [*start, "2", *evaluate], log)
@@ -190,7 +196,7 @@ def test_the_export_comes_back_as_a_checkpoint_with_the_same_weights(work, train
 
 
 def test_the_export_writes_in_transformers_what_chat_shows(path, exported):
-    """Chat plays the export with vLLM: its first turn, token by token, is what transformers writes."""
+    """chat.py plays the export with vLLM. Its first turn equals the text of transformers, token by token."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -209,7 +215,7 @@ def test_the_export_writes_in_transformers_what_chat_shows(path, exported):
 
 @pytest.fixture(scope="module")
 def agent(path, exported):
-    """Address of the exported agent; its search server is the one of README."""
+    """Address of the exported agent, which uses README's search server."""
     command = [sys.executable, "tools/serve.py", "--model", str(exported), "--port", "0"]
     server = subprocess.Popen(
         command, cwd=path.clone.folder, env=path.clone.environment, stdout=subprocess.PIPE, text=True
@@ -256,7 +262,7 @@ def test_what_the_agent_cannot_do_is_refused_in_one_line(agent, change, message)
 
 @pytest.fixture(scope="module")
 def operated(path, work, trained) -> dict[str, subprocess.CompletedProcess]:
-    """What each command of the operator's page gave, typed in order on the tiny model."""
+    """The output of each command of docs/operate.md, run in order with the tiny model."""
     for name in ("raw", "data"):
         (work / name).mkdir()
     for name in ("train", "test"):
@@ -266,7 +272,7 @@ def operated(path, work, trained) -> dict[str, subprocess.CompletedProcess]:
     (work / "runs" / "retrieval.url").write_text(path.clone.address)
     shorter = {
         "tools/bench/retrieval.py": "--clients 2 --seconds 1",
-        "tools/rollouts_to_demonstrations.py": "--any-answer --any-format",  # the tiny model does nothing well yet
+        "tools/rollouts_to_demonstrations.py": "--any-answer --any-format",  # the tiny model does not yet answer well
     }
     done = {}
     for line in TYPED:
@@ -343,7 +349,7 @@ def test_a_mistake_is_one_line(work, trained, exported, mistake, monkeypatch, ca
     }
     filled = [re.sub("EXPORTED|TEST|STEP", lambda m: names[m.group()], argument) for argument in arguments]
     monkeypatch.chdir(work)
-    # In this process: an uncaught exception would be a traceback.
+    # Run the tool in this process, in which an uncaught exception would be a traceback.
     tool = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     monkeypatch.setattr(sys, "argv", [script, "--config", str(trained / "config.yaml"), *filled])
     monkeypatch.delenv("RANK", raising=False)
@@ -355,7 +361,7 @@ def test_a_mistake_is_one_line(work, trained, exported, mistake, monkeypatch, ca
 
 @pytest.fixture(scope="module")
 def own_task(path, work) -> Path:
-    """The worked example of docs/customize.md: its files beside the checkout, its commands typed there."""
+    """Run the worked example of docs/customize.md, with its files next to the checkout."""
     page = (ROOT / "docs" / "customize.md").read_text(encoding="utf-8").split("## A task of your own")[1]
     *files, typed = re.findall(r"^```\w*\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     folder = work.parent / "my_task"

@@ -1,6 +1,6 @@
-"""A run that is ended by one fault after another, each start going on from the last, held to one without any.
+"""Compare a run that is ended by one fault after another with a run without faults.
 
-So a fault costs one start: the next one resumes, and is then ended itself at another point of a later step.
+Each fault ends one start. The next start resumes the run, and is ended by another fault at a later step.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from pathlib import Path
 from faults.harness import Ended, Row, metrics_of, rollouts_of, start
 
 PROMPT_S = 20.0
-"""From a fault to the end of the whole job."""
+"""Longest time from a fault to the end of the whole job, seconds."""
 KILLED, BROKEN, REQUEUED = 9, 3, 75
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One start's fault."""
+    """The fault of one start."""
 
     action: str
     point: str
     rank: int
     code: int = KILLED
-    """Exit code that is expected."""
+    """The expected exit code."""
     call: int = 1
     overrides: tuple[str, ...] = ()
     within_s: float = PROMPT_S
 
     @property
     def at_saves(self) -> bool:
-        """Whether the point is passed only in steps that save and evaluate."""
+        """Whether a run passes the point only in steps that save and evaluate."""
         return self.point.startswith(("save", "evaluation"))
 
 
@@ -42,15 +42,15 @@ EVERY_RANK = [
     ("record", 1), ("between steps", 1), ("evaluation", 1), ("save: copy", 1), ("save: write", 1),
     ("save: written", 1),
 ]  # fmt: skip
-"""(point, which passing of it)."""
+"""(point, number of the pass through this point at which the fault happens)."""
 RANK_0 = [
     ("after the record", 1), ("save: before the rename", 1), ("save: after the rename", 1),
     ("save: before old ones go", 1),
 ]  # fmt: skip
 WATCHED = ("watchdog.other_s=12", "watchdog.rollout_s=12")
-"""No stage of these runs takes so long, also on a machine that does other work."""
+"""No stage of these runs takes longer, even on a busy machine."""
 HANG_S = 30.0
-"""From a hang to the end: the deadline, the stacks of all ranks, the launcher."""
+"""Longest time from a hang to the end, seconds: the deadline, the stacks of all ranks, and the launcher."""
 
 
 def kills(rank: int) -> list[Fault]:
@@ -70,12 +70,14 @@ def hangs() -> list[Fault]:
 
 
 def signals(action: str) -> list[Fault]:
-    """The signal at every point, to both ranks in turn: the run saves and asks to be started again."""
+    """Return faults that send a signal at every point, to both ranks in turn. The run saves and requests another
+    start.
+    """
     return [Fault(action, point, i % 2, REQUEUED, call=call) for i, (point, call) in enumerate(EVERY_RANK)]
 
 
 def steps_needed(faults: list[Fault]) -> int:
-    """Steps of a run that has a step of its own for each of `faults`."""
+    """Return the number of steps of a run that has a separate step for each of `faults`."""
     step = 0
     for fault in faults:
         step = next_step(step, fault)
@@ -90,11 +92,11 @@ def next_step(step: int, fault: Fault) -> int:
 def run_chain(
     config: Path, name: str, faults: list[Fault], undisturbed: Path, *, steps: int, damage: bool = False
 ) -> list[Row]:
-    """Start `name` as often as there are `faults`, and once more to the end.
+    """Start the run `name` once for each of `faults`, and once more until it is finished.
 
     Args:
-        undisturbed: folder of the same run without faults, as many steps long or more.
-        steps: of the run.
+        undisturbed: folder of the same run without faults, with at least as many steps.
+        steps: number of steps of the run.
         damage: before the last start, change a bit of the newest checkpoint.
     """
     expected, rows, step, run = metrics_of(undisturbed), [], 0, config.parent / name
@@ -142,7 +144,7 @@ def run_chain(
 
 
 def judge_end(ended: Ended, fault: Fault) -> str:
-    """What is wrong with how a start ended; empty: nothing."""
+    """Return what is wrong with the end of a start, or "" if nothing is wrong."""
     if ended.fault_s is None:
         return f"the fault did not happen (exit code {ended.code}: {ended.output[-300:]})"
     if ended.code != fault.code:
@@ -175,7 +177,7 @@ def differences(found: dict, expected: dict, steps: int) -> list[str]:
     problems = [f"step {step} is missing" for step in range(1, steps + 1) if step not in found]
     for step, record in found.items():
         wanted = expected[step]
-        # The last step of the shorter run is evaluated and saved whenever it is.
+        # The shorter run evaluates and saves its last step, whatever the number of this step.
         keys = [k for k in wanted.keys() | record.keys() if record.get(k) != wanted.get(k)]
         if keys and not (step == steps and all(k.startswith("evaluation/") for k in keys)):
             problems.append(f"step {step} differs in {', '.join(sorted(keys)[:4])}")
@@ -183,13 +185,15 @@ def differences(found: dict, expected: dict, steps: int) -> list[str]:
 
 
 def wrong_after(problems: list[str], step: int) -> str:
-    """The problems of that step and later ones: what a fault in it can have caused."""
+    """Return the problems of `step` and of later steps, which a fault in `step` may have caused."""
     numbers = [(int((re.search(r"step.(\d+)", text) or [0, 10**9])[1]), text) for text in problems]
     return "; ".join(text for number, text in numbers if number >= step)[:300]
 
 
 def damage_newest(run: Path) -> str:
-    """Change a bit of a file of the newest checkpoint, drawn by the run's name; the file's name."""
+    """Change a bit of a file of the newest checkpoint, and return the name of the file. The run's name seeds the
+    choice.
+    """
     draw = random.Random(run.name)
     whole = [path for path in (run / "checkpoints").glob("step_*") if not path.suffix]
     newest = max(whole, key=lambda path: int(path.name.split("_")[1]))

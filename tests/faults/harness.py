@@ -1,4 +1,4 @@
-"""Starts small real runs with faults in them and tells what became of them."""
+"""Start small real runs with faults in them, and report how they ended."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ RANKS = 2
 
 @dataclass
 class Ended:
-    """What a launch of a run left."""
+    """The result of one launch of a run."""
 
     code: int
     seconds: float
     output: str
     fault_s: float | None
-    """From the last fault to the end, seconds; None: there was none."""
+    """Seconds from the last fault to the end. None if there was no fault."""
     lines: list[str] = field(default_factory=list)
-    """Of the program and its launcher about how it ended: `error:`, `launch:`, `stopped`, `warning:`."""
+    """Lines in which the program and its launcher report the end: `error:`, `launch:`, `stopped`, `warning:`."""
 
 
 def write_inputs(root: Path) -> Path:
-    """The configuration of all runs: a model that asks for searches, questions, passages."""
+    """Write the configuration of all runs, a model that searches, questions and passages."""
     save_taught(root / "model")
     questions = [{"question": f"capital of {land}?", "answers": [city]} for land, city in CAPITALS.items()]
     questions += [
@@ -93,7 +93,7 @@ def start(
     environment: dict[str, str] | None = None,
     timeout_s: float = 300,
 ) -> Ended:
-    """Run the program on RANKS processes under its launcher until it ends, as a user would; see also `preload`."""
+    """Run the program on RANKS processes under its launcher until it ends, as a user would. See also `preload`."""
     marks = config.with_name(f"{config.stem}.faults")
     marks.unlink(missing_ok=True)
     variables = os.environ | {
@@ -117,9 +117,10 @@ _PRELOADED: list[Any] = []
 
 
 def preload() -> None:
-    """Import here what every rank imports: `start` then forks the ranks, which saves most of a short run's time.
+    """Import in this process all modules that a rank needs. `start` then forks the ranks, which saves most of a short
+    run's time.
 
-    The launcher's agent that starts, watches and ends them is the same.
+    The launcher's usual agent starts, watches and ends the ranks.
     """
     modules = (
         "torch.distributed.run",
@@ -173,7 +174,7 @@ def _launch_here(arguments: list[str], variables: dict[str, str], output: int) -
     code = local_ranks.run(str(RANKS), str(INJECTED), "--config", *arguments)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # without the ends of the threads that were there before the fork
+    os._exit(code)  # do not wait for threads that existed before the fork
 
 
 def _too_long(timeout_s: float) -> str:
@@ -181,7 +182,7 @@ def _too_long(timeout_s: float) -> str:
 
 
 def metrics_of(run: Path) -> dict[int, dict[str, Any]]:
-    """The comparable metrics of each step."""
+    """Return the comparable metrics of each step."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
         record["step"]: {k: v for k, v in record.items() if not k.startswith(NOT_COMPARED)}
@@ -190,7 +191,7 @@ def metrics_of(run: Path) -> dict[int, dict[str, Any]]:
 
 
 def rollouts_of(run: Path) -> dict[str, bytes]:
-    """The recorded rollouts of each step, by file."""
+    """Return the recorded rollouts of each step, by file."""
     folder = run / "rollouts"
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("*/*"))}
 
@@ -203,6 +204,6 @@ class Row:
     point: str
     passed: bool
     outcome: str
-    """What happened, in a few words; where the row failed, why."""
+    """What happened, in a few words, or why the row failed."""
     end_s: float | None = None
-    """From the fault to the end of all processes, seconds, where it ended them."""
+    """Seconds from the fault to the end of all processes, if the fault ended them."""

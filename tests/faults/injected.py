@@ -1,8 +1,9 @@
-"""launch/train.py with faults in it: what tests/faults/ starts on every rank.
+"""launch/train.py with injected faults. tests/faults/ starts this program on every rank.
 
-The environment variable FAULTS holds a JSON list of {"point", "action", "step", "rank", "call"}: at the `call`-th
-(default 1) passing of `point` in step `step` (counted from 1; 0: before the first) the rank does `action`. Nothing of
-this is known to the program itself: functions of its stages are replaced before it starts.
+The environment variable FAULTS contains a JSON list of {"point", "action", "step", "rank", "call"}. When the rank
+passes `point` for the `call`-th time (default 1) in step `step`, it does `action`. Steps are counted from 1, and 0
+means before the first step. The program itself knows nothing of the faults: functions of its stages are replaced
+before it starts.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ RANK = int(os.environ.get("RANK", "0"))
 
 
 class Faults:
-    """The faults of this rank, and how often their points were passed."""
+    """The faults of this rank, and how often it has passed their points."""
 
     def __init__(self) -> None:
         self.pending = [f for f in json.loads(os.environ.get("FAULTS", "[]")) if f.get("rank", RANK) == RANK]
@@ -33,18 +34,18 @@ class Faults:
         self.passed: dict[tuple[str, int], int] = {}
 
     def at(self, point: str) -> None:
-        """The rank passes `point`."""
+        """Record that the rank passes `point`, and run the fault that is due, if any."""
         key = (point, self.step)
         self.passed[key] = self.passed.get(key, 0) + 1
         for fault in self.pending:
-            # Training goes on while a thread saves, maybe into the next step.
+            # Training continues while a thread saves, perhaps into the next step.
             late = 1 if point.startswith("save") else 0
             is_here = (
                 fault["point"] == point and self.step - late <= fault.get("step", self.step) <= self.step
             )
             if is_here and self.passed[key] == fault.get("call", 1) and not fault.setdefault("done", False):
                 fault["done"] = True
-                # The system's monotonic clock: the harness compares it with its own.
+                # The harness compares this time with its own. Both are from the system's monotonic clock.
                 with open(os.environ["FAULT_FILE"], "a") as stream:
                     stream.write(f"{time.monotonic()}\n")
                 ACTIONS[fault["action"]](fault)
@@ -54,7 +55,7 @@ FAULTS = Faults()
 
 
 def fill_disk(fault: dict) -> None:
-    """Leave `free` bytes on the disk that `path` is on."""
+    """Fill the disk of `path` up to `free` bytes."""
     path = Path(fault["path"])
     status = os.statvfs(path)
     free = status.f_bavail * status.f_frsize
@@ -78,12 +79,12 @@ def fail(fault: dict) -> None:
 
 
 def poison(fault: dict) -> None:
-    """The next loss on this rank is not a number."""
+    """Make the next loss on this rank NaN."""
     FAULTS.passed[("poisoned", 0)] = 1
 
 
 def forget_searches(fault: dict) -> None:
-    """Make every search of this step ask the server."""
+    """Empty the caches, so that every search of this step is sent to the server."""
     for cache in FORGETTABLE:
         cache.clear()
 
@@ -97,7 +98,9 @@ ACTIONS: dict[str, Callable[[dict], Any]] = {
     "usr1": lambda _: os.kill(os.getpid(), signal.SIGUSR1),
     "sleep": lambda fault: time.sleep(fault["seconds"]),
     "hang": lambda _: time.sleep(100_000),
-    "hold": lambda _: ctypes.PyDLL(None).sleep(100_000),  # as compiled code that never lets Python go on
+    "hold": lambda _: ctypes.PyDLL(None).sleep(
+        100_000
+    ),  # like compiled code that never releases the interpreter
     "fail": fail,
     "nan": poison,
     "fill disk": fill_disk,
@@ -109,7 +112,7 @@ ACTIONS: dict[str, Callable[[dict], Any]] = {
 
 
 def passing(owner: Any, name: str, point: str, *, after: bool = False) -> None:
-    """Make calls of `owner.name` pass `point`, before or after they do their work."""
+    """Make calls of `owner.name` pass `point` before or, with `after`, after their work."""
     function = getattr(owner, name)
 
     @functools.wraps(function)
@@ -125,7 +128,7 @@ def passing(owner: Any, name: str, point: str, *, after: bool = False) -> None:
 
 
 def passing_while(owner: Any, name: str, condition: Callable[[Any], Any], point: str) -> None:
-    """Make calls of the method `owner.name` pass `point`, if `condition` holds for the object, before their work."""
+    """Make calls of the method `owner.name` pass `point` before their work, if `condition` is true for the object."""
     function = getattr(owner, name)
 
     @functools.wraps(function)
@@ -205,7 +208,7 @@ def install() -> None:
 
 
 def tell_step(step: int) -> None:
-    """Name the step in the file that a scripted search server reads."""
+    """Write the step to the file that a scripted search server reads."""
     if RANK == 0 and "STEP_FILE" in os.environ:
         path = Path(os.environ["STEP_FILE"])
         path.with_suffix(".new").write_text(str(step))
@@ -213,7 +216,7 @@ def tell_step(step: int) -> None:
 
 
 if __name__ == "__main__":
-    # Where it is forked (harness.preload): of its own, not the launcher's.
+    # If this process was forked (harness.preload), replace the launcher's handlers by its own.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     import launch.train

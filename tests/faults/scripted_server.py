@@ -2,7 +2,7 @@
 
     python scripted_server.py PORT STEP_FILE DEADLY_STEP
 
-As a process of its own it ends, without a word to its clients, at the first request of step DEADLY_STEP.
+If the server runs as a separate process, it ends at the first request of step DEADLY_STEP without an answer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SLOW_S = 3.0
 
 
 class ScriptedServer(ThreadingHTTPServer):
-    """Answers as `script` says for the step in `step_file`; well where it says nothing.
+    """Answers as `script` demands for the step in `step_file`, and correctly in all other steps.
 
     Args:
         script: step -> a key of BODIES, "slow", "error" (HTTP 500), "down" (the connection is cut) or "die".
@@ -42,7 +42,7 @@ class ScriptedServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.step_file, self.script = step_file, script
         self.asked: dict[int, int] = {}
-        """Requests by step."""
+        """Number of requests of each step."""
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -50,7 +50,7 @@ class ScriptedServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/retrieve"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is part of it."""
+        """Ignore clients that close the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -77,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args: object) -> None:
-        """Quiet."""
+        """Print nothing."""
 
 
 if __name__ == "__main__":

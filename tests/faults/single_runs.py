@@ -1,4 +1,6 @@
-"""Faults that a run survives or ends of by itself, each with a run of its own or sharing one."""
+"""Faults that a run survives, or after which it ends on its own. A fault has its own run or shares a run with other
+faults.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from faults.harness import INJECTED, ROOT, Ended, Row, start
 from faults.scripted_server import ScriptedServer
 
 FREE_BYTES = 700_000
-"""Left on the full disk: enough for metrics, too little for a checkpoint."""
+"""Bytes left on the full disk: enough for metrics, but too few for a checkpoint."""
 
 
 def records_of(run: Path) -> dict[int, dict]:
@@ -28,7 +30,7 @@ def records_of(run: Path) -> dict[int, dict]:
 
 
 def search_faults(config: Path) -> list[Row]:
-    """One run through every kind of bad server, with a good step between two; the cache is off."""
+    """Run through every kind of bad server, with a good step between two bad steps. The cache is off."""
     kinds = ["garbage", "oversized", "not UTF-8", "wrong shape", "error", "slow", "down"]
     script = {3 * i + 2: kind for i, kind in enumerate(kinds)}
     steps = 3 * len(kinds) + 1
@@ -75,9 +77,10 @@ def search_faults(config: Path) -> list[Row]:
 
 
 def outage(config: Path) -> list[Row]:
-    """The search server dies in the rollouts of three steps of one run: it comes back some seconds later; a signal
-    comes while the rollout waits for it, and ends the start; it does not come back, and the outage's limit ends the
-    run."""
+    """The search server dies in the rollouts of three steps of one run. The first time it comes back some seconds
+    later. The second time a signal arrives while the rollout waits, and ends the start. The third time the server
+    does not come back, and the outage's limit ends the run.
+    """
     own = config.with_name("outage.yaml")
     own.write_text(config.read_text())
     run = config.parent / "outage"
@@ -124,7 +127,7 @@ def outage(config: Path) -> list[Row]:
 def start_with_dying_server(
     config: Path, deaths: dict[int, float | None], fault: dict | None, *settings: str
 ) -> Ended:
-    """A start of run `outage` that searches by a server which dies as `keep_server` says."""
+    """Start the run `outage` with a search server that dies as in `keep_server`."""
     step_file = config.with_name("outage_step")
     step_file.write_text("0")
     with socket.socket() as holder:
@@ -146,13 +149,15 @@ def start_with_dying_server(
             faults=[*fresh, fault] if fault else fresh,
             environment={"STEP_FILE": str(step_file)},
         )
-        step_file.write_text("-1")  # no step: the keeper ends
+        step_file.write_text("-1")  # -1 is no step, so the keeper ends
         keeping.result()
     return ended
 
 
 def keep_server(port: int, step_file: Path, deaths: dict[int, float | None]) -> None:
-    """Run a search server that dies at the steps of `deaths`, each time started again after so many seconds."""
+    """Run a search server that dies at each step in `deaths`, and start it again after the given number of
+    seconds.
+    """
     program = [sys.executable, str(Path(__file__).with_name("scripted_server.py")), str(port), str(step_file)]
     for step, back_after_s in deaths.items():
         server = subprocess.Popen([*program, str(step)])
@@ -166,7 +171,7 @@ def keep_server(port: int, step_file: Path, deaths: dict[int, float | None]) -> 
 
 
 def poisoned(config: Path) -> list[Row]:
-    """One loss that is not finite is skipped on all ranks; three steps of it end the run."""
+    """One loss that is not finite is skipped on all ranks. Three steps with such a loss end the run."""
     own = config.with_name("poisoned.yaml")
     own.write_text(config.read_text())
     faults = [{"point": "update", "action": "nan", "step": 2, "rank": 1}]
@@ -188,7 +193,7 @@ def poisoned(config: Path) -> list[Row]:
 
 
 def slow_rank(config: Path) -> list[Row]:
-    """One rank's rollouts take longer, three steps in a row."""
+    """One rank's rollouts take longer in three consecutive steps."""
     own = config.with_name("slow_rank.yaml")
     own.write_text(config.read_text())
     faults = [
@@ -218,7 +223,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 
 def full_disk(config: Path) -> list[Row]:
-    """A disk that is full while one checkpoint is due, and one that stays full."""
+    """In one run the disk is full while one checkpoint is due. In another run it stays full."""
     own = config.with_name("disk.yaml")
     own.write_text(config.read_text())
     rows = []
@@ -233,7 +238,7 @@ def full_disk(config: Path) -> list[Row]:
         ]
         kept = sorted(path.name for path in (disk / "once/checkpoints").glob("step_*"))
         counted = sum("checkpoint/failed" in record for record in records_of(disk / "once").values())
-        wanted = ["step_6", "step_8"]  # checkpoint.keep=2; the best is step 8, the only one that is evaluated
+        wanted = ["step_6", "step_8"]  # checkpoint.keep=2; the best is step 8, the only evaluated step
         passed = ended.code == 0 and len(failed) == 1 and counted == 1 and kept == wanted
         rows.append(
             Row("disk full for a while", "save (step 4)", passed, f"warned, went on, later saves: {kept}")
@@ -256,7 +261,7 @@ def full_disk(config: Path) -> list[Row]:
 
 
 def clock_jumps(config: Path, undisturbed: Path) -> list[Row]:
-    """The system's clock goes a day forth and two back."""
+    """The system's clock jumps forward by a day, and back by two days."""
     from faults.harness import metrics_of
 
     own = config.with_name("clock.yaml")
@@ -273,7 +278,7 @@ def clock_jumps(config: Path, undisturbed: Path) -> list[Row]:
 
 
 def taken_port(config: Path) -> list[Row]:
-    """The port that the ranks are to meet at belongs to another program."""
+    """Another program uses the port at which the ranks must meet."""
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()

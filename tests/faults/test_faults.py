@@ -1,4 +1,4 @@
-"""Real runs that are ended at points of the step: a part of what tests/fault_table.py runs."""
+"""Real runs that are ended at points of a step. tests/fault_table.py runs more of them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ FAULTS = [
 ]
 
 PARTIAL = [Fault("usr1", "rollout", 1, REQUEUED, call=5), Fault("kill", "after the bank", 0)]
-"""Ends of a run whose rollouts go on from step to step: amid one, and behind one that no checkpoint covers."""
+"""Faults of a run with partial rollouts: in the middle of a rollout, and after a rollout that no checkpoint
+covers.
+"""
 
 pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """Folder of a run without faults, beside its configuration."""
+    """Folder of a run without faults, next to its configuration."""
     root = tmp_path_factory.mktemp("faults")
     done = start(write_inputs(root), "run.name=whole", f"run.steps={steps_needed(FAULTS)}")
     assert done.code == 0, done.output[-3000:]
@@ -45,7 +47,7 @@ def rows(whole) -> list[Row]:
     root, steps = whole.parent, steps_needed(FAULTS)
     config = root / "config.yaml"
     found = run_chain(config, "chain", FAULTS, whole, steps=steps, damage=True)
-    for rank in (0, 1):  # the hang's, which later starts leave alone
+    for rank in (0, 1):  # stacks of the hang, which later starts keep
         stacks = (root / "chain" / "stacks" / f"rank_{rank}.txt").read_text()
         assert f"rank {rank} is in exchange" in stacks and "trainer.py" in stacks
     return found
@@ -55,7 +57,9 @@ def test_rollouts_that_are_carried_over_go_on_bit_for_bit_after_a_stop_and_a_kil
     config = write_inputs(tmp_path)
     settings = yaml.safe_load(config.read_text())
     questions = tmp_path / "questions.jsonl"
-    questions.write_text(2 * questions.read_text())  # as many as none in play is dealt again
+    questions.write_text(
+        2 * questions.read_text()
+    )  # so many questions that no question in play is drawn again
     settings["rollout"]["partial"] = {"tokens_per_step": 1, "extra_prompts": 2, "max_staleness": 2}
     settings["algorithm"] = {"correction": {"kind": "truncate"}}
     settings["rollout"]["gain"] = {"verify_every": 1}
@@ -82,7 +86,9 @@ def test_the_job_ends_with_one_message_and_the_next_start_goes_on_bit_for_bit(ro
 
 
 def test_a_model_that_knows_nothing_learns_from_a_runs_good_rollouts_to_answer(whole, monkeypatch):
-    """Rollouts, demonstrations, a warm start, and an evaluation by the engine, with the programs that users start."""
+    """Rollouts become demonstrations for a warm start, and the engine evaluates the result. All programs are those
+    that users start.
+    """
     root, config = whole.parent, whole.parent / "config.yaml"
     good = root / "good.jsonl"
     monkeypatch.setattr("sys.argv", ["x.py", str(whole), "--out", str(good), "--per-question", "1"])

@@ -2,9 +2,9 @@
 
     python tests/golden/check_golden.py DIR [--tolerance 1e-9] [-v]
 
-DIR holds *.json files with `schema` a2tgpo-golden/{advantage,loss,ig,em}/1. Prints the largest absolute error of
-each file (with -v: of each case). Exits with 1 if one exceeds the tolerance, with 2 if a file cannot be checked.
-Computes in float64.
+DIR contains *.json files with `schema` a2tgpo-golden/{advantage,loss,ig,em}/1. The program computes in float64, and
+prints the largest absolute error of each file or, with -v, of each case. The exit code is 1 if an error exceeds the
+tolerance, and 2 if a file cannot be checked.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def check_gains(golden: dict) -> Iterator[Check]:
 
 
 def scores(response: str, golds: tuple[str, ...]) -> tuple[str | None, bool, float, float, float]:
-    """Answer, format, reward, EM and F1 of a whole response."""
+    """Return answer, format, reward, EM and F1 of a whole response."""
     trajectory = Trajectory(
         prompt_index=0,
         prompt_id="",
@@ -259,7 +259,7 @@ def loss_error(batch: dict, run: dict) -> float:
 
 
 def flatten_sampled_tokens(trajectories: list[dict]) -> dict[str, list]:
-    """Return per sampled token: old and new log-prob, advantage, clip scale, turn and sequence id."""
+    """Return old and new log-prob, advantage, clip scale, turn id and sequence id of each sampled token."""
     flat: dict[str, list] = {key: [] for key in ("old", "new", "adv", "scale", "turn", "sequence")}
     turn_id = 0
     for sequence_id, item in enumerate(trajectories):
@@ -285,7 +285,7 @@ def indexed_by_prompt(items: list[dict]) -> list[dict]:
 
 
 def to_trajectory(item: dict) -> Trajectory:
-    """Build a trajectory with the golden turns; token ids are placeholders, only their number matters."""
+    """Build a trajectory with the golden turns. Token ids are placeholders, because only their number matters."""
     turns = [
         Turn(
             tokens=TokenIds([0] * num_gen),
