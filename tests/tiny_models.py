@@ -1,4 +1,4 @@
-"""Tiny models with a tokenizer of their own, made in seconds; and one taught to play search rollouts."""
+"""Build tiny models and their tokenizers in seconds, and teach one of them to play search rollouts."""
 
 from __future__ import annotations
 
@@ -64,11 +64,13 @@ SCRIPTS: dict[str, list[str]] = {
     "babble?": ["<think>" + " la" * 60],
     "silent?": ["<think> what? </think> I do not know.<|im_end|>"],
 }
-"""What the taught model writes, turn by turn, when asked one of these; the last turn is not answered."""
+"""Maps each question to the texts that the taught model writes, turn by turn. No observation follows the last
+turn.
+"""
 
 
 def build_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that knows the words of `SCRIPTS`; at most `vocab_size` ids."""
+    """Return a byte-level BPE tokenizer with the words of `SCRIPTS` and at most `vocab_size` ids."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -101,9 +103,10 @@ def build_model(
     eos_token_id: int = 2,
     sharpness: float = 4.0,
 ) -> PreTrainedModel:
-    """A random float32 model: hidden 64, 4 heads of 32 (the least vLLM's CPU attention takes), 2 KV heads.
+    """Return a random float32 model with 64 hidden channels, 2 KV heads, and 4 heads of 32 channels, the smallest
+    size for vLLM's attention on CPUs.
 
-    `sharpness` scales its matrices, so that its distributions are not all uniform.
+    `sharpness` scales the matrices, so that the distributions are not all uniform.
     """
     torch.manual_seed(seed)
     config_class, model_class = ARCHITECTURES[architecture]
@@ -132,9 +135,9 @@ def build_model(
 
 
 def checkpoint_tensors(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parameters (or gradients) of a transformers model under the names and shapes they have in a checkpoint.
+    """Return parameters (or gradients) of a transformers model with the names and shapes of a checkpoint.
 
-    They differ for experts, which transformers holds fused: gate_up_proj [experts, 2 x channels, hidden].
+    Only experts differ, because transformers fuses them: gate_up_proj [experts, 2 x channels, hidden].
     """
     tensors = {}
     for name, tensor in named.items():
@@ -155,7 +158,7 @@ def checkpoint_tensors(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 def save_tiny(
     out: str | Path, architecture: str, *, vocab_size: int = 512, tied: bool = False, seed: int = 0
 ) -> str:
-    """Write a random model and its tokenizer to `out`; returns `out` as text."""
+    """Write a random model and its tokenizer to `out`, and return `out` as text."""
     tokenizer = build_tokenizer(min(vocab_size, 512))
     model = build_model(
         architecture, vocab_size=vocab_size, tied=tied, seed=seed, eos_token_id=tokenizer.eos_token_id
@@ -173,9 +176,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
 
 
 def save_taught(out: str | Path, *, vocab_size: int = 528, steps: int = 140) -> str:
-    """Write a Qwen3 model that plays `SCRIPTS` by heart, whatever the observations say; returns `out`.
+    """Write a Qwen3 model that plays `SCRIPTS` by heart, whatever the observations are. Return `out`.
 
-    Its vocabulary is larger than its tokenizer's. Deterministic on one thread; some 8 seconds.
+    The model's vocabulary is larger than its tokenizer's. On one thread the result is deterministic, and takes some 8
+    seconds.
     """
     tokenizer = build_tokenizer()
     model = build_model(
@@ -200,7 +204,7 @@ def save_taught(out: str | Path, *, vocab_size: int = 528, steps: int = 140) -> 
 
 @functools.cache
 def taught_folder() -> tempfile.TemporaryDirectory:
-    """Folder with the model of `save_taught`, made once per process and removed at its end."""
+    """Return a folder with the model of `save_taught`, which is made once per process and removed at the end."""
     folder = tempfile.TemporaryDirectory(prefix="taught-")
     save_taught(folder.name)
     return folder
@@ -209,10 +213,11 @@ def taught_folder() -> tempfile.TemporaryDirectory:
 def teach_more(
     folder: str, question: str, turns: list[str], observation: str, *, max_steps: int = 300
 ) -> PreTrainedModel:
-    """The model in `folder` after further lessons in one script, with the same tokenizer; some 2 seconds.
+    """Return the model in `folder` after further lessons in one script, with the same tokenizer. This takes some 2
+    seconds.
 
     Args:
-        observation: what comes back after every turn but the last.
+        observation: text that follows every turn except the last.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -240,7 +245,9 @@ def teach_more(
 
 
 def _lessons(tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Padded token ids of every script, with made-up observations, and targets (-100: not the policy's)."""
+    """Return padded token ids of every script with made-up observations, and targets (-100 at tokens that are not the
+    policy's).
+    """
     rows: list[tuple[list[int], list[int]]] = []
     for question, turns in SCRIPTS.items():
         for observation in (

@@ -1,4 +1,4 @@
-"""Fixtures: a world of one process with a tiny trainable policy in it, and a step's trajectories."""
+"""Fixtures: a process group of one process with a tiny trainable policy, and the trajectories of a step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def policy(tmp_path_factory) -> Iterator[Policy]:
 
 @pytest.fixture
 def trajectories() -> list[Trajectory]:
-    """Two rollouts each of four prompts, up to three turns; one without sampled tokens; some answers match."""
+    """Return two rollouts of each of four prompts, with up to three turns. One has no sampled tokens. Some answers
+    match.
+    """
     rng = random.Random(3)
 
     def tokens(low: int, high: int) -> list[int]:

@@ -1,6 +1,7 @@
-"""A pytest plugin: engines of this process have vLLM's GPU model runner, its Triton kernels interpreted on the CPU.
+"""A pytest plugin that gives the engines of this process vLLM's model runner for GPUs, with its Triton kernels
+interpreted on the CPU.
 
-`pytest -p triton_interpreter`, with this folder and one that Triton is installed in on PYTHONPATH.
+Use `pytest -p triton_interpreter`, with this folder and a folder in which Triton is installed on PYTHONPATH.
 """
 
 import os
@@ -11,7 +12,7 @@ os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
 
 import triton.backends
 
-# vLLM's CPU build takes Triton for absent unless it can compile for CPUs; interpreted kernels ask no backend.
+# vLLM's CPU build treats Triton as missing unless Triton can compile for CPUs. Interpreted kernels use no backend.
 triton.backends.backends["cpu"] = SimpleNamespace(
     driver=SimpleNamespace(is_active=lambda: True), compiler=None
 )

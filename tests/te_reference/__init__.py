@@ -1,14 +1,14 @@
-"""`transformer_engine_torch`, the compiled part of Transformer Engine, in plain PyTorch: the rest runs on a CPU.
+"""A version of `transformer_engine_torch`, the compiled part of Transformer Engine, in plain PyTorch for CPUs.
 
-Everything else is Transformer Engine's own: modules, autograd functions, recipes, quantizers, caches of FP8 weights,
+All other code is Transformer Engine's own: modules, autograd functions, recipes, quantizers, caches of FP8 weights,
 ring attention, FusedAdam. Functions that the project's models do not call raise `NotImplementedError`.
 
-The meaning of each function was read from the signatures and the C++ sources of release 2.20. The numbers follow the
-definition: float32 inside, one rounding at the end. This reference cannot show a kernel's order of summation, which
-shapes cuDNN and cuBLASLt accept, streams, or memory.
+The functions were written from the signatures and the C++ sources of release 2.20. They compute in float32, and round
+once at the end. This reference does not show a kernel's order of summation, the shapes that cuDNN and cuBLASLt
+accept, streams, or memory.
 
-`install()` patches Transformer Engine and torch.Tensor, so a program that calls it needs a process of its own, with
-`ENVIRONMENT` around it and `FOLDER` on its PYTHONPATH.
+`install()` patches Transformer Engine and torch.Tensor, so a program that calls it needs a separate process. The
+process needs the environment `ENVIRONMENT`, and `FOLDER` on its PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from typing import Any
 from te_reference import attention, cpu_seam, experts, optimizer, products, quantization, ring
 
 FOLDER = Path(sys.prefix) / "transformer-engine"
-"""Where `make setup-py312` puts Transformer Engine's wheels, apart from the packages of the environment: beside them
-Megatron would find it, and could not be imported without this package."""
+"""The folder in which `make setup-py312` installs Transformer Engine's wheels. If the wheels were among the
+environment's packages, Megatron would find them, and could not be imported without this module.
+"""
 
 ENVIRONMENT = {
-    "NVTE_PROJECT_BUILDING": "1",  # the package then looks for no CUDA library and none of its own
+    "NVTE_PROJECT_BUILDING": "1",  # the package then looks neither for CUDA libraries nor for its own
     "NVTE_TORCH_COMPILE": "0",
     "TORCHDYNAMO_DISABLE": "1",
-    "TRITON_INTERPRET": "1",  # the permutation of experts' tokens is written in Triton
+    "TRITON_INTERPRET": "1",  # the permutation of the experts' tokens is written in Triton
 }
-"""What a process that calls `install` is started with: torch and Triton read it when they are imported."""
+"""Environment variables of a process that calls `install`. torch and Triton read them when they are imported."""
 
 _ENUMERATIONS = {
     "DType": {
@@ -58,19 +59,23 @@ _ENUMERATIONS = {
     },
     "NVTE_Fused_Attn_Backend": {"NVTE_F16_arbitrary_seqlen": 1, "NVTE_FP8": 2, "NVTE_No_Backend": -1},
 }
-"""Those whose values the Python code counts on; any others are numbered in the order in which they are read."""
+"""Enumerations whose values the Python code relies on. Members of all other enumerations are numbered in the order of
+their first use.
+"""
 
 
 def install() -> None:
     """Make Transformer Engine importable and executable on a CPU.
 
-    Call it after `a2tgpo.parallel` was imported and before anything of megatron is.
+    Call it after the import of `a2tgpo.parallel`, and before any import of megatron.
     """
     cpu_seam.install()
     sys.modules["transformer_engine_torch"] = _extension()
     import transformer_engine.common
 
-    transformer_engine.common.load_framework_extension = lambda framework: None  # it would look for the file
+    transformer_engine.common.load_framework_extension = lambda framework: (
+        None
+    )  # the original function would look for the file
 
 
 def _extension() -> types.ModuleType:
@@ -80,7 +85,8 @@ def _extension() -> types.ModuleType:
     for part in (attention, experts, optimizer, products, quantization, ring):
         for name in part.__all__:
             setattr(extension, name, getattr(part, name))
-    # `from transformer_engine_torch import *` takes what the module's dictionary holds, so all names must be there.
+    # `from transformer_engine_torch import *` imports the names in the module's dictionary, so the dictionary must
+    # have all names.
     for source in FOLDER.joinpath("transformer_engine", "pytorch").rglob("*.py"):
         for name in re.findall(r"\b(?:tex|ext)\.([A-Za-z_]\w*)", source.read_text()):
             getattr(extension, name)
@@ -88,7 +94,7 @@ def _extension() -> types.ModuleType:
 
 
 class _Extension(types.ModuleType):
-    """What is not written is a class where the name begins with a capital, otherwise a function that raises."""
+    """A missing name becomes a class if it begins with a capital, and otherwise a function that raises an error."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -99,7 +105,7 @@ class _Extension(types.ModuleType):
 
 
 class _Numbered(type):
-    """A class each of whose attributes is an integer of its own, as the members of an enumeration are."""
+    """A class whose attributes are different integers, like the members of an enumeration."""
 
     def __getattr__(cls, name: str) -> int:
         if name.startswith("__"):

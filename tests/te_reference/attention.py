@@ -1,4 +1,4 @@
-"""Rotary embedding and attention over packed rows: [tokens, heads, head_dim], segments by `cu_seqlens`."""
+"""Rotary embedding and attention over packed rows [tokens, heads, head_dim]. `cu_seqlens` gives the segments."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ __all__ = [
 
 
 def get_cudnn_version() -> int:
-    return 92000  # 9.20, torch 2.13's
+    return 92000  # cuDNN 9.20, the version of torch 2.13
 
 
 def get_fused_attn_backend(parameters: Any) -> tuple[int, str]:
-    """cuDNN's attention for any length, and no reason against it: it would be asked whether it takes the shapes."""
+    """Return cuDNN's attention, and no reason against it. The real function would ask cuDNN whether it accepts the
+    shapes.
+    """
     return 1, ""
 
 
@@ -42,7 +44,7 @@ def fused_rope_forward(
     cp_size: int,
     cp_rank: int,
 ) -> torch.Tensor:
-    """x cos + rotate_half(x) sin, by the place of a token in its segment."""
+    """Return x cos + rotate_half(x) sin, with the angle of each token's position in its segment."""
     assert not interleaved and start_positions is None and x.dim() == 3
     cos, sin = _tables(freqs, cu_seqlens, cp_size, cp_rank)
     turned, rest = x.detach().float().split([freqs.size(-1), x.size(-1) - freqs.size(-1)], -1)
@@ -59,7 +61,7 @@ def fused_rope_backward(
     cp_size: int,
     cp_rank: int,
 ) -> torch.Tensor:
-    """Turned back: the transpose of the forward pass."""
+    """Return the gradient rotated back, which is the transpose of the forward pass."""
     cos, sin = _tables(freqs, cu_seqlens, cp_size, cp_rank)
     turned, rest = gradient.float().split([freqs.size(-1), gradient.size(-1) - freqs.size(-1)], -1)
     return torch.cat((turned * cos - _rotate_half(turned * sin), rest), -1).to(gradient.dtype)
@@ -73,7 +75,7 @@ def _rotate_half(x: torch.Tensor) -> torch.Tensor:
 def _tables(
     freqs: torch.Tensor, cu_seqlens: torch.Tensor, cp_size: int, cp_rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [own tokens, 1, width]; a context-parallel rank has two pieces of each segment."""
+    """Return cos and sin [own tokens, 1, width]. A context-parallel rank has two pieces of each segment."""
     places = []
     for length in cu_seqlens.diff().tolist():
         if cp_size == 1:
@@ -116,7 +118,9 @@ def fused_attn_fwd(
     cu_kv_padded: torch.Tensor | None,
     *rest: Any,
 ) -> list[torch.Tensor]:
-    """[output [t, h, d], log of the softmax's sums [t, h, 1] float32, random state], segment by segment."""
+    """Return [output [t, h, d], log of the softmax's sums [t, h, 1] float32, random state], computed segment by
+    segment.
+    """
     assert q.dim() == 3 and dropout == 0.0 and window in ((-1, -1), (-1, 0)), (q.shape, dropout, window)
     assert q.dtype in (torch.float16, torch.bfloat16), "cuDNN's attention computes in 16 bits"
     assert cu_q.dtype == cu_kv.dtype == torch.int32
@@ -163,9 +167,9 @@ def fused_attn_bwd(
     cu_kv_padded: torch.Tensor | None,
     *rest: Any,
 ) -> list[torch.Tensor | None]:
-    """Gradients of q, k and v from the output and the sums that the forward pass kept.
+    """Return the gradients of q, k and v from the output and the sums that the forward pass kept.
 
-    In a ring those are of all keys, those of other ranks among them, not of this step's.
+    In a ring, output and sums cover the keys of all ranks, not only the keys of this step.
     """
     causal, sums = _is_causal(mask_type), kept[0]
     shared_by = q.size(1) // k.size(1)
@@ -194,7 +198,9 @@ def _is_causal(mask_type: Any) -> bool:
 def _segments(
     cu_q: torch.Tensor, cu_kv: torch.Tensor, starts_q: torch.Tensor | None, starts_kv: torch.Tensor | None
 ) -> Iterator[tuple[slice, slice]]:
-    """Where each segment's queries and keys are: lengths by cu_q and cu_kv, starts by the padded ones, if any."""
+    """Return the places of each segment's queries and keys. cu_q and cu_kv give the lengths. The padded versions, if
+    any, give the starts.
+    """
     starts_q, starts_kv = cu_q if starts_q is None else starts_q, cu_kv if starts_kv is None else starts_kv
     lengths = zip(cu_q.diff().tolist(), cu_kv.diff().tolist(), strict=True)
     for (nq, nk), q, kv in zip(lengths, starts_q.tolist(), starts_kv.tolist(), strict=False):
@@ -203,7 +209,9 @@ def _segments(
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, causal: bool, bottom_right: bool) -> torch.Tensor:
-    """[h, nq, nk] float32 of one segment, -inf where a query does not see a key."""
+    """Return the scores [h, nq, nk] float32 of one segment. A score is -inf if the query must not attend to
+    the key.
+    """
     scores = q.float().transpose(0, 1) @ _by_head(k, q).transpose(1, 2) * scale
     if causal:
         first = k.size(0) - q.size(0) if bottom_right else 0
@@ -213,7 +221,9 @@ def _scores(q: torch.Tensor, k: torch.Tensor, scale: float, causal: bool, bottom
 
 
 def _by_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Keys or values [n, kv_heads, d] as [h, n, d] float32: groups of query heads share one."""
+    """Return keys or values [n, kv_heads, d] as [h, n, d] float32, repeated for each group of query heads that shares
+    a head.
+    """
     return x.float().transpose(0, 1).repeat_interleave(q.size(1) // x.size(1), 0)
 
 
@@ -223,7 +233,7 @@ def _by_head(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 def convert_thd_to_bshd(
     tensor: torch.Tensor, cu_seqlens: torch.Tensor, b: int, max_seq_len: int
 ) -> torch.Tensor:
-    """[tokens, ...] to [segments, longest, ...], zeros behind each segment."""
+    """Convert [tokens, ...] to [segments, longest, ...], with zeros after each segment."""
     padded = tensor.new_zeros(b, max_seq_len, *tensor.shape[1:])
     segments = tensor.detach()[: int(cu_seqlens[-1])].split(cu_seqlens.diff().tolist())
     for number, segment in enumerate(segments):
@@ -232,7 +242,7 @@ def convert_thd_to_bshd(
 
 
 def convert_bshd_to_thd(tensor: torch.Tensor, cu_seqlens: torch.Tensor, t: int) -> torch.Tensor:
-    """[segments, longest, ...] to [tokens, ...]."""
+    """Convert [segments, longest, ...] to [tokens, ...]."""
     packed = tensor.new_zeros(t, *tensor.shape[2:])
     segments = zip(cu_seqlens.tolist(), cu_seqlens.diff().tolist(), strict=False)
     for number, (start, length) in enumerate(segments):

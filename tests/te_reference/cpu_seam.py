@@ -1,7 +1,7 @@
-"""Answers, on a CPU, what Transformer Engine asks of torch.cuda, NCCL and Triton, as a Hopper card would.
+"""Replace torch.cuda, NCCL and Triton for Transformer Engine on a CPU. The replacements behave like a Hopper GPU.
 
-The project's own seam for Megatron (a2tgpo/parallel/cpu.py) gives its modules a view of torch; here those of
-Transformer Engine, and the one module of the project that looks for a card, get a view with a card in it.
+a2tgpo/parallel/cpu.py gives Megatron's modules a view of torch. This module gives a view of torch with a GPU to
+Transformer Engine's modules, and to the one module of the project that looks for a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def install() -> None:
 
 
 class _HopperView(CudaView):
-    """`torch.cuda` with one Hopper card whose memory is the CPU's."""
+    """A view of `torch.cuda` with one Hopper GPU, whose memory is the CPU's."""
 
     @staticmethod
     def is_available() -> bool:
@@ -49,7 +49,7 @@ class _HopperView(CudaView):
 
 
 def _see_tensors_on_the_card() -> None:
-    """`is_cuda` is true where Transformer Engine asks; `to("cuda")` leaves a tensor where it is."""
+    """Let `is_cuda` be True in Transformer Engine's code, and let `to("cuda")` return the same tensor."""
     is_cuda, to = torch.Tensor.is_cuda.__get__, torch.Tensor.to  # type: ignore[attr-defined]
 
     def on_card(tensor: torch.Tensor) -> bool:
@@ -69,7 +69,7 @@ def _see_tensors_on_the_card() -> None:
 
 
 class _GlooView(types.ModuleType):
-    """`torch.distributed` in which gloo does what Transformer Engine asks of NCCL."""
+    """A view of `torch.distributed` in which gloo replaces NCCL."""
 
     def __init__(self) -> None:
         super().__init__("torch.distributed")
@@ -84,12 +84,14 @@ class _GlooView(types.ModuleType):
     @staticmethod
     @contextlib.contextmanager
     def _coalescing_manager(*_: Any, **__: Any) -> Iterator[Any]:
-        """gloo cannot put collectives together: each runs by itself, at once."""
+        """gloo cannot coalesce collectives, so each collective runs at once."""
         yield types.SimpleNamespace(wait=lambda: True)
 
 
 class _WaitedForOnce:
-    """The backward ring waits twice for a request, which NCCL allows and gloo answers by hanging."""
+    """A request for which a second wait does nothing. The backward ring waits twice, which NCCL allows, but which
+    makes gloo hang.
+    """
 
     def __init__(self, work: Any) -> None:
         self._work = work
@@ -107,13 +109,13 @@ _DISTRIBUTED = "transformer_engine.pytorch.distributed"
 
 
 def _cpu_generator(distributed: Any) -> None:
-    """Recomputation under FP8 keeps the random state: that of the CPU's generator."""
+    """Let recomputation under FP8 keep the random state of the CPU's generator."""
     distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     distributed._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
 
 
 def _interpret_first_configuration() -> None:
-    """Triton's interpreter has no clock to tune by: the first configuration is taken."""
+    """Take the first configuration of each kernel, because Triton's interpreter cannot time configurations."""
     from triton.runtime.autotuner import Autotuner
 
     def run(tuner: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Products of many experts' rows, each with its own weight, and the padding that FP8 needs."""
+"""Matrix products of many experts' rows with the experts' weights, and the padding that FP8 needs."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ def te_general_grouped_gemm(
     use_split_accumulator: bool,
     math_sm_count: int,
 ) -> list[torch.Tensor]:
-    """`generic_gemm` of each expert's operands. A weight's gradient is 0 for an expert without rows.
+    """Run `generic_gemm` on each expert's operands. For an expert without rows, the gradient of the weight is 0.
 
     Args:
-        single_output: D is one tensor with all experts' rows, `m_splits` of each.
+        single_output: whether D is one tensor with the rows of all experts. `m_splits` gives the number of rows of
+            each expert.
     """
     assert not any(part.numel() for part in bias)
     outputs = list(D[0].split(list(m_splits))) if single_output else D
@@ -52,7 +53,7 @@ def te_general_grouped_gemm(
 def fused_multi_row_padding(
     rows: torch.Tensor, output: torch.Tensor, sizes: list[int], padded_sizes: list[int]
 ) -> None:
-    """Each expert's rows to the front of its part of `output`, zeros behind them."""
+    """Copy each expert's rows to the start of its part of `output`, with zeros after them."""
     output.zero_()
     parts = zip(rows.detach().split(list(sizes)), output.split(list(padded_sizes)), strict=True)
     for source, target in parts:
@@ -62,7 +63,7 @@ def fused_multi_row_padding(
 def fused_multi_row_unpadding(
     rows: torch.Tensor, output: torch.Tensor, padded_sizes: list[int], sizes: list[int]
 ) -> None:
-    """Each expert's rows out of its padded part."""
+    """Copy each expert's rows out of its padded part."""
     for source, target in zip(
         rows.detach().split(list(padded_sizes)), output.split(list(sizes)), strict=True
     ):

@@ -27,7 +27,7 @@ def multi_tensor_adam(
     bias_correction: int,
     weight_decay: float,
 ) -> None:
-    """Adam (mode 0) or AdamW (mode 1) over gradients, parameters, both moments and, if any, float32 weights."""
+    """Run Adam (mode 0) or AdamW (mode 1) on gradients, parameters, both moments and, if any, float32 weights."""
     if noop.item():
         return
     first, second = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
@@ -47,13 +47,13 @@ def multi_tensor_adam(
 def multi_tensor_l2norm(
     chunk_size: int, noop: torch.Tensor, lists: Lists, per_tensor: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[1] the norm of all tensors together, [n] that of each where it is asked for."""
+    """Return the norm of all tensors together [1] and, if `per_tensor`, the norm of each tensor [n]."""
     squares = torch.stack([tensor.float().square().sum() for tensor in lists[0]])
     return squares.sum().sqrt().view(1), squares.sqrt() if per_tensor else torch.empty(0)
 
 
 def multi_tensor_scale(chunk_size: int, noop: torch.Tensor, lists: Lists, scale: float) -> None:
-    """Second list = scale x first; `noop` becomes 1 where a value is not finite."""
+    """Set the second list to `scale` times the first. If a value is not finite, set `noop` to 1."""
     for source, target in zip(*lists, strict=True):
         if not torch.isfinite(source).all():
             noop.fill_(1)
@@ -61,5 +61,5 @@ def multi_tensor_scale(chunk_size: int, noop: torch.Tensor, lists: Lists, scale:
 
 
 def multi_tensor_scale_tensor(chunk_size: int, noop: torch.Tensor, lists: Lists, scale: torch.Tensor) -> None:
-    """The same with the factor on the card."""
+    """Do the same with a factor on the GPU."""
     multi_tensor_scale(chunk_size, noop, lists, float(scale))

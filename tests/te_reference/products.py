@@ -1,4 +1,4 @@
-"""Matrix products and the norm: float32 inside, one rounding to the type asked for."""
+"""Matrix products and RMSNorm, computed in float32 and rounded once to the requested type."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = [
 ]
 
 FP8_MULTIPLE = 16
-"""cuBLASLt takes FP8 operands whose size along what is summed over is a multiple of this."""
+"""cuBLASLt accepts FP8 operands if the size of the summed dimension is a multiple of this number."""
 
 
 def get_cublasLt_version() -> int:
-    return 130100  # torch 2.13's; from 13.4 on Transformer Engine would multiply experts in another way
+    return 130100  # the version of torch 2.13; from 13.4 on Transformer Engine would multiply experts in another way
 
 
 def get_num_cublas_streams() -> int:
@@ -52,9 +52,9 @@ def generic_gemm(
     alpha: float = 1.0,
     beta: float | None = None,
 ) -> tuple[Any, torch.Tensor | None, None, None]:
-    """(D, gradient of the bias): D = alpha op(B) op(A) + bias, or D += ... where it accumulates.
+    """Return (D, gradient of the bias), with D = alpha op(B) op(A) + bias, or D += ... if `accumulate`.
 
-    With `grad`, `bias` says that the gradient of a bias is asked for: the sum of B over its rows.
+    With `grad`, `bias` requests the gradient of a bias, which is the sum of B over its rows.
     """
     assert not gelu and comm_overlap is None and beta in (None, 0.0, 1.0)
     result = product(A, transA, B, transB) * alpha
@@ -74,17 +74,17 @@ def generic_gemm(
 
 
 def product(a: Any, transa: bool, b: Any, transb: bool) -> torch.Tensor:
-    """op(B) op(A), float32: cuBLAS's column-major A B, read as row-major matrices."""
+    """Return op(B) op(A) in float32, which is cuBLAS's column-major A B read as row-major matrices."""
     assert hasattr(a, "_fp8_dtype") == hasattr(b, "_fp8_dtype"), (type(a), type(b))
     left, right = _operand(b, rowwise=not transb), _operand(a, rowwise=transa)
     return (left.t() if transb else left) @ (right.t() if transa else right)
 
 
 def _operand(x: Any, *, rowwise: bool) -> torch.Tensor:
-    """[rows, columns] float32, from the copy that a product along rows (or along columns) reads.
+    """Return [rows, columns] float32 from the copy that a product along rows (or along columns) reads.
 
-    Hopper multiplies FP8 along rows only: the other direction needs the transposed copy, and a card would read
-    whatever lies there if it is missing.
+    Hopper multiplies FP8 only along rows, so the other direction needs the transposed copy. If it is missing, a GPU
+    would read arbitrary memory.
     """
     if not hasattr(x, "_fp8_dtype"):
         return x.detach().reshape(-1, x.size(-1)).float()
@@ -107,7 +107,7 @@ def _operand(x: Any, *, rowwise: bool) -> torch.Tensor:
 
 
 def _spread(scales: torch.Tensor, shape: torch.Size, *, is_2d: bool) -> torch.Tensor:
-    """Each value's inverse scale, [M, K], from those of the blocks."""
+    """Return the inverse scale of each value, [M, K], from the inverse scales of the blocks."""
     m, k = shape
     if is_2d:
         grid = scales[: -(-m // BLOCK), : -(-k // BLOCK)]
@@ -125,7 +125,7 @@ def rmsnorm_fwd(
     sm_margin: int,
     zero_centered_gamma: bool,
 ) -> tuple[Any, None, torch.Tensor]:
-    """(x / rms(x) weight [M, K], None, 1 / rms(x) [M]), the first quantised where there is a quantizer."""
+    """Return (x / rms(x) weight [M, K], None, 1 / rms(x) [M]). The first is quantised if there is a quantizer."""
     assert not zero_centered_gamma
     inverse_rms = torch.rsqrt(x.detach().float().square().mean(-1) + eps)
     y = (x.detach().float() * inverse_rms[..., None] * weight.detach().float()).to(torch_dtype(otype))
@@ -142,7 +142,7 @@ def rmsnorm_bwd(
     sm_margin: int,
     zero_centered_gamma: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x [M, K] and of the weight [K]."""
+    """Return the gradients of x [M, K] and of the weight [K]."""
     normed = x.float() * inverse_rms[..., None]
     flow = dy.float() * weight.float()
     dx = inverse_rms[..., None] * (flow - normed * (flow * normed).mean(-1, keepdim=True))

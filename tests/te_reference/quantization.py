@@ -1,8 +1,9 @@
-"""FP8: values scaled into the range of e4m3 or e5m2 and rounded, as Transformer Engine's quantizers describe them.
+"""FP8 quantisation: scale values into the range of e4m3 or e5m2, and round them, as Transformer Engine's quantizers
+specify.
 
-A quantised tensor keeps up to two copies: rowwise data, for products that sum over the last dimension, and columnwise
-data, which is transposed, for products of the other direction. The quantizer's own Python code says which copies
-there are and how they lie in memory (`inner_tensor_specs`, `storage_metadata`).
+A quantised tensor has up to two copies. Rowwise data is for products that sum over the last dimension. Columnwise
+data is transposed, for products in the other direction. The quantizer's own Python code defines which copies exist
+and their memory layout (`inner_tensor_specs`, `storage_metadata`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TORCH_DTYPES = {
     7: torch.float8_e4m3fn,
     8: torch.float8_e5m2,
 }
-"""By the number of the extension's DType."""
+"""Maps the number of the extension's DType to a torch.dtype."""
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 BLOCK = 128
 _COPIES = (
@@ -44,14 +45,14 @@ _COPIES = (
 
 
 def torch_dtype(dtype: Any) -> torch.dtype:
-    """The torch.dtype of a DType, its number, or of itself."""
+    """Return the torch.dtype of a DType, of its number, or of a torch.dtype."""
     return dtype if isinstance(dtype, torch.dtype) else TORCH_DTYPES[int(getattr(dtype, "value", dtype))]
 
 
 def scale_of(amax: torch.Tensor, quantizer: Any) -> torch.Tensor:
-    """[...] float32: what values are multiplied by so that `amax` becomes the largest number of the format.
+    """Return the factors [...] float32 with which `amax` becomes the largest number of the format.
 
-    1 where amax is 0 or not finite. Where the recipe takes powers of two, the next lower one.
+    A factor is 1 if amax is 0 or not finite. If the recipe requires powers of two, it is the next lower power.
     """
     amax = amax.float().clamp_min(quantizer.amax_epsilon)
     scale = LARGEST[torch_dtype(quantizer.dtype)] / amax
@@ -64,7 +65,7 @@ def scale_of(amax: torch.Tensor, quantizer: Any) -> torch.Tensor:
 
 
 def cast(scaled: torch.Tensor, quantizer: Any) -> torch.Tensor:
-    """Rounded to the quantizer's format, saturating, as bytes."""
+    """Round to the quantizer's format with saturation, and return bytes."""
     dtype = torch_dtype(quantizer.dtype)
     return scaled.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype).view(torch.uint8)
 
@@ -72,7 +73,7 @@ def cast(scaled: torch.Tensor, quantizer: Any) -> torch.Tensor:
 def quantize(
     tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: torch.Tensor | None = None
 ) -> Any:
-    """The copies of `tensor` [..., K] that the quantizer keeps; into `output` where there is one."""
+    """Return the copies of `tensor` [..., K] that the quantizer keeps, written to `output` if it is given."""
     if noop is not None and noop.item() != 0:
         return output
     if output is None:
@@ -86,7 +87,9 @@ def quantize(
 
 
 def _fill_blocks(values: torch.Tensor, quantizer: Any, output: Any) -> None:
-    """Blockwise: a scale for each 1 x 128 (activations, gradients) or 128 x 128 (weights)."""
+    """Quantise blockwise, with one scale for each block of 1 x 128 (activations, gradients) or 128 x 128
+    (weights).
+    """
     height = BLOCK if quantizer.block_scaling_dim == 2 else 1
     for matrix, data, scales in (
         (values, output._rowwise_data, output._rowwise_scale_inv),
@@ -95,12 +98,14 @@ def _fill_blocks(values: torch.Tensor, quantizer: Any, output: Any) -> None:
         if data is not None and matrix.numel():
             quantized, inverse = _blocks(matrix, quantizer, height)
             data.copy_(quantized.view(data.shape))
-            scales.zero_()  # may be padded behind each dimension
+            scales.zero_()  # the tensor may be padded at the end of each dimension
             scales[: inverse.size(0), : inverse.size(1)] = inverse
 
 
 def _blocks(matrix: torch.Tensor, quantizer: Any, height: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bytes [M, K], and inverse scales [M / 128, K / 128], of blocks of one row transposed: [K / 128, M]."""
+    """Return bytes [M, K] and inverse scales [M / 128, K / 128]. For blocks of one row, the scales are transposed: [K
+    / 128, M].
+    """
     m, k = matrix.shape
     padded = F.pad(matrix, (0, -k % BLOCK, 0, -m % height))
     tiles = padded.view(padded.size(0) // height, height, -1, BLOCK)
@@ -111,7 +116,9 @@ def _blocks(matrix: torch.Tensor, quantizer: Any, height: int) -> tuple[torch.Te
 
 
 def _fill_tensor(values: torch.Tensor, quantizer: Any, output: Any) -> None:
-    """Tensorwise: one scale, by the largest magnitude; over the ranks that share the tensor where it says so."""
+    """Quantise tensorwise, with one scale from the largest magnitude. If the quantizer requires it, the largest
+    magnitude is over all ranks that share the tensor.
+    """
     amax = values.abs().amax() if values.numel() else values.new_zeros(())
     if quantizer.with_amax_reduction:
         group = quantizer._canonicalized_amax_reduction_group()
@@ -129,7 +136,7 @@ def _fill_tensor(values: torch.Tensor, quantizer: Any, output: Any) -> None:
 def create_empty_quantized_tensor(
     quantizer: Any, shape: Any, dtype: Any, device: Any = None, pin_memory: bool = False
 ) -> Any:
-    """A quantised tensor of [*shape] with room for the copies that the quantizer keeps."""
+    """Return a quantised tensor of [*shape] with memory for the copies that the quantizer keeps."""
     shape, dtype = tuple(shape), torch_dtype(dtype)
     metadata = quantizer.storage_metadata(dtype)
     made, keywords = metadata["cls"], dict(metadata["nontensor_kwargs"])
@@ -145,7 +152,7 @@ def create_empty_quantized_tensor(
             "data_transpose": tensors.get("_transpose"),
             "fp8_scale_inv": tensors.get("_scale_inv"),
         }
-    if not made.__name__.endswith("Storage"):  # one that is a torch.Tensor, too
+    if not made.__name__.endswith("Storage"):  # a class that is also a torch.Tensor
         keywords |= {
             "shape": shape,
             "dtype": keywords.pop("fake_dtype", dtype),
@@ -156,7 +163,7 @@ def create_empty_quantized_tensor(
 
 
 def _keep_copies(output: Any, quantizer: Any, shape: Any) -> None:
-    """Give `output` room for the copies that the quantizer keeps, and take other copies away."""
+    """Give `output` memory for the copies that the quantizer keeps, and remove all other copies."""
     kept = quantizer.inner_tensor_specs(tuple(shape))
     for name in _COPIES:
         if name not in kept and getattr(output, name, None) is not None:
@@ -174,23 +181,25 @@ def split_quantize(
     quantizers: list[Any],
     disable_bulk_allocation: bool = False,
 ) -> list[Any]:
-    """Each expert's rows of `tensor`, quantised by its own quantizer."""
+    """Return each expert's rows of `tensor`, quantised by the expert's quantizer."""
     parts = tensor.split(list(split_sections))
     return [quantize(part.contiguous(), by) for part, by in zip(parts, quantizers, strict=True)]
 
 
 def bgrad_quantize(tensor: torch.Tensor, quantizer: Any) -> tuple[torch.Tensor, Any]:
-    """A bias's gradient, [K] summed over the rows of [..., K], and the rows quantised."""
+    """Return the gradient of a bias, [K] summed over the rows of [..., K], and the quantised rows."""
     return tensor.reshape(-1, tensor.size(-1)).float().sum(0).to(tensor.dtype), quantize(tensor, quantizer)
 
 
 def fp8_transpose(data: torch.Tensor, dtype: Any, *, out: torch.Tensor | None) -> torch.Tensor:
-    """[..., K] bytes to [K, ...]."""
+    """Transpose bytes [..., K] to [K, ...]."""
     moved = data.permute(data.dim() - 1, *range(data.dim() - 1)).contiguous()
     return moved if out is None else out.copy_(moved.view(out.shape))
 
 
 def swap_first_dims(tensor: torch.Tensor, *, out: torch.Tensor | None) -> torch.Tensor:
-    """[ranks, K, ...] to [K, ranks, ...]: columnwise data as it was gathered, into the order of the whole."""
+    """Transpose [ranks, K, ...] to [K, ranks, ...]. This brings gathered columnwise data into the order of the whole
+    tensor.
+    """
     moved = tensor.transpose(0, 1).contiguous()
     return moved if out is None else out.copy_(moved)

@@ -1,7 +1,7 @@
-"""What ring attention does between its steps to a rank's two pieces of each segment, under context parallelism.
+"""Operations of ring attention between its steps, on a rank's two pieces of each segment under context parallelism.
 
-A rank holds an early and a late piece of every segment, equally long. "Half" means the early (0) or the late (1)
-pieces of all segments.
+A rank has an early and a late piece of every segment, which are equally long. A "half" is the early (0) or the late
+(1) pieces of all segments.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = [
 
 
 def _places(cu_seqlens: torch.Tensor, half: int) -> torch.Tensor:
-    """[n] int64: where the first (0) or the second (1) halves are."""
+    """Return the positions [n] int64 of the first (0) or the second (1) half."""
     places = [torch.arange(0)]
     for start, length in zip(cu_seqlens.tolist(), cu_seqlens.diff().tolist(), strict=False):
         places.append(torch.arange(length // 2) + start + half * (length // 2))
@@ -26,7 +26,7 @@ def _places(cu_seqlens: torch.Tensor, half: int) -> torch.Tensor:
 
 
 def thd_read_half_tensor(tensor: torch.Tensor, cu_seqlens: torch.Tensor, half_idx: int) -> torch.Tensor:
-    """One half of [t, h, d], or of keys and values together, [2, t, h, d]."""
+    """Return one half of [t, h, d], or of keys and values together, [2, t, h, d]."""
     tokens = tensor.dim() - 3
     assert int(cu_seqlens[-1]) == tensor.size(tokens)
     return tensor.detach().index_select(tokens, _places(cu_seqlens, half_idx))
@@ -35,7 +35,7 @@ def thd_read_half_tensor(tensor: torch.Tensor, cu_seqlens: torch.Tensor, half_id
 def thd_second_half_lse_correction(
     sums: torch.Tensor, step_sums: torch.Tensor, cu_seqlens: torch.Tensor, packed: bool
 ) -> None:
-    """log(exp(sums) + exp(step_sums)) in the second half of [h, t]."""
+    """Set the second half of `sums` [h, t] to log(exp(sums) + exp(step_sums))."""
     assert packed
     places = _places(cu_seqlens, 1)
     sums[:, places] = torch.logaddexp(sums[:, places], step_sums[:, : places.numel()])
@@ -44,7 +44,7 @@ def thd_second_half_lse_correction(
 def thd_read_second_half_lse(
     sums: torch.Tensor, cu_seqlens: torch.Tensor, packed: bool, length: int
 ) -> torch.Tensor:
-    """The second half of [h, t], as [h, length]."""
+    """Return the second half of [h, t] as [h, length]."""
     assert packed
     half = sums.new_zeros(sums.size(0), length)
     places = _places(cu_seqlens, 1)
@@ -62,7 +62,7 @@ def thd_out_correction(
     only_second_half: bool,
     packed: bool,
 ) -> None:
-    """out exp(old_sums - sums) + step_out exp(step_sums - sums): the mean over all keys seen so far."""
+    """Add step_out exp(step_sums - sums) to `out`, so that `out` is the mean over all keys so far."""
     assert packed and out.dtype == step_out.dtype
     places = _places(cu_seqlens, 1) if only_second_half else torch.arange(out.size(0))
     new = sums[:, places]
@@ -75,7 +75,9 @@ def thd_out_correction(
 def thd_grad_correction(
     gradient: torch.Tensor, step: torch.Tensor, cu_seqlens: torch.Tensor, first: str, second: str
 ) -> None:
-    """Each half of the gradient: added to, copied from the step's, set to zero, or left ("none")."""
+    """Add the step to each half of the gradient, copy the step, set the half to zero, or leave it unchanged
+    ("none").
+    """
     tokens = gradient.dim() - 3
     step_has_both = first in ("add", "copy") and second in ("add", "copy")
     for half, what in enumerate((first, second)):
