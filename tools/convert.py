@@ -87,7 +87,7 @@ def export(args: argparse.Namespace) -> None:
     require(not model.is_hf, "--in", str(source), "a run's checkpoint, with megatron-to-hf")
     require_new(out)
     groups = meet_ranks(config)
-    save_hf(load_policy(config, groups, model), str(out))
+    save_hf(load_policy(config, groups, model), str(out), chat_template=config.data.chat_template)
     if groups.rank == 0:
         # `config` has the layout of this conversion's processes. Other processes will play the agent, so write the
         # settings without a layout.

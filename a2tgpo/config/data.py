@@ -31,8 +31,11 @@ class DataConfig:
     """File of questions for evaluation, in the format of `train`. It is not read if `evaluation.sets` names files."""
     instructions: str = SEARCH_INSTRUCTIONS
     """System message; empty: none. With rollout.protocol=chat, a text without tags replaces the default."""
+    chat_template: Expanded = ""
+    """File with a chat template (Jinja) that takes the place of the tokenizer's, for example for a base model that
+    has none. Empty: the tokenizer's template."""
     chat_template_kwargs: dict = field(default_factory=dict)
-    """Variables for the tokenizer's chat template, for example {enable_thinking: false}."""
+    """Variables for the chat template, for example {enable_thinking: false}."""
     max_prompt_tokens: int = 2000
     """Most tokens of a prompt (paper: 2000). The run does not start if a prompt is longer."""
 

@@ -20,6 +20,8 @@ def user_files(config: RunConfig) -> dict[str, str]:
         for place, spec in enumerate(names)
         if is_user_code(spec)
     }
+    if config.data.chat_template:
+        files["data.chat_template"] = config.data.chat_template
     if "judge" in config.reward.names and config.judge.prompt_file:
         files["judge.prompt_file"] = config.judge.prompt_file
     return files

@@ -57,7 +57,7 @@ class PromptTemplate:
         if not tokenizer.chat_template:
             raise ConfigError(
                 f"model.path: the tokenizer of {tokenizer.name_or_path} has no chat template; "
-                "use an instruct model, or put a chat_template into its tokenizer_config.json"
+                "use an instruct model, or name a file with a template in data.chat_template"
             )
         self._check_names()
         self._check_kwargs()
@@ -129,8 +129,8 @@ class PromptTemplate:
         if isinstance(templates, dict) and "default" not in templates:
             raise ConfigError(
                 f"model.path: the tokenizer of {self.tokenizer.name_or_path} has chat templates named "
-                f"{', '.join(sorted(templates))}, but none named default; copy the intended one to "
-                "chat_template.jinja in that folder"
+                f"{', '.join(sorted(templates))}, but none named default; copy the intended one to a "
+                "file, and name the file in data.chat_template"
             )
 
     def _check_kwargs(self) -> None:

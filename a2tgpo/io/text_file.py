@@ -60,6 +60,12 @@ def open_unpacked(path: str | Path, *, key: str) -> Iterator[io.BufferedIOBase]:
             raise ConfigError(f"{key}: cannot read {path} ({reason})") from None
 
 
+def read_text(path: str | Path, *, key: str) -> str:
+    """Return the text of a whole file. Raise `ConfigError` in the cases of `open_unpacked` and `decode`."""
+    with open_unpacked(path, key=key) as stream:
+        return decode(stream.read(), f"{key}: {path}")
+
+
 def is_packed(path: str | Path) -> bool:
     """Return whether the file has a format that `open_unpacked` decompresses."""
     with open(path, "rb") as stream:

@@ -36,10 +36,11 @@ _COMPANIONS = (
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates",
     "generation_config.json",
 )
+TEMPLATE_FILE = "chat_template.jinja"
+"""File of the tokenizer's folder whose template transformers prefers to that in tokenizer_config.json."""
+_TEMPLATES = ("chat_template*", "additional_chat_templates")
 
 
 def make_bridge(hf_config: PretrainedConfig, config: TransformerConfig, *, padded_vocab_size: int) -> Any:
@@ -210,6 +211,7 @@ def save_hf(
     out_dir: str,
     tokenizer_from: str | None = None,
     *,
+    chat_template: str = "",
     records: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write weights, config.json and tokenizer to `out_dir`. Every rank must call this.
@@ -219,6 +221,7 @@ def save_hf(
 
     Args:
         tokenizer_from: folder whose tokenizer files are copied. None: the policy's checkpoint.
+        chat_template: file with a chat template that takes the place of the tokenizer's (`data.chat_template`).
         records: other JSON files to write, as a map from file name to content.
 
     Raises:
@@ -230,7 +233,7 @@ def save_hf(
         try:
             with atomic_folder(out) as folder:
                 _write_weights(weights, folder)
-                _write_companions(policy, Path(tokenizer_from or policy.path), folder)
+                _write_companions(policy, Path(tokenizer_from or policy.path), folder, chat_template)
                 for name, content in records.items():
                     write_json(folder / name, content)
         except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
@@ -275,12 +278,14 @@ def _write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) ->
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_companions(policy: Policy, tokenizer_folder: Path, folder: Path) -> None:
+def _write_companions(policy: Policy, tokenizer_folder: Path, folder: Path, chat_template: str) -> None:
     config = json.loads((Path(policy.path) / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)  # an older name of dtype
     config["dtype"] = str(policy.dtype).removeprefix("torch.")
     write_json(folder / "config.json", config)
-    for pattern in _COMPANIONS:
+    if chat_template:
+        shutil.copyfile(chat_template, folder / TEMPLATE_FILE)
+    for pattern in (*_COMPANIONS, *(() if chat_template else _TEMPLATES)):
         for file in tokenizer_folder.glob(pattern):
             if file.is_dir():
                 shutil.copytree(file, folder / file.name)

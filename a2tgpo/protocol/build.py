@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from a2tgpo.config.rollout import GainConfig
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.template import PromptTemplate
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.text_file import read_text
 from a2tgpo.protocol.chat import ChatProtocol
 from a2tgpo.protocol.protocol import AgentProtocol
 from a2tgpo.protocol.tags import TagProtocol
@@ -24,7 +26,7 @@ def build_protocol(
     schemas: Sequence[Mapping[str, Any]],
     date: datetime.date | None,
 ) -> AgentProtocol:
-    """Build the protocol of `config`.
+    """Build the protocol of `config`. The tokenizer gets the template in the file `data.chat_template`, if it is set.
 
     Args:
         schemas: descriptions of the tools (`Toolset.schemas`).
@@ -33,6 +35,23 @@ def build_protocol(
     Raises:
         ConfigError: with a one-line message, if the tokenizer's chat template does not suit the protocol.
     """
+    file = config.data.chat_template
+    if not file:
+        return _build(config, tokenizer, schemas=schemas, date=date)
+    tokenizer.chat_template = read_text(file, key="data.chat_template")
+    try:
+        return _build(config, tokenizer, schemas=schemas, date=date)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.path", f"data.chat_template {file}", 1)) from None
+
+
+def _build(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    schemas: Sequence[Mapping[str, Any]],
+    date: datetime.date | None,
+) -> AgentProtocol:
     rollout = config.rollout
     template = PromptTemplate(
         tokenizer,

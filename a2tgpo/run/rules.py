@@ -76,7 +76,7 @@ TRAINING = Rules(
 WARM_START = Rules(
     used=(
         *("model.", "parallel.", "warmstart.", "run.seed", "tools.names"),
-        *("data.instructions", "data.chat_template_kwargs", "rollout.protocol", "rollout.call_format"),
+        *("data.instructions", "data.chat_template", "rollout.protocol", "rollout.call_format"),
         *("update.adam_", "update.clip_grad", "update.max_microbatch_tokens", "update.distributed_optimizer"),
     ),
     free=(

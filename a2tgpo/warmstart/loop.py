@@ -176,7 +176,12 @@ class WarmStart:
                 key: value for key, value in flat_config(self.config).items() if key.startswith("warmstart.")
             }
             record = {"commit": commit_line(), "settings": settings}
-            save_hf(self.policy, str(target_of(self.config)), records={MARKER: record})
+            save_hf(
+                self.policy,
+                str(target_of(self.config)),
+                chat_template=self.config.data.chat_template,
+                records={MARKER: record},
+            )
             self.folder.remove_checkpoints()
 
     def _is_due(self, every: int) -> bool:

@@ -17,6 +17,7 @@ from tenacity import RetryCallState
 from a2tgpo.config.judge import JudgeConfig
 from a2tgpo.config.run import RunConfig
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.text_file import read_text
 from a2tgpo.net.circuit_breaker import CircuitBreaker
 from a2tgpo.net.post import PostError, new_client, post_json, retrying
 from a2tgpo.net.token import read_token
@@ -235,12 +236,7 @@ def build(config: RunConfig) -> Judge:
 
 
 def _read_prompt(path: str) -> str:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"judge.prompt_file: cannot read {path} ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"judge.prompt_file: {path} is not UTF-8") from None
+    text = read_text(path, key="judge.prompt_file")
     if not any(name in text for name in ("{answer}", "{response}")):
         raise ConfigError(f"judge.prompt_file: {path} has neither {{answer}} nor {{response}}")
     return text

@@ -72,6 +72,9 @@ def test_an_exported_model_has_the_chat_templates_and_settings_of_its_origin(
     save_hf(build(path, groups), str(tmp_path / "out"))
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
     assert (tmp_path / "out/generation_config.json").read_text() == '{"top_k": 20}'
+    (tmp_path / "own.jinja").write_text("{{ own }}")
+    save_hf(build(path, groups), str(tmp_path / "out"), chat_template=str(tmp_path / "own.jinja"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ own }}"
 
 
 def test_packing_changes_nothing_in_any_sequence(

@@ -4,7 +4,15 @@ import json
 import threading
 
 import pytest
-from chat_models import LLAMA, PLACE, SEARCH, build_chat_tokenizer, llama_tokenizer, qwen_tokenizer
+from chat_models import (
+    LLAMA,
+    PLACE,
+    SEARCH,
+    build_chat_tokenizer,
+    llama_tokenizer,
+    qwen_template,
+    qwen_tokenizer,
+)
 from played import run, run_on
 from scripted_engine import ScriptedEngine
 
@@ -306,6 +314,42 @@ def test_a_wrong_setting_of_the_protocol_is_refused_in_one_line(override, says):
         ConfigError, match=r"allowed: auto \| hermes \| llama_json \| qwen_xml \(nearest: hermes\)"
     ):
         load_config(CONFIG, ["rollout.protocol=chat", "rollout.call_format=hermess"])
+
+
+def built_with(tmp_path, template, *overrides):
+    """The protocol of a tokenizer without a template, with `template` in a file."""
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = None
+    (tmp_path / "own.jinja").write_bytes(template if isinstance(template, bytes) else template.encode())
+    config = load_config(CONFIG, [f"data.chat_template={tmp_path / 'own.jinja'}", *overrides])
+    return build_protocol(config, tokenizer, schemas=SCHEMAS, date=None)
+
+
+def test_a_template_of_the_user_takes_the_place_of_the_tokenizers(tmp_path):
+    settings = ["rollout.protocol=chat", "data.instructions=Be brief."]
+    protocol = built_with(tmp_path, qwen_template(), *settings)
+    assert protocol.template.render("Why?") == chat(qwen_tokenizer()).template.render("Why?")
+    assert built_with(tmp_path, qwen_template(), "data.instructions=").template.render("Why?")
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for m in messages %}", "the chat template of  refuses a user message"),
+        ("{{ messages[0].nothing.x }}", "the chat template of  refuses a user message"),
+        ("{{ messages[0].role }}", "the chat template of  ignores the question"),
+        (b"\xff", "not UTF-8"),
+        (b"PK\x03\x04", "is a ZIP archive"),
+        ("", "has no chat template"),
+    ],
+)
+def test_a_template_of_the_user_that_does_not_work_is_refused_in_one_line(tmp_path, template, says):
+    with pytest.raises(ConfigError) as caught:
+        built_with(tmp_path, template, "data.instructions=")
+    message = str(caught.value)
+    assert message.startswith("data.chat_template") and says in message and "\n" not in message
+    with pytest.raises(ConfigError, match=r"data\.chat_template: cannot read .*nowhere"):
+        built_with(tmp_path, "", f"data.chat_template={tmp_path}/nowhere")
 
 
 class Meeting:
