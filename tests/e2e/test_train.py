@@ -8,10 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from stub_judge import StubJudge, chat
 
 from a2tgpo.config.load import load_config
 from a2tgpo.config.run import RunConfig
@@ -203,30 +206,64 @@ def test_rollouts_hold_whole_groups_with_one_advantage_per_turn(undisturbed):
                 assert turn["ratio"] == pytest.approx(1.0, abs=1e-4)
 
 
-def test_a_run_stopped_after_two_steps_goes_on_bit_for_bit_without_the_first_weights(
-    tmp_path, warm_model, undisturbed
-):
-    model = shutil.copytree(warm_model, tmp_path / "model")
-    common = [CONFIG, f"model.path={model}", f"run.root={tmp_path}", *SMALL]
+@pytest.fixture(scope="module")
+def replayed(tmp_path_factory, warm_model):
+    """Two steps, then steps 2 and 3 from the checkpoint of step 1, with damaged first weights and a judge."""
+    root = tmp_path_factory.mktemp("replayed")
+    model = shutil.copytree(warm_model, root / "model")
+    server = StubJudge(lambda prompt, _: chat("correct" if len(prompt) % 2 else "incorrect"))
+    judge = [
+        "reward.names=[em, judge]",
+        "reward.weights=[1, 0]",
+        f"judge.url={server.url}",
+        "judge.model=stub",
+    ]
     # The learning rate is constant, so a shorter run takes the same first steps.
+    common = [CONFIG, f"model.path={model}", f"run.root={root}", *SMALL, *judge]
     first = start(*common, "run.steps=2")
     assert first.returncode == 0, first.stderr[-3000:]
+    run, asked = root / "quickstart", Counter(prompts_of(server))
+    steps, rollouts = metrics_of(run), rollouts_of(run, 2)
     weights = model / "model.safetensors"
     header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
     with weights.open("r+b") as stream:
         stream.seek(header)
         stream.write(b"\xff" * (weights.stat().st_size - header))  # every weight is NaN
-    second = start(*common, "run.steps=3")
+    second = start(*common, "run.steps=3", "--resume", str(run / "checkpoints/step_1"))
+    server.close()
     assert second.returncode == 0, second.stderr[-3000:]
-    assert "step 2 of 3" in second.stderr
+    assert "step 1 of 3" in second.stderr
+    return SimpleNamespace(
+        run=run, steps=steps, rollouts=rollouts, asked=asked, asked_in_all=Counter(prompts_of(server))
+    )
 
-    def without_time(record):
-        return {k: v for k, v in record.items() if not k.startswith(NOT_COMPARED)}
 
-    whole, resumed = metrics_of(undisturbed), metrics_of(tmp_path / "quickstart")
+def prompts_of(server: StubJudge) -> list[str]:
+    return [request["messages"][0]["content"] for request in server.asked]
+
+
+def test_a_run_resumed_from_a_step_goes_on_bit_for_bit_without_the_first_weights(replayed, undisturbed):
+    def unjudged(record):
+        return {k: v for k, v in record.items() if not k.startswith(NOT_COMPARED) and "judge" not in k}
+
+    whole, resumed = metrics_of(undisturbed), metrics_of(replayed.run)
     assert [r["step"] for r in resumed] == [0, 1, 2, 3]
-    assert without_time(resumed[3]) == without_time(whole[3])
-    assert rollouts_of(tmp_path / "quickstart", 3) == rollouts_of(undisturbed, 3)
+    for step in (2, 3):
+        assert unjudged(resumed[step]) == unjudged(whole[step])
+        records = rollouts_of(replayed.run, step)
+        for record in records:
+            record["rewards"].pop("judge")
+        assert records == rollouts_of(undisturbed, step)
+
+
+def test_a_run_resumed_from_a_step_asks_the_judge_nothing_twice(replayed):
+    before, after = replayed.steps[2], metrics_of(replayed.run)[2]
+    assert before["judge/calls"] > 0 and after["judge/calls"] == 0
+    assert sum(replayed.asked.values()) >= sum(record.get("judge/calls", 0) for record in replayed.steps)
+    assert after["judge/cache_hits"] == before["judge/cache_hits"] + before["judge/calls"]
+    assert after["reward/judge_mean"] == before["reward/judge_mean"]
+    assert rollouts_of(replayed.run, 2) == replayed.rollouts
+    assert set(replayed.asked_in_all.values()) == {1}
 
 
 def test_an_alarm_that_lasts_ends_the_run_and_a_restart_says_why_again(tmp_path, warm_model):
