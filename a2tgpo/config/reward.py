@@ -11,7 +11,7 @@ from a2tgpo.io.user_code import is_user_code
 
 REWARDS_PACKAGE = "a2tgpo.reward.methods"
 _TAKEN = re.compile(
-    r"reward|none|(em|f1)(_format_gated)?|em_\d+_hops|format_ok_rate|tool_calls|num_questions"
+    r"reward|none|(em|f1)(_format_gated)?|em_\d+_hops|format_ok_rate|tool_calls|num_questions|num_unjudged"
     r"|(mean|pass)_at_\d+(_exact_match|_format_gated)?|standard_error_.*"
 )
 """Names of an evaluation's scores. A user's reward function may not have such a name."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +16,8 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.config.tools import TOOLS_PACKAGE, called_name
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.user_code import fault_line, is_user_code, load_user_code, user_file
+
+logger = logging.getLogger(__name__)
 
 
 class ToolError(RuntimeError):
@@ -130,20 +135,30 @@ class Toolset:
         """The descriptions of all tools, in the form that chat templates expect."""
         return [function_schema(name, tool) for name, tool in self.tools.items()]
 
-    def take_counts(self) -> dict[str, int]:
+    def take_counts(self) -> dict[str, float]:
         """Return the counts of the tools since the last call of this method, by the names `TOOL/COUNT`.
 
         A tool reports counts if it has a method `take_counts`.
         """
-        return {
-            f"{name}/{count}": number
-            for name, tool in self.tools.items()
-            for count, number in getattr(tool, "take_counts", dict)().items()
-        }
+        counts: dict[str, float] = {}
+        for name, tool in self.tools.items():
+            try:
+                own: dict[str, float] = getattr(tool, "take_counts", dict)()
+                counts |= {f"{name}/{count}": number + 0 for count, number in own.items()}
+            except Exception as error:
+                raise RuntimeError(
+                    f"the counts of the tool {name} cannot be read: {fault_line(error, Path(users_file(tool)))}"
+                ) from None
+        return counts
 
     def close(self) -> None:
-        for tool in self.tools.values():
-            tool.close()
+        """Close all tools. Log a warning for each tool that fails."""
+        for name, tool in self.tools.items():
+            try:
+                tool.close()
+            except Exception as error:
+                place = fault_line(error, Path(users_file(tool)))
+                logger.warning("could not close the tool %s: %s", name, place)
 
 
 def build_tools(config: RunConfig) -> Toolset:
@@ -195,6 +210,7 @@ def users_file(tool: AnyTool) -> str:
 def _build(spec: str, config: RunConfig) -> AnyTool:
     if not is_user_code(spec):
         built: AnyTool = importlib.import_module(f"{TOOLS_PACKAGE}.{spec}").build(config)
+        _require_description(built, spec)
         return built
     path, name = user_file(spec, "tools.names")
     build = load_user_code(spec, "tools.names")
@@ -209,6 +225,7 @@ def _build(spec: str, config: RunConfig) -> AnyTool:
         raise
     except Exception as error:
         raise ConfigError(f"tools.names: cannot build {spec}: {fault_line(error, path)}") from None
+    _require_description(tool, spec)
     methods = ("open", "close") if hasattr(tool, "open") else ("call", "close")
     if missing := [method for method in methods if not callable(getattr(tool, method, None))]:
         raise ConfigError(
@@ -216,3 +233,36 @@ def _build(spec: str, config: RunConfig) -> AnyTool:
             "or open(record, question), and close() (docs/tools.md)"
         )
     return tool
+
+
+def _require_description(tool: AnyTool, spec: str) -> None:
+    """Raise `ConfigError` unless chat templates can render the tool's `description` and `parameters`."""
+    description, parameters = getattr(tool, "description", ""), getattr(tool, "parameters", {})
+    if not isinstance(description, str):
+        raise ConfigError(
+            f"tools.names is {spec!r}, but the attribute description of {type(tool).__name__} is "
+            f"{description!r:.80}, not a text (docs/tools.md)"
+        )
+    try:
+        is_schema = _is_object_schema(json.loads(json.dumps(parameters)))
+    except (TypeError, ValueError, RecursionError):
+        is_schema = False
+    if not is_schema:
+        raise ConfigError(
+            f"tools.names is {spec!r}, but the attribute parameters of {type(tool).__name__} is {parameters!r:.200}, "
+            'not a JSON schema like {"type": "object", "properties": {"date": {"type": "string"}}, "required": '
+            '["date"]} (docs/tools.md)'
+        )
+
+
+def _is_object_schema(parameters: Any) -> bool:
+    """Return whether the program can check arguments against `parameters`, decoded JSON."""
+    if not isinstance(parameters, dict):
+        return False
+    properties, required = parameters.get("properties", {}), parameters.get("required", [])
+    return (
+        isinstance(properties, dict)
+        and all(isinstance(schema, dict | bool) for schema in properties.values())
+        and isinstance(required, list)
+        and all(isinstance(name, str) for name in required)
+    )

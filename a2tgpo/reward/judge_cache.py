@@ -62,12 +62,14 @@ class JudgeCache:
     def _read(self, path: Path) -> None:
         for line in path.read_bytes().splitlines():
             try:
-                key, reply = json.loads(line)
-            except ValueError:  # half a line of a process that was killed
+                stored = json.loads(line)
+            except (ValueError, RecursionError):  # half a line of a process that was killed
                 continue
-            found: Future[str] = Future()
-            found.set_result(reply)
-            self._replies[key] = found
+            match stored:
+                case [str() as key, str() as reply]:
+                    found: Future[str] = Future()
+                    found.set_result(reply)
+                    self._replies[key] = found
 
     def _append(self, key: str, reply: str) -> None:
         if self._path is None:

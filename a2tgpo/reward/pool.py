@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from a2tgpo.lifecycle.workers import Call, CallsHangError, Workers
 from a2tgpo.reward.episode import Episode
 from a2tgpo.reward.load import NamedReward
 from a2tgpo.reward.total import RewardFaultError, Verdict, judge
+
+logger = logging.getLogger(__name__)
 
 
 class RewardPool:
@@ -70,16 +73,23 @@ class RewardPool:
         """
         counts: Counter[str] = Counter()
         for named in self._rewards:
-            own: dict[str, int] = getattr(named.reward, "take_counts", dict)()
-            counts.update({f"{named.label}/{name}": number for name, number in own.items()})
+            try:
+                own: dict[str, int] = getattr(named.reward, "take_counts", dict)()
+                counts.update({f"{named.label}/{name}": int(number) for name, number in own.items()})
+            except Exception as error:
+                raise RewardFaultError(f"reward {fault_line(error, named.path)}") from None
         return dict(counts)
 
     def close(self) -> None:
-        """Stop the threads, and close the rewards that have a method `close`."""
+        """Stop the threads, and close the rewards that have a method `close`. Log a warning for each that fails."""
         self._workers.close()
         for named in self._rewards:
-            if (close := getattr(named.reward, "close", None)) is not None:
-                close()
+            try:
+                getattr(named.reward, "close", _nothing)()
+            except Exception as error:
+                logger.warning(
+                    "could not close the reward %s: %s", named.label, fault_line(error, named.path)
+                )
 
     def _verdict(self, call: Call) -> Verdict:
         if call.is_late:
@@ -90,3 +100,7 @@ class RewardPool:
             raise RewardFaultError(f"reward {fault_line(call.error, self._rewards[0].path)}")
         assert isinstance(call.result, Verdict)
         return call.result
+
+
+def _nothing() -> None:
+    """Take the place of a method that a reward lacks."""

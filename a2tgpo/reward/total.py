@@ -56,6 +56,12 @@ def judge(rewards: Sequence[NamedReward], episode: Episode, *, format_gate: bool
             score = _checked(returned, episode)
         except ValueError as error:
             raise RewardFaultError(f"reward {named.path.name} {named.label}: {error} {question}") from None
+        except Exception:  # for example, parts that are no mapping
+            shown = f"{returned!r:.80}"
+            raise RewardFaultError(
+                f"reward {named.path.name} {named.label}: it returned {shown}, not a finite number or a Score with "
+                f"such parts and turn_scores {question}"
+            ) from None
         values[named.label] = score.value
         values |= {f"{named.label}.{name}": value for name, value in score.parts.items()}
         total += named.weight * score.value

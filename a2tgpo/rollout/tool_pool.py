@@ -22,6 +22,8 @@ from a2tgpo.rollout.tool_sessions import OpenSessions, SessionAnswer, Trajectory
 from a2tgpo.trajectory import Call as PolicyCall
 from a2tgpo.trajectory import Prompt
 
+MAX_PARTS = 64
+"""Number of parts of an answer that are used, so that no answer takes long to read."""
 WAIT_S = 1.0
 """Longest wait of one call of `ToolPool.results`, in seconds."""
 IDLE_S = 0.1
@@ -130,7 +132,7 @@ class ToolPool:
         if sessions is not None:
             self._open.close(sessions)
 
-    def take_counts(self) -> dict[str, int]:
+    def take_counts(self) -> dict[str, float]:
         """Wait for the sessions of ended trajectories to close. Return the tools' counts since the last call."""
         counts = self._toolset.take_counts()
         if self._has_sessions:
@@ -223,18 +225,20 @@ def _session_answer(sessions: TrajectorySessions, name: str, tool: SessionTool, 
 
 
 def _checked(answer: SessionAnswer) -> SessionAnswer:
-    """Return `answer`, with its parts as a tuple.
+    """Return `answer`, with its first `MAX_PARTS` parts as a tuple.
 
     Raises:
         TypeError: if the parts are not a non-empty list of texts, or if the score is not a finite number.
     """
     parts = answer.parts
-    if isinstance(parts, str) or not parts or not all(isinstance(part, str) for part in parts):
+    if not isinstance(parts, list | tuple) or not parts or not all(isinstance(part, str) for part in parts):
         raise TypeError(f"it returned {parts!r:.80}, not a list of at least one text")
     score = answer.score
     if score is not None and not (isinstance(score, int | float) and math.isfinite(score)):
         raise TypeError(f"the score of its session is {score!r:.80}, not a finite number")
-    return dataclasses.replace(answer, parts=tuple(parts), score=None if score is None else float(score))
+    return dataclasses.replace(
+        answer, parts=tuple(parts[:MAX_PARTS]), score=None if score is None else float(score)
+    )
 
 
 def _fault(name: str, tool: AnyTool, error: BaseException) -> str:

@@ -74,6 +74,8 @@ class TrajectorySessions:
             session = self._open[name]
             parts = session.call(text)
             score = getattr(session, "score", None)
+            if score is not None and not callable(score):
+                raise TypeError(f"`score` of its session is {score!r:.80}, not a method")
             return SessionAnswer(parts=parts, score=None if score is None else score())
 
     def close(self) -> list[str]:
@@ -91,6 +93,10 @@ class TrajectorySessions:
 
     def _start(self, name: str, tool: SessionTool) -> Session:
         session = tool.open(json.loads(self._prompt.record), self._prompt.question)
+        if missing := [
+            method for method in ("call", "close") if not callable(getattr(session, method, None))
+        ]:
+            raise TypeError(f"`open` returned {session!r:.80}, which has no method {missing[0]}")
         try:
             for call in self._past:
                 if call.tool == name and call.problem is None and not call.failed:

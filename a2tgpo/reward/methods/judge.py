@@ -205,7 +205,10 @@ def _count_nothing(_: RetryCallState) -> None:
 def _field(name: str, episode: Episode) -> str:
     """Return the text of a field of the prompt."""
     if name.startswith("record."):
-        value = episode.record[name.removeprefix("record.")]
+        field = name.removeprefix("record.")
+        if field not in episode.record:
+            raise LookupError(f"the question's record has no field {field!r:.80} (judge.prompt_file)")
+        value = episode.record[field]
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if name == "answers":
         return "; ".join(episode.answers)

@@ -106,6 +106,17 @@ class fails:
     def call(self, text):
         return [{}["steps"]]
     def close(self): pass
+class odd(fails):
+    parameters = {"properties": ["date"]}
+class unwritable(fails):
+    parameters = {"properties": {"date": {"enum": {1, 2}}}}
+class untold(fails):
+    description = None
+class broken(fails):
+    def take_counts(self):
+        return ["calls"]
+    def close(self):
+        1 / 0
 class once:
     replayable = False
     def __init__(self, config): pass
@@ -138,6 +149,15 @@ class once:
             "allowed: a class or a function number(config), but it is int, which cannot be called",
         ),
         ("mine.py:raises", "tools.names: cannot build mine.py:raises: mine.py:5 raises: OSError: no licence"),
+        (
+            "mine.py:odd",
+            "the attribute parameters of odd is {'properties': ['date']}, not a JSON schema like {",
+        ),
+        (
+            "mine.py:unwritable",
+            "the attribute parameters of unwritable is {'properties': {'date': {'enum': {1, 2}",
+        ),
+        ("mine.py:untold", "the attribute description of untold is None, not a text"),
         ("mine.py:no_method", "but SimpleNamespace has no method close; a tool has call(text) or open("),
         ("search,mine.py:search", "is ['search', 'mine.py:search']; allowed: at least one tool, each once"),
     ],
@@ -159,6 +179,19 @@ def test_an_error_of_a_users_tool_names_its_file_and_line(folder):
         while True:
             pool.results(wait=True)
     pool.close()
+
+
+def test_bugs_in_the_counts_and_the_end_of_a_tool_are_one_line(folder, caplog):
+    (folder / "mine.py").write_text(USERS_FILE)
+    toolset = build_tools(quickstart("tools.names=[mine.py:broken]"))
+    with pytest.raises(
+        RuntimeError, match=r"^the counts of the tool broken cannot be read: .*AttributeError"
+    ):
+        toolset.take_counts()
+    toolset.close()
+    (record,) = caplog.records
+    expected = "could not close the tool broken: mine.py:23 close: ZeroDivisionError: division by zero"
+    assert record.getMessage() == expected
 
 
 def test_sessions_that_cannot_be_repeated_are_refused_with_partial_rollouts(folder):

@@ -64,7 +64,7 @@ def test_a_later_start_asks_nothing_again_also_after_a_torn_line(stub, tmp_path)
     questions = [episode_of(RIGHT, question=str(number)) for number in range(3)]
     assert [first.score(episode) for episode in questions] == [1.0] * 3
     (file,) = tmp_path.glob("*/judge/*.jsonl")
-    file.write_bytes(file.read_bytes()[:-5])
+    file.write_bytes(b'5\n"ab"\n[["k"], "correct"]\n' + file.read_bytes()[:-5])
     again = judge_of(server, tmp_path)
     assert [again.score(episode) for episode in questions] == [1.0] * 3
     assert len(server.asked) == 4

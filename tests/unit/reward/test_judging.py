@@ -56,6 +56,10 @@ def test_a_reward_without_a_verdict_names_itself_and_its_cause():
     assert verdict.error == "judge: no verdict"
 
 
+def leave(_):
+    raise SystemExit(3)
+
+
 def bug(episode):
     return episode.record["steps"]
 
@@ -72,6 +76,11 @@ def bug(episode):
         (lambda _: "1", r"mine: it returned '1', not a finite number"),
         (lambda _: Score(value=1.0, parts={"a": math.inf}), r"it returned inf"),
         (lambda _: Score(value=1.0, turn_scores=[1.0]), r"1 turn_scores for 0 turns with tool calls"),
+        (lambda _: 10**400, r"mine: it returned 10000.*, not a finite number or a Score with such parts"),
+        (lambda _: {"value": 1.0}, r"mine: it returned \{'value': 1.0\}, not a finite number"),
+        (lambda _: Score(value=1.0, parts=[1.0]), r"mine: it returned Score\(.*\), not a finite number or a"),
+        (lambda _: Score(value=1.0, turn_scores=iter([1.0])), r"mine: it returned Score\(.*turn_scores"),
+        (leave, r"^reward test_judging\.py:\d+ leave: SystemExit: 3$"),
     ],
 )
 def test_a_bug_in_a_reward_is_one_line_that_names_its_place(score, message):
@@ -81,6 +90,27 @@ def test_a_bug_in_a_reward_is_one_line_that_names_its_place(score, message):
         pool.take(timeout_s=SOON_S)
     pool.close()
     assert "\n" not in str(error.value)
+
+
+class Closing(Reward):
+    """A reward of a user whose further methods have bugs."""
+
+    def take_counts(self):
+        return {"asked": "many"}
+
+    def close(self):
+        raise OSError("no licence")
+
+
+def test_bugs_in_the_counts_and_the_end_of_a_reward_are_one_line(caplog):
+    reward = NamedReward(label="mine", weight=1.0, reward=Closing(fail), path=Path(__file__))
+    pool = RewardPool([reward], RewardConfig())
+    with pytest.raises(RewardFaultError, match=r"^reward .*: ValueError: invalid literal"):
+        pool.take_counts()
+    pool.close()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("could not close the reward mine: test_judging.py:")
+    assert record.getMessage().endswith("close: OSError: no licence")
 
 
 def take_all(pool: RewardPool, count: int) -> dict:

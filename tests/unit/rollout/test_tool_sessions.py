@@ -148,6 +148,23 @@ def test_a_score_that_is_no_finite_number_ends_the_run(pool_of, monkeypatch, sco
         collect(pool, 1)
 
 
+def test_a_score_that_is_no_method_ends_the_run(pool_of, monkeypatch):
+    monkeypatch.setattr(CounterSession, "score", 0.5)
+    pool = pool_of()
+    pool.submit("counter", "1", pool.sessions_for(prompt()))
+    with pytest.raises(ToolFaultError, match=r"`score` of its session is 0\.5, not a method"):
+        collect(pool, 1)
+
+
+@pytest.mark.parametrize("session", [None, SimpleNamespace(call=len)])
+def test_a_session_without_its_methods_ends_the_run(pool_of, counter, monkeypatch, session):
+    monkeypatch.setattr(counter, "open", lambda record, question: session)
+    pool = pool_of()
+    pool.submit("counter", "1", pool.sessions_for(prompt()))
+    with pytest.raises(ToolFaultError, match=r"`open` returned .*, which has no method (call|close)"):
+        collect(pool, 1)
+
+
 def test_other_tools_are_called_beside_a_session_and_have_no_score(pool_of, counter):
     pool = pool_of()
     sessions = pool.sessions_for(prompt())
