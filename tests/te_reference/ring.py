@@ -62,7 +62,7 @@ def thd_out_correction(
     only_second_half: bool,
     packed: bool,
 ) -> None:
-    """Add step_out exp(step_sums - sums) to `out`, so that `out` is the mean over all keys so far."""
+    """Set `out` to out exp(old_sums - sums) + step_out exp(step_sums - sums), the mean over all keys so far."""
     assert packed and out.dtype == step_out.dtype
     places = _places(cu_seqlens, 1) if only_second_half else torch.arange(out.size(0))
     new = sums[:, places]

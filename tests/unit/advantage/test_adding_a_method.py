@@ -18,14 +18,14 @@ DOCS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
 def code_block(language: str) -> str:
-    """The one block of `language` in docs/methods.md."""
+    """Return the only block of `language` in docs/methods.md."""
     (block,) = re.findall(rf"^```{language}\n(.*?)^```", DOCS, flags=re.MULTILINE | re.DOTALL)
     return block
 
 
 @pytest.fixture
 def new_method(tmp_path, monkeypatch):
-    """Puts a source file where advantage/methods/ is looked up; forgets it afterwards."""
+    """Add a source file to the modules of advantage/methods/, and remove it afterwards."""
 
     def add(name: str, source: str) -> None:
         (tmp_path / f"{name}.py").write_text(source, encoding="utf-8")

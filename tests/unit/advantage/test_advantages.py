@@ -49,7 +49,7 @@ def table_of(items, num_prompts=3, max_turns=4):
 
 
 def reference(items):
-    """ALGORITHM section 2-3 as loops over numpy floats."""
+    """Return A²TGPO's advantages, computed with loops over NumPy floats."""
     advantages = []
     normalized = {}
     for turn in range(4):
@@ -82,7 +82,7 @@ def test_turn_group_advantages_equal_the_plain_loops(items):
     result = compute_advantages(table_of(items), A2TGPO, dp_group=None)
     for row, expect in enumerate(reference(items)):
         got = result.advantages[row].tolist()
-        # a bucket whose members differ by rounding alone is divided by a floor of 1e-4
+        # a turn group whose members differ only by rounding is divided by a floor of 1e-4
         np.testing.assert_allclose(got[: len(expect)], expect, atol=1e-9)
         assert got[len(expect) :] == [0.0] * (len(got) - len(expect))
 
@@ -142,7 +142,9 @@ def test_a_missing_gain_is_neutral_and_shifts_no_other_turn():
 
 
 def test_a_failed_call_is_neutral_and_leaves_its_siblings_statistics_alone():
-    """Or counts like any other turn, where it is asked to; outcomes and all other turns are the same."""
+    """With `algorithm.failed_calls=count` the call is treated like any other. Outcomes and all other turns are the
+    same.
+    """
     items = [(0, [-0.9, 0.5], 1.0), (0, [0.2, 0.1], 0.0), (0, [0.4, 0.0], 0.0)]
     trajectories = [make_trajectory(*item) for item in items]
     trajectories[0].turns[0].calls = [Call(tool="search", arguments="q", failed=True)]

@@ -1,4 +1,4 @@
-"""`algorithm.gain_spread_floor`, and the metric that shows how much of the signal narrow turn groups carry."""
+"""`algorithm.gain_spread_floor`, and the metric for the share of the signal that narrow turn groups have."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_a_narrow_group_is_divided_by_the_floor_and_a_wide_one_is_not(name, batc
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 def test_the_share_of_narrow_groups_is_reported_whatever_the_floor(floor):
     metrics = MetricSums()
-    # Two ranks: the metric is a share of both together.
+    # On two ranks, the metric is the share over both ranks together.
     for batch in (WIDE, NARROW):
         table, result = normalized(batch, gain_spread_floor=floor)
         add_advantage_metrics(metrics, table, result, torch.ones(len(batch), MAX_TURNS + 1))

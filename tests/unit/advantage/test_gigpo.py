@@ -20,7 +20,7 @@ MAX_TURNS = 3
 rollouts = st.lists(
     st.tuples(
         st.integers(0, 2),
-        # few queries and observations, so that rollouts meet
+        # few queries and observations, so that rollouts reach equal states
         st.lists(st.tuples(st.sampled_from(["a", "b"]), st.sampled_from([(1,), (1, 2)])), max_size=MAX_TURNS),
         st.sampled_from([-1.0, 0.0, 0.4, 1.0]),
         st.booleans(),
@@ -70,7 +70,9 @@ def z_score(value: float, group: list[float], by_std: bool) -> float:
 
 
 def reference(items, config: AlgorithmConfig) -> list[list[float]]:
-    """Eq. 3 and 5-8 of arXiv:2505.10978 as loops, with the states themselves as keys."""
+    """Return the result of Eq. 3 and 5-8 of arXiv:2505.10978, computed with loops, with the states themselves as
+    keys.
+    """
     states, returns = [], []
     for prompt, searches, outcome, final in items:
         num_turns = len(searches) + (final or not searches)
@@ -109,7 +111,7 @@ def test_without_its_step_part_it_is_grpo(items, gamma):
 
 def test_turns_of_equal_state_are_compared_across_rollouts_and_across_turns():
     found, lost = ("who", (5,)), ("what", (6,))
-    # two rollouts come to `found`, one of them by a detour, and differ in what they make of it
+    # two rollouts reach `found`, one of them by a detour, and have different outcomes
     items = [(0, [found], 1.0, True), (0, [lost, found], 0.0, True)]
     config = AlgorithmConfig(advantage="gigpo", gamma=0.5, alpha=1.0)
     step = gigpo(items, config) - gigpo(items, AlgorithmConfig(advantage="gigpo", gamma=0.5, alpha=0.0))

@@ -30,7 +30,8 @@ def test_advantages_equal_the_plain_loops(batch, gamma, alpha, by_std):
     result = advantages_of(batch, gamma=gamma, alpha=alpha, normalize_by_std=by_std).advantages
     for got, row in zip(result.tolist(), batch, strict=True):
         group = [value for r in batch if r.prompt == row.prompt for value in returns(r, gamma, alpha)]
-        # Returns that are equal but for the last bit are divided by eps: such a group is no case for 1e-10.
+        # Returns that differ only in the last bit are divided by eps, so such a group needs a larger tolerance than
+        # 1e-10.
         atol = 1e-10 if max(group) - min(group) > 1e-9 or not by_std else 1e-6
         expect = [z_score(value, group, by_std=by_std, sample=True) for value in returns(row, gamma, alpha)]
         assert got[: row.num_turns] == pytest.approx(expect, rel=0, abs=atol)
@@ -40,7 +41,7 @@ def test_advantages_equal_the_plain_loops(batch, gamma, alpha, by_std):
 @quick
 @given(st.lists(st.sampled_from([-1.0, 0.0, 1.0]), min_size=2, max_size=8), st.booleans())
 def test_without_gains_and_discount_the_centred_advantages_are_those_of_grpo(outcomes, final):
-    """If all rollouts have the same number of turns; otherwise long rollouts count more often."""
+    """This holds if all rollouts have the same number of turns. Otherwise long rollouts have more weight."""
     batch = [Row(0, (0.3, 0.1), outcome, final) for outcome in outcomes]
     fields = {"gamma": 1.0, "alpha": 0.0, "normalize_by_std": False}
     own, grpo = advantages_of(batch, **fields), advantages_of(batch, **fields, advantage="grpo")
@@ -65,5 +66,5 @@ def test_advantages_ignore_the_unit_of_all_rewards(batch, scale):
         for r in batch
     ]
     plain, other = advantages_of(batch).advantages, advantages_of(scaled).advantages
-    # eps = 1e-6 beside deviations of 1/64 or more
+    # eps is 1e-6, and the standard deviations are at least 1/64
     torch.testing.assert_close(other, plain, rtol=0, atol=1e-3)

@@ -14,7 +14,9 @@ quick = settings(max_examples=60)
 rollouts = st.lists(
     st.tuples(
         st.integers(0, 1),
-        st.lists(st.sampled_from("ab"), max_size=MAX_TURNS),  # few queries, so that rollouts meet
+        st.lists(
+            st.sampled_from("ab"), max_size=MAX_TURNS
+        ),  # few queries, so that rollouts reach equal states
         st.sampled_from([-1.0, 0.0, 0.5, 1.0]),
         st.booleans(),
     ),
@@ -53,7 +55,9 @@ def hgpo(items, **fields) -> torch.Tensor:
 
 
 def reference(items, *, gamma, alpha, history, by_std) -> list[list[float]]:
-    """The equations of the method's docstring as loops, with the states themselves as keys."""
+    """Return the result of the equations in the method's docstring, computed with loops, with the states themselves
+    as keys.
+    """
     states, values = [], []
     for prompt, queries, outcome, final in items:
         num_turns = len(queries) + (final or not queries)
@@ -109,6 +113,7 @@ def test_a_longer_equal_history_weighs_more_and_a_lonely_turn_has_no_advantage()
     rows = [("ab", 1.0), ("ab", 0.0), ("b", 0.0), ("ax", 1.0)]
     items = [(0, list(queries), outcome, True) for queries, outcome in rows]
     got = hgpo(items, gamma=1.0, hgpo_history=1, normalize_by_std=False)
-    # Last turn of the first: 1 against (1, 0, 0) after `b`, weight 2; 1 against (1, 0) after `a`, `b`, weight 3.
+    # The last turn of the first rollout has 1. After `b` its group is (1, 0, 0), with weight 2. After `a`, `b` it is
+    # (1, 0), with weight 3.
     assert got[0, 2].item() == pytest.approx((2 * 2 / 3 + 3 * 1 / 2) / 5, abs=1e-12)
     assert got[3, 2].item() == 0.0

@@ -14,7 +14,7 @@ quick = settings(max_examples=40)
 
 
 def advantages_of(batch, **fields) -> torch.Tensor:
-    """The advantages with the numbers of the rows as scores of the turns."""
+    """Return the advantages if the numbers of the rows are the scores of the turns."""
     made = trajectories_of(batch)
     for turn in (turn for trajectory in made for turn in trajectory.turns):
         turn.score, turn.info_gain = turn.info_gain, None
@@ -28,7 +28,7 @@ def reward(row: Row) -> float:
 
 
 def grpo(value: float, group: list[float], by_std: bool) -> float:
-    """`value` against `group`; itself if it is alone."""
+    """Return `value` normalised in `group`, or `value` itself if the group has one member."""
     if len(group) > 1:
         return z_score(value, group, by_std=by_std, sample=True)
     return value / (1 + 1e-6) if by_std else value
@@ -68,7 +68,7 @@ def test_the_reward_of_a_turn_moves_the_advantages_of_its_own_turn_group_only(ba
     ]
     kept = [column for column in range(MAX_TURNS + 1) if column != turn]
     before, after = advantages_of(batch), advantages_of(other)
-    # Where a rollout ends at this turn, the column holds its final turn.
+    # If a rollout ends at this turn, the column contains its final turn.
     assert torch.equal(before[:, kept], after[:, kept])
 
 

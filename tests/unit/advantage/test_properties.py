@@ -1,7 +1,8 @@
-"""Properties that advantages must have on any batch; a method that is added is held to the general ones at once.
+"""Properties that advantages must have on any batch. The general properties are also checked for every new method.
 
-Unless a test says otherwise, gains are multiples of 1/64. Sums over a group are then exact, so equal gains stay equal
-and no rounding is blown up by the floor under a deviation of zero: comparisons can ask for 1e-12, or for every bit.
+Unless a test says otherwise, gains are multiples of 1/64, so sums over a group are exact and equal gains stay equal.
+Thus no rounding error is divided by the floor of a standard deviation, and comparisons can require 1e-12 or equal
+bits.
 """
 
 import math
@@ -19,12 +20,12 @@ from a2tgpo.trajectory import Call, Trajectory, Turn
 
 MAX_TURNS, MAX_PROMPTS, MAX_ROLLOUTS = 4, 6, 8
 OUTCOME_ENDS = ("turn_group", "igpo_joint", "igpo_separate", "grpo")
-"""Methods that give the final turn the outcome alone."""
+"""Methods whose advantage of the final turn is the outcome alone."""
 GAINS_APART = ("turn_group", "igpo_separate", "mt_grpo")
-"""Methods that normalise gains apart from outcomes."""
+"""Methods that normalise gains and outcomes separately."""
 BY_GAIN = ("turn_group", "igpo_joint", "igpo_separate", "mt_grpo")
 quick = settings(max_examples=30)
-"""An example is a whole batch, slow to draw."""
+"""Settings for tests whose examples are whole batches, which are slow to draw."""
 
 grid_gains = st.integers(-64, 64).map(lambda k: k / 64)
 outcomes = st.sampled_from([-1.0, 0.0, 0.5, 1.0])
@@ -48,7 +49,7 @@ def batches(gains=grid_gains, *, missing=True, prompts=3, min_size=1):
 
 
 def full_batches(gains=grid_gains):
-    """Two prompts of four rollouts that all have every turn."""
+    """Return a strategy for two prompts with four rollouts each, which have all turns."""
     row = st.tuples(*[gains] * MAX_TURNS)
     return st.tuples(*[st.builds(Rollout, st.just(i // 4), row, outcomes) for i in range(8)])
 
@@ -61,7 +62,7 @@ def table_of(batch) -> TurnTable:
             sample_index=sample,
             prompt_tokens=[0],
             turns=[
-                # turns 2 and 4 are written in equal states: what gigpo compares
+                # turns 2 and 4 start from equal states, which gigpo compares
                 *(
                     Turn(
                         tokens=[1],
@@ -87,7 +88,7 @@ def advantages_of(batch, name: str, **fields) -> TurnAdvantages:
 
 
 def map_gains(batch, function):
-    """The batch with function(column, gain) in place of every gain that there is."""
+    """Return the batch with every gain replaced by function(column, gain)."""
     return [
         replace(r, gains=tuple(g if g is None else function(t, g) for t, g in enumerate(r.gains)))
         for r in batch
@@ -95,7 +96,7 @@ def map_gains(batch, function):
 
 
 def assert_equal(got: TurnAdvantages, expect: TurnAdvantages, *, rows=slice(None), atol: float = 0.0) -> None:
-    """`got` equals the given rows of `expect`."""
+    """Check that `got` equals the given rows of `expect`."""
     for field in ("advantages", "normalized_gain", "normalized_outcome"):
         close = {"rtol": 0, "atol": atol, "msg": lambda text, field=field: f"{field}: {text}"}
         torch.testing.assert_close(getattr(got, field), getattr(expect, field)[rows], **close)
@@ -186,8 +187,10 @@ def test_the_final_turn_gets_the_outcome_alone_also_where_it_is_the_only_one(nam
     st.integers(-16000, 16000).map(lambda k: k / 16),
 )
 def test_normalized_gains_ignore_unit_and_origin(name, batch, scale, shift):
-    """Up to the stabilisers. Multiples of 256 that are not all equal deviate by 44 or more, even 32 of them with one
-    unlike the others, so that eps = 1e-6 moves no normalised gain by more than 6 * 2e-6 / 44 < 4e-7."""
+    """This holds up to the stabilisers. Multiples of 256 that are not all equal have a standard deviation of at least
+    44, even if only one of 32 is different. So eps = 1e-6 changes no normalised gain by more than 6 * 2e-6 / 44 <
+    4e-7.
+    """
     moved = map_gains(batch, lambda _, gain: scale * gain + shift)
     torch.testing.assert_close(
         advantages_of(moved, name).normalized_gain,
@@ -270,7 +273,7 @@ def test_a_missing_gain_leaves_its_bucket_as_if_the_rollout_were_absent(batch, d
 @quick
 @given(batches(), st.data())
 def test_a_last_gain_that_is_missing_counts_in_no_statistics(name, batch, data):
-    """The same as a rollout one turn shorter, except that its turn exists."""
+    """The result is that of a rollout with one turn less, except that the turn exists."""
     shorter = [row for row, r in enumerate(batch) if len(r.gains) < MAX_TURNS]
     assume(shorter)
     row = data.draw(st.sampled_from(shorter))

@@ -1,8 +1,8 @@
 """The paper's Propositions 1 and 2 and Corollary 1 (arXiv:2605.06200, Appendix D), measured on simulated gains.
 
-The gains are heterogeneous as in a real run: ig_{i,t} = scale_q (MEANS_t + SPREADS_t x_{i,t}), means and spreads fall
-with the turn, questions differ in scale, rollouts in depth. x has unit variance; along a rollout it is independent or
-AR(1). Prompts are independent of each other, so standard errors are taken over prompts.
+The gains are heterogeneous, as in a real run: ig_{i,t} = scale_q (MEANS_t + SPREADS_t x_{i,t}). Means and spreads
+fall with the turn. Questions have different scales, and rollouts different depths. x has unit variance. Along a
+rollout it is independent or AR(1). Prompts are independent, so standard errors are computed over prompts.
 """
 
 import functools
@@ -21,19 +21,19 @@ NUM_PROMPTS, GROUP_SIZE, MAX_TURNS = 64, 96, 6
 MEANS = torch.tensor([0.30, 0.16, 0.08, 0.03, 0.00, -0.02], dtype=torch.float64)
 SPREADS = torch.tensor([0.22, 0.18, 0.15, 0.12, 0.10, 0.08], dtype=torch.float64)
 DEPTH_SHARES = torch.tensor([0.05, 0.10, 0.15, 0.20, 0.20, 0.30], dtype=torch.float64)
-"""Share of rollouts with 1..MAX_TURNS process turns."""
+"""Shares of rollouts with 1 to MAX_TURNS process turns."""
 CORRECT_SHARE = 0.4
 SEEDS = (0, 1, 2)
 POOLED = ("igpo_separate", "igpo_joint")
 NUM_ERRORS = 4.0
-"""Half-width of every interval in standard errors: one in 16,000 measurements falls outside by chance."""
+"""Half the width of every interval in standard errors. One in 16,000 measurements is outside by chance."""
 PLUG_IN_BIAS = 3.0 / GROUP_SIZE
-"""Allowance for dividing by an estimated deviation: of order 1 / members of a bucket."""
+"""Allowed bias from division by an estimated standard deviation. It is of order 1 / (members of a turn group)."""
 
 
 @functools.cache
 def gain_scales(seed: int) -> torch.Tensor:
-    """[NUM_PROMPTS] in (0.5, 2): how much an informative turn is worth in each question."""
+    """Return the scale of the gains of each question, [NUM_PROMPTS] in (0.5, 2)."""
     generator = torch.Generator().manual_seed(1000 + seed)
     return 0.5 + 1.5 * torch.rand(NUM_PROMPTS, generator=generator, dtype=torch.float64)
 
@@ -42,11 +42,12 @@ def gain_scales(seed: int) -> torch.Tensor:
 def simulate(
     seed: int, rho: float = 0.0, *, group_size: int = GROUP_SIZE, gain_per_depth: float = 0.0
 ) -> TurnTable:
-    """A batch of NUM_PROMPTS x group_size rollouts, those of one prompt in consecutive rows.
+    """Return a batch of NUM_PROMPTS x group_size rollouts. The rollouts of a prompt have consecutive rows.
 
     Args:
         rho: correlation of x at neighbouring turns of a rollout.
-        gain_per_depth: added to every gain of a rollout per process turn that it has; 0: depth tells nothing.
+        gain_per_depth: added to every gain of a rollout, times its number of process turns. 0: gains do not depend on
+            depth.
     """
     generator = torch.Generator().manual_seed(seed)
     num = NUM_PROMPTS * group_size
@@ -89,13 +90,13 @@ def advantages_of(table: TurnTable, name: str, **fields) -> TurnAdvantages:
 
 
 def turn_part(table: TurnTable, **fields) -> torch.Tensor:
-    """[N, T]: A2TGPO's advantage of process turns less the outcome."""
+    """Return A2TGPO's advantages of process turns minus the outcome, [N, T]."""
     result = advantages_of(table, "turn_group", **fields)
     return (result.advantages[:, :-1] - result.normalized_outcome[:, None]).where(table.has_gain, 0.0)
 
 
 def by_prompt(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-    """[NUM_PROMPTS, T]: mean of `values` over the rollouts of a prompt that have the turn."""
+    """Return the mean of `values` over the rollouts of a prompt that have the turn, [NUM_PROMPTS, T]."""
     total = (values * present).view(NUM_PROMPTS, -1, values.shape[1]).sum(1)
     count = present.view(NUM_PROMPTS, -1, values.shape[1]).sum(1)
     assert count.min() >= 1
@@ -103,23 +104,25 @@ def by_prompt(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
 
 
 def mean_and_error(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean over the first axis of independent samples, and its standard error."""
+    """Return the mean over the first axis, whose samples are independent, and the standard error of the mean."""
     return samples.mean(0), samples.std(0) / math.sqrt(samples.shape[0])
 
 
 def drift(means: torch.Tensor) -> float:
-    """How far the mean moves over turns: largest less smallest."""
+    """Return the largest mean over turns minus the smallest."""
     return (means.max() - means.min()).item()
 
 
 def by_terms(values: torch.Tensor, table: TurnTable) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turns in the order of their number of terms n_i - t + 1 = 1..T: values [N, T], and which exist [N, T] bool."""
+    """Return the values [N, T] in the order of their numbers of terms n_i - t + 1 = 1..T, and whether each exists,
+    [N, T] bool.
+    """
     columns = table.num_process_turns[:, None] - torch.arange(1, MAX_TURNS + 1)
     return values.gather(1, columns.clamp(min=0)), columns >= 0
 
 
 def slope_over_terms(values: torch.Tensor, table: TurnTable) -> tuple[float, float]:
-    """Slope b of variance ~ terms^b, and its standard error by leaving out one prompt at a time."""
+    """Return the slope b of variance ~ terms^b, and its standard error from leaving out one prompt at a time."""
     aligned, present = by_terms(values, table)
     variance = by_prompt(aligned.square(), present)  # [NUM_PROMPTS, T]
     without = log_slope((variance.sum(0) - variance) / (NUM_PROMPTS - 1))  # [NUM_PROMPTS]
@@ -128,14 +131,14 @@ def slope_over_terms(values: torch.Tensor, table: TurnTable) -> tuple[float, flo
 
 
 def log_slope(values: torch.Tensor) -> torch.Tensor:
-    """Least-squares slope of log `values` [..., T] over log(1..T)."""
+    """Return the least-squares slope of log `values` [..., T] over log(1..T)."""
     log_terms = torch.arange(1, MAX_TURNS + 1, dtype=torch.float64).log()
     centred = log_terms - log_terms.mean()
     return (values.log() * centred).sum(-1) / centred.square().sum()
 
 
 def autoregressive_variance(rho: float) -> torch.Tensor:
-    """[T]: variance of (sum of r unit-variance AR(1) terms) / sqrt(r), r = 1..T."""
+    """Return the variance of (sum of r unit-variance AR(1) terms) / sqrt(r) for r = 1..T, [T]."""
     return torch.tensor(
         [
             1 + 2 * sum((1 - lag / terms) * rho**lag for lag in range(1, terms))
@@ -149,7 +152,9 @@ def autoregressive_variance(rho: float) -> torch.Tensor:
 
 
 def pooled_prediction(name: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (mu_t - mu_bar) / sigma_pool and spread sigma_t / sigma_pool of pooled gains: [NUM_PROMPTS, T] each."""
+    """Return the mean (mu_t - mu_bar) / sigma_pool and the spread sigma_t / sigma_pool of pooled gains, [NUM_PROMPTS,
+    T] each.
+    """
     scales = gain_scales(seed)[:, None]
     means, variances = scales * MEANS, (scales * SPREADS).square()  # [NUM_PROMPTS, T]
     shares = DEPTH_SHARES.flip(0).cumsum(0).flip(0)  # a rollout has turn t if it is at least that deep
@@ -174,7 +179,7 @@ def test_pooling_shifts_each_turn_by_its_mean_over_the_pools_deviation(name, see
     predicted, _ = pooled_prediction(name, seed)
     deviation, error = mean_and_error(gains - predicted)
     assert error.max() < 0.02, "too few rollouts to tell"
-    # a pool has several times as many members as a turn's bucket
+    # a pool has several times as many members as a turn group
     assert (deviation.abs() <= NUM_ERRORS * error + PLUG_IN_BIAS / 4).all(), (deviation, error)
     assert drift(gains.mean(0)) >= 1.0
 
@@ -217,7 +222,9 @@ def test_rescaled_sum_of_independent_gains_has_variance_one_at_every_turn(seed):
 
 @pytest.mark.parametrize("rho", [-0.2, 0.2])
 def test_rescaled_sum_of_weakly_dependent_gains_has_bounded_variance(rho):
-    """Between 1 and (1 + rho) / (1 - rho), whatever the number of terms: 1.5 for rho 0.2, 2/3 for -0.2."""
+    """The variance is between 1 and (1 + rho) / (1 - rho) for any number of terms. The bound is 1.5 for rho 0.2 and
+    2/3 for -0.2.
+    """
     table = simulate(0, rho)
     aligned, present = by_terms(turn_part(table), table)
     variance, error = mean_and_error(by_prompt(aligned.square(), present))
@@ -234,7 +241,7 @@ def test_variance_grows_with_the_number_of_terms_and_shrinks_when_divided_by_it(
     terms = (table.num_process_turns[:, None] - torch.arange(MAX_TURNS)).clamp(min=1)
     plain = accumulate_process_turns(gains, table.num_process_turns, gamma=1.0, rescale=False)
     rescaled = accumulate_process_turns(gains, table.num_process_turns, gamma=1.0, rescale=True)
-    # 0 if independent; rho = 0.2 leaves what autoregressive_variance grows by from one term to six
+    # 0 for independent terms; for rho = 0.2 the growth of autoregressive_variance from one term to six
     expect = log_slope(autoregressive_variance(rho)).item()
     assert expect < 0.2
     for values, exponent in ((rescaled, 0), (plain, 1), (plain / terms, -1)):
@@ -267,7 +274,7 @@ def test_the_turn_part_does_not_drift_but_the_advantage_of_pooled_gains_does(see
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_envelope_does_not_grow_with_the_remaining_turns_but_that_of_pools_does(seed):
-    """Envelope: the 99th percentile of |advantage|, outcome included, among turns that sum 1..T terms."""
+    """The envelope is the 99th percentile of |advantage|, including the outcome, over turns that sum 1 to T terms."""
     table = simulate(seed)
     growth = {}
     for name in ("turn_group", *POOLED):
@@ -281,7 +288,9 @@ def test_the_envelope_does_not_grow_with_the_remaining_turns_but_that_of_pools_d
 
 
 def test_where_depth_tells_of_the_gains_only_the_plain_sum_stays_centred():
-    """The square root weighs deep rollouts less: the rescaled mean is 0 only where depth and gain are unrelated."""
+    """The square root gives deep rollouts less weight, so the rescaled mean is 0 only if depth and gain are
+    unrelated.
+    """
     table = simulate(0, gain_per_depth=0.05)
     plain = by_prompt(turn_part(table, rescale=False), table.has_gain)
     assert plain.abs().max() <= 1e-9

@@ -20,7 +20,7 @@ def advantages_of(batch, **fields) -> TurnAdvantages:
 
 
 def reference(batch, *, gamma, alpha, rescale, by_std) -> list[list[float]]:
-    """The equations of the method's docstring as loops."""
+    """Return the result of the equations in the method's docstring, computed with loops."""
     rows = []
     for row in batch:
         siblings = [r for r in batch if r.prompt == row.prompt]
@@ -79,7 +79,7 @@ def test_it_is_turn_group_if_all_rollouts_take_the_same_turns(gains):
 
 
 def test_going_on_earns_credit_if_the_next_search_is_worth_it():
-    """125 groups of 16: half of the rollouts search twice, and the second search gains 0.3."""
+    """In 125 groups of 16 rollouts, half of the rollouts search twice, and the second search gains 0.3."""
     rng = random.Random(0)
     went_on, stopped = {}, {}
     for name in ("turn_group", "turn_group_absent"):

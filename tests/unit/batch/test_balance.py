@@ -46,7 +46,7 @@ def test_microbatches_are_few_and_even() -> None:
 
 
 def test_rows_that_are_padded_are_filled() -> None:
-    # 8 with 2, not with 1; then 5 with 3 and 1: nothing is padded but the last row.
+    # 8 is packed with 2, not with 1, and then 5 with 3 and 1, so only the last row is padded.
     assert microbatches([8, 5, 1, 3, 2, 1, 4], 10, row=5) == [[0, 4], [1, 2, 6], [3, 5]]
 
 

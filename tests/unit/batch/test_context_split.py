@@ -31,7 +31,7 @@ def test_every_rank_holds_as_much_of_every_segment_and_does_as_much_attention(cp
         for start, length in zip(cu_seqlens.tolist(), lengths, strict=False):
             inside = own[(own >= start) & (own < start + length)] - start
             assert inside.numel() == length // cp_size
-            # Keys that a query at position p attends to: p + 1.
+            # A query at position p attends to p + 1 keys.
             assert int((inside + 1).sum()) == length * (length + 1) // 2 // cp_size
 
 

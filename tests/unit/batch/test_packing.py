@@ -32,7 +32,7 @@ def trajectory(prompt: list[int], *turns: tuple[list[int], list[int]]) -> Trajec
     )
 
 
-# 0 is what padding is filled with; a sampled token of that id is trained on like any other.
+# Padding has the id 0, but a sampled token with this id is trained on like any other token.
 token_lists = st.lists(st.integers(0, 999), max_size=6)
 trajectories = st.builds(
     lambda prompt, turns: trajectory(prompt, *turns),
@@ -70,7 +70,7 @@ def test_rows_are_padded_only_for_sequence_parallelism_and_fp8() -> None:
     assert (alignment(whole, Fp8Config()).row, alignment(cut, Fp8Config()).row) == (1, 4)
     for recipe, multiple in (("tensorwise", 16), ("mxfp8", 32), ("blockwise", 128)):
         fp8 = Fp8Config(format="e4m3", recipe=recipe)
-        # Every piece of a row that is cut is itself what FP8 can take.
+        # Every piece of a row that is cut has a size that FP8 accepts.
         assert (alignment(whole, fp8).row, alignment(cut, fp8).row) == (multiple, 4 * multiple)
         split = alignment(ParallelConfig(tensor=4, sequence=True, context=2), fp8)
         assert split == Alignment(row=8 * multiple, segment=4)
@@ -80,7 +80,9 @@ def test_context_parallelism_cuts_every_segment_into_equal_pieces() -> None:
     two, three = (alignment(ParallelConfig(context=size), Fp8Config()) for size in (2, 3))
     assert (two, three) == (Alignment(row=4, segment=4), Alignment(row=6, segment=6))
     odd = alignment(ParallelConfig(tensor=5, sequence=True, context=3), Fp8Config())
-    assert odd == Alignment(row=30, segment=6)  # a rank's third of the row in five pieces, segments in six
+    assert odd == Alignment(
+        row=30, segment=6
+    )  # a rank's third of the row has five pieces, and segments have six
     assert [two.segment_length(length) for length in (0, 1, 4, 5)] == [0, 4, 4, 8]
     batch = pack(
         [trajectory([1], ([5, 6], [])), trajectory([2, 3], ([7], []))],
@@ -102,7 +104,7 @@ def test_context_parallelism_cuts_every_segment_into_equal_pieces() -> None:
     st.randoms(),
 )
 def test_tokens_trained_on_are_exactly_the_tokens_sampled(rollouts, multiple, segment, shuffler) -> None:
-    """And each is predicted from exactly what came before it in its own trajectory."""
+    """Each token is also predicted from exactly the tokens before it in its trajectory."""
     indices = shuffler.sample(range(len(rollouts)), len(rollouts))
     batch = pack(rollouts, indices, align=Alignment(row=multiple * segment, segment=segment))
     assert batch.num_tokens % (multiple * segment) == 0
@@ -175,8 +177,9 @@ def test_logprobs_that_do_not_match_their_tokens_are_refused() -> None:
 def test_microbatches_of_the_70b_configuration_are_full_and_as_many_on_every_replica(
     overrides: list[str], share: float
 ) -> None:
-    """The share of what runs that is tokens of trajectories, at lengths of 2,000 in the mean and 6,192 at most: FP8
-    pads rows of 8,192 tokens to multiples of 1,024."""
+    """`share` is the share of positions that are tokens of trajectories, whose mean length is 2,000 and maximum
+    length 6,192. FP8 pads rows of 8,192 tokens to multiples of 1,024.
+    """
     configs = Path(__file__).parents[3] / "configs"
     config = load_config(configs / "train_70b.yaml", [str(configs / name) for name in overrides])
     rng = random.Random(3)

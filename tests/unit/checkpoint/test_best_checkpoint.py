@@ -1,4 +1,6 @@
-"""Which checkpoint is the best, that it survives, what a resumed run knows of it; really saved, in one process."""
+"""Which checkpoint is the best, that it is kept, and how a resumed run knows it. The checkpoints are really saved, in
+one process.
+"""
 
 from __future__ import annotations
 
@@ -148,7 +150,7 @@ def test_a_best_of_the_dropped_future_is_forgotten_and_its_checkpoint_set_aside(
     second.save(3, 0.3)
     assert second.steps == [2, 3] and second.best_step == 3
     third = Run(world, tmp_path, resume=str(second.checkpoints / "step_2"))
-    # Step 1, the best that the checkpoint knew, has made room for step 3: the next evaluation is the best.
+    # Retention removed step 1, the best step in the checkpoint's record, so the next evaluation becomes the best.
     assert third.steps == [2] and third.best_step is None
     assert (third.checkpoints / "dropped_2" / "step_3").exists()
     third.save(3, 0.1)
@@ -165,7 +167,9 @@ def test_the_best_of_another_run_is_not_taken_over(world, tmp_path):
 
 
 class ScriptedTrainer(Trainer):
-    """The real loop around steps that skip every update and evaluations that score the number of the step."""
+    """The real training loop, with steps that skip every update, and evaluations whose score is the number of the
+    step.
+    """
 
     def train_step(self) -> dict[str, float]:
         self.step += 1
@@ -196,7 +200,7 @@ def test_a_run_that_its_guards_stop_is_evaluated_first_where_that_is_due(world, 
 
 
 def test_resuming_from_elsewhere_sets_aside_the_own_checkpoint_of_the_same_step(world, tmp_path):
-    """Else a run that ends before its next checkpoint would go on from its own one."""
+    """Otherwise a run that ends before its next checkpoint would continue from its own checkpoint."""
     first = Run(world, tmp_path, keep=3)
     for step in (1, 2, 3):
         first.save(step)

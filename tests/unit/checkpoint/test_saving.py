@@ -1,4 +1,4 @@
-"""Saving beside the training: retention, full disks, damaged files, and what the copy protects from."""
+"""Saving during the training: retention, full disks, damaged files, and the copy that protects from changes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def test_the_weight_of_the_entropy_is_restored_to_the_bit(world, tmp_path):
 
 
 def test_of_the_best_the_weights_alone_stay_and_are_what_was_saved(world, tmp_path):
-    """They can be evaluated, not gone on from; the newest, though best, stays whole until others have come."""
+    """The weights can be evaluated, but a run cannot continue from them. The newest checkpoint stays whole, even if
+    it is the best, until newer ones exist.
+    """
     weight = next(world.parts.policy.gpt_models[0].parameters())
     run = Run(world, tmp_path, keep=2)
     run.save(1, 0.5)
@@ -128,7 +130,7 @@ def test_a_complete_checkpoint_removes_the_oldest_recorded_rollouts_that_it_cove
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A folder that holds about one checkpoint: a tmpfs, or nothing where mounting is refused."""
+    """A tmpfs with room for about one checkpoint, or None if mounting is not allowed."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(disk)], check=False).returncode:
@@ -144,7 +146,7 @@ def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_the_one_before(w
     run.saver.best.offer(2, scores(0.5))
     filling.write_bytes(bytes(max(0, shutil.disk_usage(small_disk).free - 100_000)))
     run.saver.save(2)
-    run.saver.finish_saving(is_last=False)  # a failure, and no exception
+    run.saver.finish_saving(is_last=False)  # the save fails without an exception
     assert run.steps == [1] and not list(run.checkpoints.glob(".step_*"))
     assert run.saver.best.step == 1, "the best is one without weights"
     run.saver.save(3)
@@ -156,7 +158,7 @@ def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_the_one_before(w
 
 
 def test_training_on_does_not_change_the_checkpoint_that_is_being_written(world, tmp_path, monkeypatch):
-    """The thread is held back until the weights have moved: the file has the old ones."""
+    """The thread waits until the weights have changed. The file has the old weights."""
     weight = next(world.parts.policy.gpt_models[0].parameters())
     before, gate = weight.detach().clone(), threading.Event()
     write = checkpoint_writer.write_sharded
@@ -175,7 +177,7 @@ def test_training_on_does_not_change_the_checkpoint_that_is_being_written(world,
 
 
 def test_no_damaged_byte_goes_unnoticed(world, tmp_path):
-    """200 times a random change to a random file of the newest checkpoint: the one before is taken instead."""
+    """After each of 200 random changes to a random file of the newest checkpoint, the previous checkpoint is used."""
     run = Run(world, tmp_path, keep=2)
     run.save(1)
     run.save(2)
@@ -209,7 +211,7 @@ def test_no_damaged_byte_goes_unnoticed(world, tmp_path):
 
 
 def bytes_read() -> int:
-    """By this process so far, from files and the page cache alike."""
+    """Return the bytes that this process has read so far, from files and from the page cache."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
@@ -218,7 +220,7 @@ def size_of(folder: Path) -> int:
 
 
 def test_a_restart_reads_its_checkpoint_once_and_an_evaluation_the_weights_alone(world, tmp_path):
-    """The model that they go into is built without reading weights. 37 MB, so that little else counts."""
+    """The model is built without reading weights. The checkpoint has 37 MB, so that other reads hardly matter."""
     model = ModelConfig(path=str(tmp_path / "model"), dtype="float32")
     parts = new_parts(world.groups, tmp_path / "model", vocab_size=24_000)
     larger = SimpleNamespace(groups=world.groups, parts=parts)
@@ -267,7 +269,9 @@ def test_where_no_checkpoint_has_whole_tensors_the_start_is_refused_in_one_line(
 def test_a_checkpoint_of_another_model_is_refused_even_where_its_shapes_fit(
     world, tmp_path, architecture, vocab_size, told
 ):
-    """A llama has all but the norms of a qwen3, and both vocabularies are padded to 256."""
+    """A llama model has all parameters of a qwen3 model except some norms, and both vocabularies are padded
+    to 256.
+    """
     run = Run(world, tmp_path / "run")
     run.save(1)
     path = run.checkpoints / "step_1"

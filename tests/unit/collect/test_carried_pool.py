@@ -90,7 +90,7 @@ def test_every_step_is_full_nothing_is_lost_and_nothing_gets_too_old(
         assert len(taken) == num_groups and taken == sorted(taken) and carried == sorted(carried)
         assert all(step - e.begun <= max_staleness for e in taken)
         assert all(e.is_complete for e in taken)
-        # No complete group that was left is older than one that was taken.
+        # No complete group that stays is older than a group that is taken.
         assert all(left > taken[-1] for left in carried if left.is_complete)
         # Only as many are played to the end as are needed, and the oldest.
         assert len(late) == max(0, num_groups - num_complete)

@@ -366,7 +366,7 @@ def test_home_and_variables_in_paths_are_replaced_wherever_they_are_set(tmp_path
     )
     config = load_config(
         "$SETS/run.yaml",
-        # What a later argument overrides need not be set.
+        # A variable in an overridden value need not be set.
         ["run.root=~/runs", "model.path=$SCRATCH/m", "run.name=a-${NOT_SET}", "run.name=b$$c"],
     )
     assert (config.data.train, config.data.test) == ("/home/me/q.jsonl", "/scratch/me/q.jsonl")
@@ -400,7 +400,7 @@ def test_a_path_that_cannot_be_expanded_is_one_line(tmp_path, monkeypatch, overr
 def test_the_length_of_a_runs_name_is_counted_in_bytes(tmp_path, letter, fits):
     path = write(tmp_path, MINIMAL)
     assert load_config(path, [f"run.name={letter * fits}"]).run.name == letter * fits
-    (tmp_path / f"{letter * fits}.previous_1000-warmstart").mkdir()  # the file system agrees
+    (tmp_path / f"{letter * fits}.previous_1000-warmstart").mkdir()  # the file system allows this name
     assert "at most 200 bytes in UTF-8" in refusal(path, f"run.name={letter * (fits + 1)}")
 
 

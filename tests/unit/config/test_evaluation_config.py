@@ -1,4 +1,4 @@
-"""Several question sets in the configuration: what is read, and the one line for what is not."""
+"""Several question sets in the configuration: which values are accepted, and the one-line errors for all others."""
 
 import pytest
 
@@ -103,7 +103,7 @@ def test_a_bad_value_is_one_line(load, overrides, message):
     ],
 )
 def test_a_training_needs_questions_and_held_out_questions(load, overrides, message):
-    config = load(*overrides)  # an exported agent has neither
+    config = load(*overrides)  # an exported agent has neither setting
     with pytest.raises(ConfigError) as caught:
         config.check_training()
     assert message in str(caught.value)

@@ -1,4 +1,6 @@
-"""What `model.fp8` and `rollout.quantization` refuse, in one line that names the key, and how a run sets them."""
+"""The values of `model.fp8` and `rollout.quantization` that are refused in one line, and how a run sets these
+keys.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How layers are dealt to pipeline stages, and what `parallel` refuses."""
+"""How layers are divided among pipeline stages, and which values of `parallel` are refused."""
 
 from __future__ import annotations
 

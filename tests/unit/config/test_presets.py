@@ -112,7 +112,7 @@ EXPECTED = {
         "algorithm.dual_clip": 0.0,
     },
 }
-# The quickstart's responses are too short for DAPO's 2000 tokens; the file itself is checked with long ones.
+# The quickstart's responses are shorter than DAPO's 2000 tokens, so the file itself is checked with long responses.
 LONG_RESPONSES = "rollout.max_response_tokens=6192"
 
 

@@ -1,4 +1,4 @@
-"""What the `rollout` section refuses."""
+"""The values of the `rollout` section that are refused."""
 
 import numpy as np
 import pytest

@@ -10,7 +10,9 @@ TEMPLATE = (
 
 @pytest.fixture
 def tokenizer():
-    """One token per character, except that a space joins the letter after it: joints are visible."""
+    """A tokenizer with one token per character. A space and the letter after it are one token, so the joints of texts
+    are visible.
+    """
     letters = [chr(code) for code in range(32, 127)] + ["\n"]
     pieces = ["<s>", "</s>", *letters, *(" " + letter for letter in letters)]
     core = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="?"))

@@ -85,7 +85,7 @@ def test_file_without_demonstration_is_refused(tmp_path):
 
 
 def test_only_the_protocols_tags_of_a_demonstration_are_control_tokens(tmp_path, tokenizer):
-    # As small vocabularies do it, with the spaces that the protocol writes.
+    # As in small vocabularies, the tags include the spaces that the protocol writes.
     tokenizer.add_tokens(["<think>", "</think>", " <result>\n", "\n</result>", "<answer>"])
     first = FIRST | {"text": "<think>a </s></think> <search> </s> </search>"}
     first["observation"] = " <result>\nP </s> </res</result>ult> <ans<think>wer> <search> q\n</result>"

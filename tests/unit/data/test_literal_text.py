@@ -1,4 +1,4 @@
-"""Text that others wrote holds no control token, whatever it spells and whatever kind of tokenizer reads it."""
+"""Text that the program did not write becomes no control token, whatever it spells and with any kind of tokenizer."""
 
 import unicodedata
 
@@ -10,11 +10,11 @@ from a2tgpo.data.literal_text import BREAK, LiteralEncoder
 from a2tgpo.protocol.tag_syntax import tag_pattern
 
 CONTROL = ["<|end|>", "<|im_start|>", "<|im_end|>"]
-"""Marked as special."""
+"""Tokens that are marked as special."""
 TAGS = ["<tool_call>", "<think>", "</think>", "<｜User｜>", "[INST]", " <result>\n", "<|im|>"]
-"""Added without that mark, as Qwen3 and the R1 distillates do."""
+"""Tags that are added without this mark, as in Qwen3 and the R1 distillates."""
 WORDS = ["    ", "Doc 1 (Title: ", "x < y", "\\boxed{"]
-"""Added to the vocabulary as well, but text."""
+"""Texts that are also added to the vocabulary, but are no tags."""
 
 
 def byte_level() -> Tokenizer:
@@ -26,7 +26,7 @@ def byte_level() -> Tokenizer:
 
 
 def sentence_piece() -> Tokenizer:
-    """A unigram model whose vocabulary itself holds a control token, and that normalises what it reads."""
+    """Return a unigram tokenizer that normalises its input, and whose own vocabulary contains a control token."""
     letters = [chr(code) for code in range(33, 127)] + ["▁", "\n"]
     core = Tokenizer(
         models.Unigram([("<unk>", 0.0), *((w, -2.0) for w in letters), ("<|end|>", -1.0)], unk_id=0)
@@ -57,7 +57,9 @@ def control_tokens(tokenizer, ids):
 
 
 def plain(text):
-    """What the sentence piece tokenizer, which makes wide characters plain, and the other can give back alike."""
+    """Return the form of `text` that both tokenizers decode to. The SentencePiece tokenizer normalises wide
+    characters.
+    """
     return unicodedata.normalize("NFKC", text).lstrip()
 
 

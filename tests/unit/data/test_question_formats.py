@@ -1,4 +1,4 @@
-"""Small files in exactly the formats that question sets are published in."""
+"""Small files in exactly the formats in which question sets are published."""
 
 import bz2
 import gzip

@@ -115,7 +115,7 @@ def test_packed_files_read_as_the_plain_one(tmp_path):
         "bz2": bz2.compress,
         "xz": lzma.compress,
         "zst": zstandard.compress,
-        "jsonl": gzip.compress,  # whatever it is called
+        "jsonl": gzip.compress,  # whatever its name
     }.items():
         packed = tmp_path / f"packed.{name}"
         packed.write_bytes(pack(plain))
@@ -136,7 +136,7 @@ def test_parquet_reads_the_same_as_jsonl(tmp_path):
 
 
 def published(source, identity, question, answers, **others):
-    """A row of a search agent's training set as it is published for verl."""
+    """Return a row in the format of search agents' training sets for verl."""
     return {
         "id": identity,
         "question": question,
@@ -173,7 +173,7 @@ def test_a_training_set_joined_of_two_is_read_as_published(tmp_path):
 
 
 def test_fields_that_are_null_count_as_absent_in_jsonl_as_in_parquet(tmp_path):
-    """Sets that were joined have every field in every record."""
+    """In joined sets every record has every field."""
     rows = [
         {"id": None, "question": "Capital?", "answers": None, "golden_answers": ["Paris"], "hops": None},
         {"id": "b", "question": "When?", "answers": ["1912"], "golden_answers": None, "hops": 2},

@@ -35,7 +35,9 @@ def test_resumed_sampler_goes_on_as_if_never_stopped(sizes, seed, stop_at):
 
 
 def dealt_by_the_definition(num_questions: int, per_step: int, seed: int, num_steps: int) -> list[list[int]]:
-    """Epoch e asks in the order of default_rng([seed, e]), what its first step already holds coming last."""
+    """Return the questions of each step. Epoch e has the order of default_rng([seed, e]), and questions that are
+    already in its first step come last.
+    """
     steps: list[list[int]] = [[]]
     for epoch in range(num_steps * per_step // num_questions + 2):
         order = np.random.default_rng([seed, epoch]).permutation(num_questions).tolist()
@@ -49,7 +51,7 @@ def dealt_by_the_definition(num_questions: int, per_step: int, seed: int, num_st
 
 @given(SIZES, st.integers(0, 5), st.integers(1, 12))
 def test_whole_steps_follow_the_definition(sizes, seed, num_steps):
-    """Recorded runs depend on this order."""
+    """The order must not change, because recorded runs depend on it."""
     sampler = PromptSampler(*sizes, seed)
     found = [sampler.next_indices() for _ in range(num_steps)]
     assert found == dealt_by_the_definition(*sizes, seed, num_steps)
@@ -62,7 +64,7 @@ def test_the_order_of_a_recorded_run_stands():
 
 @st.composite
 def drawn_steps(draw) -> tuple[int, int, list[list[int]]]:
-    """(num_questions, per_step, sizes of the draws of each step)."""
+    """Draw (num_questions, per_step, sizes of the draws of each step)."""
     num_questions, per_step = draw(SIZES)
     steps = []
     for _ in range(draw(st.integers(1, 6))):

@@ -1,4 +1,4 @@
-"""Which questions of a large set an evaluation during training asks."""
+"""The questions of a large set that an evaluation during training uses."""
 
 from collections import Counter
 from pathlib import Path
@@ -10,7 +10,7 @@ from a2tgpo.data.stratified_subset import stratified_subset
 
 
 def questions(*strata):
-    """(source, hops, number of questions) one after the other."""
+    """Return questions from (source, hops, number of questions), one after the other."""
     labels = [(source, hops) for source, hops, number in strata for _ in range(number)]
     return [
         Question(id=str(index), question="who?", answers=("a",), source=source, hops=hops)

@@ -35,7 +35,7 @@ def test_prompts_of_a_step_are_indexed_by_their_place_in_it(tokenizer):
     assert [(prompt.index, prompt.id, prompt.hops) for prompt in prompts] == [(0, "b", 2), (1, "a", 0)]
     assert prompts[0].tokens == template.render("B?")
     assert prompts[0].answers == ("yes",)
-    assert prompt_set.prompts([1, 0], [1]) == prompts[1:]  # a share of them, under the same indices
+    assert prompt_set.prompts([1, 0], [1]) == prompts[1:]  # some of the prompts, with the same indices
 
 
 def test_prompt_past_the_budget_names_question_and_length(tokenizer):
@@ -76,7 +76,7 @@ CHATML = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
-"""The template of this folder's tokenizer; those below differ from it by one thing each."""
+"""The template of this folder's tokenizer. Each template below differs from it in one point."""
 OPENED = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 SWITCHED = CHATML.replace(
     "assistant\n{% endif %}",
@@ -118,7 +118,8 @@ def test_a_template_that_drops_a_part_of_the_prompt_is_refused(tokenizer, chat_t
 @pytest.mark.parametrize(
     "chat_template",
     [
-        # A header whether asked for or not; answers without one, and no word about other roles; spaces trimmed.
+        # Three templates: the header is always written; answers have no header, and other roles are skipped; spaces
+        # are trimmed.
         CHATML.replace("{% if add_generation_prompt %}", "{% if true %}"),
         "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}</s>{% else %}"
         "<s>[INST] {{ m.content }} [/INST] {% endif %}{% endfor %}",
@@ -202,7 +203,7 @@ def test_the_date_of_the_run_is_told_whatever_the_clock_and_its_zone(tokenizer, 
     template = PromptTemplate(tokenizer, "", date=datetime.date(2024, 2, 29))
     assert tokenizer.decode(template.render("Why?")).startswith("<s>Today: 29 Feb 2024 00:00</s>")
     prompts = []
-    for zone in ("Etc/GMT+12", "Etc/GMT-14"):  # which never have the same date
+    for zone in ("Etc/GMT+12", "Etc/GMT-14"):  # these two time zones never have the same date
         monkeypatch.setenv("TZ", zone)
         time.tzset()
         prompts.append(PromptTemplate(tokenizer, "").render("Why?"))

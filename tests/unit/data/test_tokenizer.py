@@ -1,4 +1,4 @@
-"""A tokenizer splits texts as its file says, whatever is said beside it."""
+"""A tokenizer splits texts by the rules of its file, whatever the other files say."""
 
 import json
 
@@ -28,7 +28,7 @@ def byte_level() -> Tokenizer:
 
 
 def write(folder, core, *, model_type="llama", **settings):
-    """A folder with this tokenizer, as a checkpoint's."""
+    """Write a folder like a checkpoint's with this tokenizer, and return its path."""
     core.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": "<|im_end|>", "chat_template": CHATML, **settings}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -41,7 +41,7 @@ def write(folder, core, *, model_type="llama", **settings):
     "named", ["LlamaTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", "GPT2TokenizerFast", None]
 )
 def test_the_class_that_a_folder_names_changes_no_token(tmp_path, named, model_type):
-    """The R1 distillates of Llama name LlamaTokenizerFast beside a byte-level tokenizer."""
+    """The R1 distillates of Llama name LlamaTokenizerFast, although their tokenizer is byte-level."""
     core = byte_level()
     settings = {} if named is None else {"tokenizer_class": named}
     tokenizer = write(tmp_path, core, model_type=model_type, **settings)

@@ -1,4 +1,4 @@
-"""The documentation says what is so: examples print what the page shows, commands exist, pages link."""
+"""The documentation is correct: examples print the output on the page, commands exist, and links work."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 def code_blocks(page: Path, language: str) -> list[str]:
-    """Fenced blocks of `language` ("" for a plain one)."""
+    """Return the fenced blocks of `language` ("" for plain blocks)."""
     text = page.read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
@@ -58,7 +58,9 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """(page, words) of every line in a plain block, and inline code, that starts a program of this project."""
+    """Return (page, words) for every command in plain blocks and inline code that starts a program of this
+    project.
+    """
     found = []
     for page in PAGES:
         inline = re.findall(
@@ -66,7 +68,7 @@ def commands() -> list[tuple[str, list[str]]]:
         )
         for block in [*code_blocks(page, ""), *code_blocks(page, "bash"), *inline]:
             for line in block.replace("\\\n", " ").splitlines():
-                with contextlib.suppress(ValueError):  # output that is no shell
+                with contextlib.suppress(ValueError):  # the line is output, not a command
                     words = shlex.split(line, comments=True)
                     if words and is_ours(words):
                         found.append((page.name, words))
@@ -78,7 +80,7 @@ def is_ours(words: list[str]) -> bool:
 
 
 def script_of(words: list[str]) -> str | None:
-    """The Python script that `words` start, None where they start none."""
+    """Return the Python script that `words` start, or None if there is none."""
     for word in words:
         if word.startswith(("tools/", "launch/")) and word.endswith(".py"):
             return word
@@ -100,7 +102,7 @@ json.dump(found, sys.stdout)
 
 @functools.cache
 def helps() -> dict[str, str]:
-    """What each documented script says of itself; one process, since most of them load torch."""
+    """Return the help of each documented script. One process runs all, because most of them load torch."""
     scripts = sorted({script_of(words) or "launch/train.py" for _, words in commands()})
     folders = sorted({str(ROOT / script.rpartition("/")[0]) for script in scripts})
     process = subprocess.run(
@@ -141,9 +143,9 @@ RUN_BY = {
     "tools/serve.py": USER_PATH,
     "tools/view_rollouts.py": USER_PATH,
 }
-"""The test that runs a documented program; the user path types README's commands as they stand there."""
+"""Maps each documented program to the test that runs it. test_user_path.py runs README's commands unchanged."""
 CLUSTER = ("sbatch", "srun", "slurm/", "enroot", "apptainer", "docker")
-"""Programs that need a cluster, or what only a cluster has."""
+"""Programs that need a cluster or software of a cluster."""
 
 
 def test_commands_are_found() -> None:

@@ -1,4 +1,4 @@
-"""Every training job that docs/slurm.md submits fits its nodes by the plan."""
+"""According to the plan, every training job that docs/slurm.md submits fits its nodes."""
 
 from __future__ import annotations
 

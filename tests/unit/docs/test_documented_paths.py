@@ -1,4 +1,4 @@
-"""Files and modules that pages and docstrings name exist."""
+"""All files and modules that pages and docstrings name exist."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ WRITTEN_BY_THE_READER = {
     "configs/my_70b.yaml",
 }
 NOT_SEARCHED = {"setup.py", "cpu_moe.py", "my_tools.py"}
-"""At the root; of vLLM; an example of a user's file."""
+"""A file at the root, a file of vLLM, and an example of a user's file."""
 
 
 def missing(text: str) -> set[str]:
-    """Paths and dotted modules in backticks that do not exist; a path may begin at the root or in the package."""
+    """Return paths and dotted modules in backticks that do not exist. A path may begin at the root or in the
+    package.
+    """
     quoted = re.findall(r"`([^`\n]+)`", text)
     words = {word for code in quoted for word in code.split()}
     paths = {w for w in words if re.fullmatch(r"[\w.-]+(/[\w.-]+)*/([\w-]+\.(py|sh|yaml|md|html))?", w)}

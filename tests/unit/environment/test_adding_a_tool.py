@@ -67,7 +67,7 @@ def test_the_documented_way_to_add_a_tool_works_as_it_stands(folder):
     assert syntax.find_query(call, "weekday") == "2024-02-29"
     response = f"{call} <result></result> <answer> \\boxed{{Thursday}} </answer>"
     assert is_well_formed(response, tools=toolset.names)
-    # Where it is no tool its tags are text, and the result answers nothing.
+    # If the tool is not configured, its tags are text, and the result belongs to no call.
     assert not is_well_formed(response)
 
 

@@ -1,4 +1,4 @@
-"""The calculator against Python's own exact numbers, and against what it must refuse."""
+"""Compare the calculator with Python's exact numbers, and check the inputs that it must refuse."""
 
 import time
 from fractions import Fraction
@@ -121,7 +121,7 @@ def expressions(depth=3):
 
 
 def exact(text):
-    """The value by Python's parser over fractions: every number written as one."""
+    """Return the value from Python's parser, with every number as a fraction."""
     import re
 
     return eval(re.sub(r"[\d.]+", lambda m: f"F('{m.group()}')", text), {"F": Fraction})

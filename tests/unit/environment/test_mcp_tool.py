@@ -1,4 +1,4 @@
-"""The mcp tool against a real server in a process of its own."""
+"""The mcp tool with a real server in a separate process."""
 
 import os
 import sys
@@ -56,7 +56,7 @@ for line in sys.stdin:
         continue
     print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}), flush=True)
 """
-"""A server without any package, with a tool whose parameter has the schema `true`."""
+"""A server that needs no package, and has a tool whose parameter has the schema `true`."""
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def command(tmp_path_factory):
 
 @pytest.fixture
 def children():
-    """The processes that this test has started and that still run."""
+    """Return the processes that this test has started and that still run."""
     before = set(running())
     return lambda: set(running()) - before
 

@@ -35,7 +35,7 @@ HEADERS = {
 
 @functools.cache
 def sandbox_of(isolation: str) -> Sandbox | str:
-    """A sandbox that one process of the tests shares, or the reason why there is none."""
+    """Return a sandbox, which all tests of this process share, or skip the test with the reason why there is none."""
     try:
         return build_sandbox(PythonConfig(isolation=isolation))
     except ConfigError as error:
@@ -57,7 +57,9 @@ def answer(sandbox, code, **settings):
 
 
 def answer_at_deadline(sandbox, code, begins, **settings):
-    """The answer to code without end that has begun to print. A loaded machine may need a later deadline for that."""
+    """Return the answer to endless code that has begun to print. A loaded machine may need a later deadline
+    for this.
+    """
     text = ""
     for timeout_s in (0.5, 4.0, 30.0):
         text = answer(sandbox, code, timeout_s=timeout_s, **settings)
@@ -190,7 +192,7 @@ def test_code_cannot_leave_its_session_or_reach_other_processes(sandbox):
     lines = answer(sandbox, code).splitlines()
     if (
         sandbox.isolation == "bwrap"
-    ):  # it leads no session here: it may make one, in a PID namespace that ends
+    ):  # without a session of its own, the code may create one, in a PID namespace that ends
         lines = lines[1:]
     assert lines and all(line in allowed for line in lines), lines
 
@@ -244,7 +246,9 @@ def test_code_cannot_change_attributes_of_files_that_it_cannot_open(sandbox, tmp
     secret = tmp_path / "secret.txt"
     secret.touch(0o600)
     os.utime(secret, (1, 1))
-    everyone = "0200000001000600ffffffff04000600ffffffff20000600ffffffff"  # rw-rw-rw- as an access list
+    everyone = (
+        "0200000001000600ffffffff04000600ffffffff20000600ffffffff"  # rw-rw-rw- as an access control list
+    )
     code = f"""
         import os
         for change in (
@@ -325,7 +329,7 @@ def test_processes_end_with_the_trainer_even_if_it_is_killed(sandbox, tmp_path):
         process.run("import time\\ntime.sleep(99)", timeout_s=99.0, max_output_chars=100)
         """
     )
-    environment = os.environ | {"TMPDIR": str(tmp_path)}  # a killed trainer leaves its folders
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # a killed trainer leaves its folders behind
     trainer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment)
     assert trainer.stdout.readline() == b"started\n"
     assert str(marker) in all_commands()
@@ -336,7 +340,7 @@ def test_processes_end_with_the_trainer_even_if_it_is_killed(sandbox, tmp_path):
 
 
 def all_commands() -> str:
-    """The command lines of all processes of the machine but this one."""
+    """Return the command lines of all processes of the machine except this one."""
     lines = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -347,7 +351,7 @@ def all_commands() -> str:
 
 
 def await_end_of(marker: str) -> bool:
-    """Whether no process has `marker` in its command line, at once or within 30 s."""
+    """Return whether, within 30 s, no process has `marker` in its command line."""
     deadline = time.monotonic() + 30
     while marker in all_commands() and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The visit tool against a real HTTP server on this machine."""
+"""The visit tool with a real HTTP server on this machine."""
 
 import contextlib
 import gzip
@@ -29,7 +29,7 @@ ARTICLE = (
 
 
 class Pages(http.server.BaseHTTPRequestHandler):
-    """Answers by path; keeps the paths and the Host headers that it was asked."""
+    """Answers by path, and records the requested paths and the Host headers."""
 
     asked: list
     cookies: list
@@ -212,7 +212,7 @@ def test_no_private_address_counts_as_public(address):
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(tool_of, server, monkeypatch):
-    """A name server that gives another address at its second look-up changes nothing."""
+    """The address does not change if a name server returns another address at its second look-up."""
     port, real, looked_up = server.server_address[1], socket.getaddrinfo, []
 
     def look_up(host, *args, **kwargs):
@@ -261,7 +261,9 @@ def test_long_pages_and_compressed_bombs_are_cut(tool_of, base):
 
 
 def extracted(page: str, **changes) -> subprocess.CompletedProcess:
-    """What a helper with `changes` of its module answers for a page, after "null" when it is ready."""
+    """Run a helper with `changes` to its module on a page. The helper prints "null" when it is ready, and then its
+    answer.
+    """
     program = f"""
 from a2tgpo.environment.web import page_text
 from a2tgpo.lifecycle.helper_process import serve

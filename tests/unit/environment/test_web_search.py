@@ -1,4 +1,4 @@
-"""The web_search tool against a stub of its services, over real HTTP."""
+"""The web_search tool with stubs of its services, over real HTTP."""
 
 import http.server
 import json
@@ -22,7 +22,9 @@ HITS = [(f"Title {rank}", f"https://page{rank}.example/", f"text\n {rank}") for 
 
 
 class Service(http.server.BaseHTTPRequestHandler):
-    """Serper at POST /search, SearXNG at GET /search; first the statuses that the test asks for."""
+    """Answers like Serper at POST /search and like SearXNG at GET /search, after the error statuses that the test
+    requests.
+    """
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -1,4 +1,4 @@
-"""Answers that are kept as they come, and what the next start makes of them."""
+"""Answers that are stored as they arrive, and how the next start uses them."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def test_an_answer_that_no_reward_could_judge_is_asked_for_again(tmp_path):
     assert open_log(tmp_path, {"weights": "a"}) == {}
     with pytest.raises(ConfigError, match="weights"):
         open_log(tmp_path, {"weights": "b"})
-    write(tmp_path, 0, (GREEDY, judged))  # by another engine, whose file is read first
+    write(tmp_path, 0, (GREEDY, judged))  # from another engine, whose file is read first
     assert open_log(tmp_path, {"weights": "a"}) == {("nq", GREEDY, "a", 0): judged}
 
 
@@ -85,7 +85,7 @@ def test_a_folder_that_is_damaged_or_cannot_be_made_is_one_line(tmp_path):
 
 @pytest.fixture
 def begun(tmp_path):
-    """Configuration, weights and questions of an evaluation that has begun, and its folder."""
+    """Begin an evaluation. Return its configuration, weights, questions and folder."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"1")
     weights = find_model(tmp_path)

@@ -1,4 +1,4 @@
-"""Greedy evaluation of the taught model, and scoring by hand-made numbers."""
+"""Greedy evaluation of the taught model, and scores compared with numbers computed by hand."""
 
 import dataclasses
 import math
@@ -112,7 +112,9 @@ def test_an_engines_further_ranks_count_nothing(rollout, prompts):
 
 
 class Calls:
-    """A tenth per tool call; no verdict on questions about Italy. It knows an evaluation from a training step."""
+    """A reward of a tenth per tool call, without a verdict on questions about Italy. It distinguishes evaluations
+    from training steps.
+    """
 
     def score(self, episode):
         assert episode.is_evaluation
@@ -197,9 +199,7 @@ def test_a_missing_score_leaves_its_two_gains_empty_and_shifts_none():
 
 
 def test_a_length_penalty_counts_observations_and_changes_the_reward_alone():
-    trajectory = trajectory_of(
-        2
-    )  # 2 x (1 sampled + 1 observed) + 1 sampled; the prompt's token does not count
+    trajectory = trajectory_of(2)  # 2 x (1 sampled + 1 observed) + 1 sampled, without the prompt's token
     overlong = RewardConfig(overlong_buffer_tokens=4, overlong_penalty=0.5)
     reward = TrajectoryReward(reader=tag_reader(), config=overlong, max_response_tokens=7)
     score(reward, trajectory, [SEARCHED, SEARCHED, ANSWERED], ["paris"])

@@ -1,4 +1,4 @@
-"""Tables of an evaluation, against counting by hand."""
+"""Tables of an evaluation, compared with numbers counted by hand."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""What is written appears whole or not at all, and what cannot be written is named."""
+"""A file is written in full or not at all, and an error names the file that cannot be written."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_what_fails_leaves_the_old_and_nothing_beside_it(make, tmp_path: Path) -
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(path) and sorted(tmp_path.rglob("*")) == before
     with pytest.raises(FileNotFoundError) as caught, make(path):
-        Path("/nowhere/of/another/name").read_text()  # keeps its own
+        Path("/nowhere/of/another/name").read_text()  # this error keeps its own file name
     assert caught.value.filename == "/nowhere/of/another/name"
 
 
 def test_a_disk_that_is_full_is_named_by_every_writer(tmp_path: Path) -> None:
-    """A limit on the size of files, which fails as a full disk does: in the write, without a name."""
+    """A limit on the size of files fails like a full disk: during the write, without a file name."""
     code = f"""
 import resource, sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A function from a user's file: what loads, and the one line for what does not."""
+"""A function from a user's file: which files can be loaded, and the one-line errors for all others."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What is said about a GPU driver or a CUDA toolkit that does not fit torch's CUDA."""
+"""The messages about a GPU driver or a CUDA toolkit that does not fit torch's CUDA version."""
 
 import os
 from pathlib import Path

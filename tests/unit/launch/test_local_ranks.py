@@ -1,4 +1,4 @@
-"""The launcher of one machine, with scripts in place of a run."""
+"""The launcher for one machine, with scripts instead of a run."""
 
 import os
 import signal

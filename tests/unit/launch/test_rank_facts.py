@@ -1,4 +1,4 @@
-"""Which ranks are to blame, by what all of them have told."""
+"""Which ranks are at fault, according to the facts of all ranks."""
 
 from pathlib import Path
 
@@ -80,7 +80,9 @@ def test_the_checkpoints_to_come_count_the_new_one_and_the_weights_that_stay(tmp
 
 
 def machine(root: Path, *, available_kb: int, cgroup: str, **files: str) -> Path:
-    """The files of a machine under `root`; `files` under /sys/fs/cgroup, with / for __."""
+    """Write the files of a machine below `root`, with `files` in /sys/fs/cgroup. In the names of files, __
+    means /.
+    """
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/meminfo").write_text(f"MemTotal: 999 kB\nMemAvailable: {available_kb} kB\n")
     (root / "proc/self/cgroup").write_text(cgroup)

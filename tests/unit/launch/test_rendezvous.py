@@ -1,4 +1,4 @@
-"""Which rank this process is, and where the ranks meet, by the variables of each launcher."""
+"""The rank of this process and the meeting point of the ranks, from the variables of each launcher."""
 
 import importlib
 import os
@@ -90,7 +90,7 @@ def test_what_another_jobs_torchrun_told_its_ranks_is_forgotten_under_srun(monke
     }
     for name, value in (SRUN | left_over).items():
         monkeypatch.setenv(name, value)
-    for name in rendezvous.NAMES:  # so that what join_launcher sets is undone
+    for name in rendezvous.NAMES:  # so that the variables set by join_launcher are removed again
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     rendezvous.join_launcher()

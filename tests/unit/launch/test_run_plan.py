@@ -1,4 +1,4 @@
-"""A start is refused or warned by the plan of its memory."""
+"""A start is refused, or prints a warning, because of the planned memory."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""How long ago a process was started, as the operating system knows it."""
+"""The time since a process was started, according to the operating system."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import psutil
 from a2tgpo.lifecycle.process_age import process_age_s
 
 ROUNDING_S = 1.0
-"""psutil counts from the time of the boot, which the system tells in whole seconds."""
+"""psutil uses the time of the boot, which the system reports in whole seconds."""
 
 
 def test_the_age_is_that_of_the_process_not_of_the_module():

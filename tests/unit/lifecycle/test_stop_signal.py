@@ -1,4 +1,4 @@
-"""A signal before training ends the process at once, and rank 0 says what it leaves."""
+"""If a signal arrives before training, the process ends at once, and rank 0 says what is saved."""
 
 from __future__ import annotations
 

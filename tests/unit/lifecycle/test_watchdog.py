@@ -1,4 +1,4 @@
-"""The watchdog's clock, looked at by hand: no thread, no process group, and a time that the test moves."""
+"""The watchdog's clock without a thread or a process group. The test sets the time."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from a2tgpo.lifecycle.outage import Outage
 
 
 class Ended(Exception):
-    """In place of the end of the process."""
+    """Raised instead of ending the process."""
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""Eq. 12 with all its options in plain Python loops over prompts, rollouts, turns and tokens; and what to feed it."""
+"""Eq. 12 with all options, in plain Python loops over prompts, rollouts, turns and tokens, and strategies for its
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ NORM_LENGTH = 10
 
 @dataclass(frozen=True)
 class Token:
-    """Log-probs before the update, now, by the reference and by the engine."""
+    """Log-probs before the update, now, of the reference and of the engine."""
 
     old: float
     new: float
@@ -33,14 +35,14 @@ class Token:
 class Turn:
     advantage: float
     gain: float
-    """Normalised; 0 for a neutral turn."""
+    """Normalised gain; 0 for a neutral turn."""
     tokens: tuple[Token, ...]
 
 
 Batch = list[list[list[Turn]]]
-"""prompts -> rollouts -> turns; rollouts may have no turns and turns no tokens."""
+"""Nested lists: prompts, rollouts, turns. A rollout may have no turns, and a turn no tokens."""
 
-# Within the clipping ranges, past them, past dual clips, and at no change at all.
+# Values within the clipping ranges, past them and past dual clips, and 0.
 log_ratios = st.one_of(st.just(0.0), st.floats(-0.01, 0.01), st.floats(-0.6, 0.6), st.floats(-12, 12))
 tokens = st.builds(
     lambda old, new, reference, rollout: Token(old, old + new, old + reference, old + rollout),
@@ -81,7 +83,7 @@ def configs(draw) -> AlgorithmConfig:
 
 
 def loss_inputs(batch: Batch, config: AlgorithmConfig, dtype: torch.dtype = torch.float64) -> LossInputs:
-    """The batch as the loss wants it, by the functions that training calls."""
+    """Return the batch as inputs of the loss, made by the functions that training uses."""
     rollouts = [rollout for prompt in batch for rollout in prompt]
     numbered = [(number, turn) for number, rollout in enumerate(rollouts) for turn in rollout]
     rows = [
@@ -120,7 +122,7 @@ def loss_inputs(batch: Batch, config: AlgorithmConfig, dtype: torch.dtype = torc
 
 
 def new_logprobs(batch: Batch, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """[n] with gradient, in the order of `loss_inputs`."""
+    """Return the new log-probs [n] with gradient, in the order of `loss_inputs`."""
     values = [
         token.new for prompt in batch for rollout in prompt for turn in rollout for token in turn.tokens
     ]
@@ -130,7 +132,7 @@ def new_logprobs(batch: Batch, dtype: torch.dtype = torch.float64) -> torch.Tens
 def loss_and_gradient(
     batch: Batch, config: AlgorithmConfig, dtype: torch.dtype = torch.float64
 ) -> tuple[PolicyLoss, torch.Tensor]:
-    """As training computes them."""
+    """Return loss and gradient as training computes them."""
     logprobs = new_logprobs(batch, dtype)
     result = policy_loss(logprobs, loss_inputs(batch, config, dtype), config)
     result.loss.backward()
@@ -139,7 +141,7 @@ def loss_and_gradient(
 
 
 def naive_loss_and_gradient(batch: Batch, config: AlgorithmConfig) -> tuple[float, torch.Tensor]:
-    """As the paper writes them, in float64 autograd over single scalars."""
+    """Return loss and gradient from the paper's equations, with float64 autograd over single scalars."""
     leaves = new_logprobs(batch)
     of_turn = naive_tokens(batch, leaves.unbind())
     rollouts = [rollout for prompt in of_turn for rollout in prompt]
@@ -169,7 +171,9 @@ def naive_loss_and_gradient(batch: Batch, config: AlgorithmConfig) -> tuple[floa
 
 
 def naive_tokens(batch: Batch, leaves: tuple[torch.Tensor, ...]) -> list:
-    """The batch with (token, its leaf) in place of each token, and (turn, these) in place of each turn."""
+    """Return the batch with each token replaced by (token, its leaf), and each turn by (turn, list of these
+    pairs).
+    """
     left = iter(leaves)
     return [
         [[(turn, [(token, next(left)) for token in turn.tokens]) for turn in rollout] for rollout in prompt]
@@ -178,7 +182,7 @@ def naive_tokens(batch: Batch, leaves: tuple[torch.Tensor, ...]) -> list:
 
 
 def naive_policy_term(turn: Turn, shared: list, config: AlgorithmConfig) -> torch.Tensor:
-    """-min(s A, clip(s, 1 - c eps_low, 1 + c eps_high) A), by the branches it has."""
+    """Return -min(s A, clip(s, 1 - c eps_low, 1 + c eps_high) A), computed branch by branch."""
     log_ratio = sum(new - token.old for token, new in shared) / len(shared)
     s = torch.exp(log_ratio) if log_ratio <= 10 else torch.tensor(math.exp(10), dtype=torch.float64)
     c = 1 + config.clip_beta * (2 / (1 + math.exp(-turn.gain)) - 1)

@@ -25,7 +25,7 @@ def test_the_scale_is_strictly_between_one_minus_and_one_plus_beta(gain, beta) -
     st.one_of(st.floats(), st.sampled_from([-1e300, 1e300])).filter(lambda gain: not math.isnan(gain)), betas
 )
 def test_no_gain_takes_the_scale_past_its_bounds(gain, beta) -> None:
-    """Where the sigmoid rounds to 0 or 1 the bound itself is reached."""
+    """If the sigmoid rounds to 0 or 1, the scale reaches the bound itself."""
     assert 1 - beta - 1e-15 <= scale_of(gain, beta) <= 1 + beta + 1e-15
 
 
@@ -47,12 +47,12 @@ def test_the_scale_is_symmetric_about_one(gain, beta) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(betas)
 def test_an_exactly_zero_gain_leaves_the_range_exactly_as_it_is(dtype, beta) -> None:
-    """Neutral turns: the final one, and those whose gain could not be computed."""
+    """Neutral turns are the final turn, and turns whose gain could not be computed."""
     assert scale_of(0.0, beta, dtype) == scale_of(-0.0, beta, dtype) == 1.0
 
 
 def test_each_token_is_clipped_to_the_range_of_its_turn() -> None:
-    """By hand: 1 - 0.5 * 0.2 = 0.9 and 1 + 0.5 * 0.3 = 1.15; twice that range at c = 2 (1 - 0.4, 1 + 0.6)."""
+    """Computed by hand: 1 - 0.5 * 0.2 = 0.9 and 1 + 0.5 * 0.3 = 1.15. At c = 2 the range is 1 - 0.4 to 1 + 0.6."""
     ratio = torch.tensor([0.5, 1.0, 1.5, 0.5, 1.5, 1.7]).double()
     scale = torch.tensor([0.5, 0.5, 0.5, 2.0, 2.0, 2.0]).double()
     bounded = clipped_ratio(ratio, scale, clip_low=0.2, clip_high=0.3)

@@ -1,4 +1,4 @@
-"""Clip-Cov: which tokens it chooses, and what they lose."""
+"""Clip-Cov: which tokens it chooses, and which gradients these tokens lose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss and gradients stay finite wherever a bad update or a bad engine may take them."""
+"""Loss and gradients stay finite for all values that a bad update or a bad engine may cause."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXTREMES = [
 @pytest.mark.parametrize("ratio", ["turn", "sequence", "token"])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_extreme_values_give_finite_loss_and_gradients(dtype, ratio, estimator) -> None:
-    """In one batch: a value that is not finite in any trajectory would reach the sum."""
+    """All values are in one batch, so that a value that is not finite in any trajectory would reach the sum."""
     for kind, dual_clip in (("none", 0.0), ("truncate", 3.0), ("mask", 0.0)):
         config = AlgorithmConfig(
             ratio=ratio,
@@ -40,7 +40,7 @@ def test_extreme_values_give_finite_loss_and_gradients(dtype, ratio, estimator) 
 
 @pytest.mark.parametrize("ratio", ["turn", "sequence", "token"])
 def test_turns_of_thousands_of_tokens_lose_no_precision_in_float32(ratio) -> None:
-    """Beside a turn of one token in the same trajectory."""
+    """The same trajectory also has a turn of one token."""
     generator = torch.Generator().manual_seed(0)
     old = -torch.rand(6000, generator=generator).double() * 20
     new = old + 0.1 * torch.randn(6000, generator=generator).double()

@@ -1,4 +1,4 @@
-"""The KL estimators and their gradients against the formulas in scalar float64 autograd."""
+"""Compare the KL estimators and their gradients with the formulas in scalar float64 autograd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from loss_by_hand import naive_kl
 from a2tgpo.loss.kl import kl_penalty
 
 ESTIMATORS = ("k1", "k2", "k3")
-# d = ref - lp on both sides of where k3 is cut (e^d - d - 1 = 10 near d = 2.61 and d = -11) and of +-20.
+# d = ref - lp on both sides of the points where k3 is limited (e^d - d - 1 = 10 near d = 2.61 and d = -11), and of
+# +-20.
 at_the_clamps = [-1e3, -20.5, -20.0, -19.5, -11.1, -10.9, -1.0, 0.0, 1.0, 2.6, 2.7, 19.5, 20.0, 20.5, 1e3]
 differences = st.one_of(st.sampled_from(at_the_clamps), st.floats(-25, 25))
 
@@ -37,7 +38,7 @@ def test_penalty_and_gradient_equal_the_formula(estimator, pairs) -> None:
 
 
 def test_gradients_are_those_of_the_estimators() -> None:
-    """By hand at d = ref - lp = 0.5: 1, -d and 1 - e^d."""
+    """Computed by hand at d = ref - lp = 0.5: 1, -d and 1 - e^d."""
     expected = {"k1": 1.0, "k2": -0.5, "k3": 1.0 - 1.6487212707001282}
     for estimator in ESTIMATORS:
         _, gradient = penalty_and_gradient([-1.0], [-0.5], estimator)
@@ -58,7 +59,7 @@ def test_k2_and_k3_are_non_negative_and_zero_at_equality(logprob, difference) ->
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_the_mean_over_samples_of_the_policy_estimates_the_divergence(estimator) -> None:
-    """Exactly, where every outcome is weighted by its probability."""
+    """The estimate is exact if every outcome is weighted by its probability."""
     policy, reference = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.2, 0.5, 0.3]).double()
     divergence = (policy * (policy / reference).log()).sum()
     estimate = (policy * kl_penalty(policy.log(), reference.log(), estimator)).sum()
@@ -66,7 +67,9 @@ def test_the_mean_over_samples_of_the_policy_estimates_the_divergence(estimator)
 
 
 def test_the_mean_gradient_of_k1_is_zero_and_that_of_k2_is_the_divergences() -> None:
-    """So k1 is refused as a penalty. Exactly, over all outcomes of a softmax; no gradient goes through their draw."""
+    """Therefore k1 is refused as a penalty. The mean is exact, over all outcomes of a softmax, without a gradient
+    through the sampling.
+    """
     logits = torch.tensor([0.3, -1.2, 0.7, 2.0], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([0.4, 0.1, 0.2, 0.3]).double().log()
 
