@@ -47,7 +47,7 @@ from a2tgpo.run.checkpoints import RunCheckpoints
 from a2tgpo.run.date import run_date
 from a2tgpo.run.folder import RunFolder
 from a2tgpo.run.resume import require_same_run
-from a2tgpo.update.gain_check import GainCheck
+from a2tgpo.update.context_scores import ContextScorer
 from a2tgpo.update.optimizer import LearningRateSchedule, build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class RunParts:
     state: RolloutState
     policy: Policy
     reference: Policy | None
-    """A frozen copy of the initial policy, or None if the run has no KL penalty."""
+    """A frozen copy of the initial policy, or None if the run needs none."""
     optimizer: Any
     schedule: LearningRateSchedule
     entropy_weight: EntropyWeight
@@ -187,8 +187,8 @@ def build_run_protocol(config: RunConfig, groups: ParallelGroups, toolset: Tools
 
 
 def build_reference(config: RunConfig, groups: ParallelGroups) -> Policy | None:
-    """Build the frozen initial policy; None if the run has no KL penalty. Every rank must call this."""
-    if config.algorithm.kl_coef == 0:
+    """Build the frozen initial policy; None if the run needs no reference. Every rank must call this."""
+    if not config.needs_reference:
         return None
     return build_policy(config.model, config.parallel, groups, update=None, trainable=False)
 
@@ -254,14 +254,13 @@ def _prompt_set(
     return prompts
 
 
-def gain_check(parts: RunParts) -> GainCheck:
-    """Build the check that compares how trainer and engine score the gold answers of the training questions."""
+def build_context_scorer(parts: RunParts) -> ContextScorer:
+    """Build the object with which the trainer scores the gold answers of the training questions."""
     config = parts.config
-    return GainCheck(
-        parts.policy,
-        config.rollout.gain,
+    return ContextScorer(
         answer_tokens=parts.rollout.answer_tokens,
         answers={question.id: question.answers for question in parts.train_prompts.questions},
+        max_model_len=config.max_model_len,
         max_tokens=config.update.max_microbatch_tokens,
     )
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 import torch
 
 from a2tgpo.advantage.step import step_advantages
-from a2tgpo.assemble import RunParts, gain_check
+from a2tgpo.assemble import RunParts, build_context_scorer
 from a2tgpo.batch.exchange import exchange
 from a2tgpo.collect.bank import RolloutBank
 from a2tgpo.collect.rewarded_rollout import RewardedRollout
@@ -23,9 +24,12 @@ from a2tgpo.metrics.timers import StageTimers
 from a2tgpo.record.profiler import StepProfiler
 from a2tgpo.record.recorder import Recorder
 from a2tgpo.refit.sync import sync_engine
+from a2tgpo.reward.info_gain import set_gains
 from a2tgpo.run.checkpoints import RunCheckpoints
 from a2tgpo.run.early_stop import EarlyStop
 from a2tgpo.run.folder import RunFolder
+from a2tgpo.trajectory import Trajectory
+from a2tgpo.update.gain_check import GainCheck
 from a2tgpo.update.minibatch import build_minibatches
 from a2tgpo.update.policy_update import (
     compute_old_logprobs,
@@ -87,7 +91,7 @@ class Trainer:
                 parts.reward,
                 parts.reward_pool,
                 seed=parts.config.run.seed,
-                score_gain=parts.config.algorithm.uses_gain,
+                score_gain=parts.config.engine_scores_gain,
                 should_stop=self.early_stop.should_stop,
                 engine_group=parts.engine_group,
             ),
@@ -96,7 +100,8 @@ class Trainer:
             parts.engine_group,
             startup=startup,
         )
-        self.gain_check = gain_check(parts)
+        self.context_scorer = build_context_scorer(parts)
+        self.gain_check = GainCheck(parts.policy, parts.config.rollout.gain, self.context_scorer)
         self.timers = StageTimers(
             torch.cuda.synchronize if torch.cuda.is_available() else None,
             enter=watchdog.enter if watchdog else None,
@@ -186,6 +191,8 @@ class Trainer:
                     prompts_per_minibatch=self.config.update.prompts_per_minibatch,
                 )
             )
+        with self.timers.stage("score"):
+            self._score_gains(trajectories)
         with self.timers.stage("advantage"):
             table, advantages, clip_scales = step_advantages(trajectories, self.config, self.parts.groups)
             minibatches = build_minibatches(
@@ -205,7 +212,7 @@ class Trainer:
                 before_each=lambda: self.early_stop.agree_before("update"),
             )
             learning_metrics.merge(metrics)
-            if self.parts.reference is not None:
+            if self.parts.reference is not None and self.config.algorithm.kl_coef > 0:
                 minibatches = compute_ref_logprobs(
                     self.parts.reference, minibatches, distribution=self.parts.distribution
                 )
@@ -260,6 +267,16 @@ class Trainer:
             )
         self.recorder.record_evaluation(self.step, scores, self.timers.take())
         return self.checkpoints.best.offer(self.step, scores)
+
+    def _score_gains(self, trajectories: Sequence[Trajectory]) -> None:
+        """If the reference is the scorer, set the gains of this replica's share of the step's trajectories."""
+        gain = self.config.rollout.gain
+        if gain.scorer == "reference":
+            assert self.parts.reference is not None, "a run with this scorer has a reference"
+            self.parts.phases.enter("score")
+            scored = self.context_scorer.score(self.parts.reference, trajectories)
+            for trajectory, logprobs in zip(trajectories, scored, strict=True):
+                set_gains(trajectory, logprobs, measure=gain.measure)
 
     def _refit(self) -> MetricSums:
         return sync_engine(

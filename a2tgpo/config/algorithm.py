@@ -66,7 +66,7 @@ class AlgorithmConfig:
     """neutral: a turn with a failed tool call has no gain and no place in its turn group. count: the turn counts like
     any other."""
     kl_coef: float = 0.0
-    """Weight of the KL divergence from the reference model; 0: no reference model is loaded."""
+    """Weight of the KL divergence from the reference model; 0: no KL term."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL divergence. Training refuses k1, because the expected gradient of k1 is 0."""
     entropy_coef: float = 0.0

@@ -25,6 +25,10 @@ def call_formats() -> list[str]:
 class GainConfig:
     """How information gain is computed (Eq. 2-3)."""
 
+    scorer: Literal["policy", "reference"] = "policy"
+    """The model whose probabilities of the gold answer define the gains. policy: the policy that plays, which the
+    engine scores during the rollout (paper). reference: the frozen initial policy, which the trainer scores after the
+    rollout."""
     measure: Literal["probability", "log_probability"] = "probability"
     """probability: a gain is a difference of probabilities (Eq. 3). log_probability: a gain is a difference of mean
     log-probs, as in the authors' released code."""

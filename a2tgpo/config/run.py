@@ -176,19 +176,7 @@ class RunConfig:
             "0 without algorithm.correction, since an earlier policy sampled the turns of earlier steps; "
             "set algorithm.correction.kind=truncate or mask",
         )
-        require(
-            self.rollout.gain.verify_every == 0 or self.algorithm.uses_gain,
-            "rollout.gain.verify_every",
-            self.rollout.gain.verify_every,
-            "0 with algorithm.turn_signal=scores, which scores no gold answers",
-        )
-        require(
-            self.rollout.gain.verify_every == 0 or self.parallel.context == 1,
-            "rollout.gain.verify_every",
-            self.rollout.gain.verify_every,
-            f"0 with parallel.context ({self.parallel.context}) > 1, which cannot divide a trajectory with its "
-            "probes",
-        )
+        self._check_gain()
 
     def _check_tools(self) -> None:
         """Check that the tools can work, and that `tools.call_timeout_s` gives their calls enough time."""
@@ -211,6 +199,41 @@ class RunConfig:
                 self.tools.call_timeout_s,
                 f">= {seconds:g}, the longest time that a call of {name} takes",
             )
+
+    def _check_gain(self) -> None:
+        """Check that the gold answers can be scored by the reference, and checked by the trainer, as configured."""
+        gain, context = self.rollout.gain, self.parallel.context
+        by_reference = gain.scorer == "reference"
+        require(
+            not by_reference or self.algorithm.uses_gain,
+            "rollout.gain.scorer",
+            gain.scorer,
+            "policy with algorithm.turn_signal=scores, which scores no gold answers",
+        )
+        require(
+            not by_reference or context == 1,
+            "rollout.gain.scorer",
+            gain.scorer,
+            f"policy with parallel.context ({context}) > 1, which cannot divide a trajectory with its probes",
+        )
+        require(
+            gain.verify_every == 0 or self.algorithm.uses_gain,
+            "rollout.gain.verify_every",
+            gain.verify_every,
+            "0 with algorithm.turn_signal=scores, which scores no gold answers",
+        )
+        require(
+            gain.verify_every == 0 or not by_reference,
+            "rollout.gain.verify_every",
+            gain.verify_every,
+            "0 with rollout.gain.scorer=reference, since the engine then scores no gold answers",
+        )
+        require(
+            gain.verify_every == 0 or context == 1,
+            "rollout.gain.verify_every",
+            gain.verify_every,
+            f"0 with parallel.context ({context}) > 1, which cannot divide a trajectory with its probes",
+        )
 
     def _check_server_limits(self) -> None:
         tools, longest_s = self.tools, self.search.longest_call_s
@@ -253,6 +276,16 @@ class RunConfig:
             self.algorithm.kl_estimator,
             "k2 | k3 with algorithm.kl_coef > 0: the expected gradient of k1 is 0, so it would restrain nothing",
         )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the run loads a reference model: for the KL penalty, or to score the gold answers."""
+        return self.algorithm.kl_coef > 0 or self.rollout.gain.scorer == "reference"
+
+    @property
+    def engine_scores_gain(self) -> bool:
+        """Whether the engine scores the gold answers during the rollout."""
+        return self.algorithm.uses_gain and self.rollout.gain.scorer == "policy"
 
     @property
     def instructions(self) -> str:

@@ -70,7 +70,7 @@ class TrainerMemory:
     fp8_copies: float
     """FP8 copies of the policy's and the reference's weights, which the first pass creates. 0 if FP8 is off."""
     reference: float
-    """Weights of the reference model. 0 if the loss has no KL penalty."""
+    """Weights of the reference model. 0 if the run needs no reference."""
 
     def parts(self, phase: str, *, offload: bool) -> dict[str, float]:
         """Return the bytes of each part that is on the GPU in `phase`, by the part's name in printed plans.
@@ -111,8 +111,8 @@ def trainer_memory(
         gradients=parameters * FLOAT32_BYTES,
         master_weights=shard * FLOAT32_BYTES if config.model.dtype == "bfloat16" else 0,
         moments=2 * shard * FLOAT32_BYTES,
-        fp8_copies=copies * (2 if config.algorithm.kl_coef > 0 else 1),
-        reference=weights if config.algorithm.kl_coef > 0 else 0,
+        fp8_copies=copies * (2 if config.needs_reference else 1),
+        reference=weights if config.needs_reference else 0,
     )
 
 

@@ -64,8 +64,14 @@ class Plan(PlanInputs):
 
     @property
     def score_passes(self) -> int:
-        """Number of scoring passes: one if a step has several mini-batches, plus one if there is a reference."""
-        return (self.geometry.optimizer_steps > 1) + (self.config.algorithm.kl_coef > 0)
+        """Number of scoring passes over all tokens of a step.
+
+        One pass computes the old log-probs if a step has several mini-batches. The reference makes one pass for the
+        KL penalty, and one if it scores the gold answers.
+        """
+        config = self.config
+        by_reference = (config.algorithm.kl_coef > 0) + (config.rollout.gain.scorer == "reference")
+        return (self.geometry.optimizer_steps > 1) + by_reference
 
     @property
     def step_seconds(self) -> float:

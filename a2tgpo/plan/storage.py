@@ -69,7 +69,7 @@ def restart_bytes(config: RunConfig, dimensions: ModelDimensions, *, gpus: int, 
     """
     model = checkpoint_parameters(dimensions) * MODEL_FILE_BYTES
     nodes = -(-gpus // gpus_per_node)
-    readers = nodes * (config.algorithm.kl_coef > 0)
+    readers = nodes * config.needs_reference
     if config.rollout.quantization != "none":
         readers += max(nodes, gpus // config.rollout.tensor_parallel)
     return checkpoint_bytes(config, dimensions) + readers * model

@@ -4,6 +4,8 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from a2tgpo.trajectory import Trajectory
+
 
 def mean_logprob(answer_logprobs: Sequence[float]) -> float | None:
     """Return the mean of an answer's token log-probs, in nats, or None if there is no finite mean."""
@@ -42,3 +44,20 @@ def info_gains(logprobs: Sequence[float | None], *, measure: str = "probability"
         None if before is None or after is None else after - before
         for before, after in itertools.pairwise(values)
     ]
+
+
+def set_gains(
+    trajectory: Trajectory, context_logprobs: Sequence[list[list[float]] | None], *, measure: str
+) -> None:
+    """Set the gold answer's probability in every context of `trajectory`, and the gain of every process turn.
+
+    Args:
+        context_logprobs: for each context c_0..c_n, the log-probs of each alias and token, in nats. None: no score.
+        measure: as for `info_gains`.
+    """
+    logprobs = [None if aliases is None else answer_logprob(aliases) for aliases in context_logprobs]
+    trajectory.baseline_prob = answer_probability(logprobs[0])
+    gains = info_gains(logprobs, measure=measure)
+    for turn, logprob, gain in zip(trajectory.process_turns, logprobs[1:], gains, strict=True):
+        turn.answer_prob = answer_probability(logprob)
+        turn.info_gain = gain

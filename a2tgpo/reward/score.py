@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from a2tgpo.config.reward import RewardConfig
 from a2tgpo.reward.answer_match import exact_match
 from a2tgpo.reward.episode import Episode, EpisodeReader
-from a2tgpo.reward.info_gain import answer_logprob, answer_probability, info_gains
+from a2tgpo.reward.info_gain import set_gains
 from a2tgpo.reward.overlong import overlong_penalty
 from a2tgpo.reward.total import Verdict
 from a2tgpo.trajectory import Prompt, Trajectory
@@ -44,7 +44,7 @@ class TrajectoryReward:
         trajectory.exact_match = exact_match(episode.answer or "", episode.answers) if has_answer else 0.0
         trajectory.format_ok = episode.format_ok
         if context_logprobs:
-            self._set_gains(trajectory, context_logprobs)
+            set_gains(trajectory, context_logprobs, measure=self.measure)
         return episode
 
     def finish(self, trajectory: Trajectory, verdict: Verdict) -> None:
@@ -63,13 +63,3 @@ class TrajectoryReward:
         if verdict.turn_scores is not None:
             for turn, score in zip(trajectory.process_turns, verdict.turn_scores, strict=True):
                 turn.score = score if score is not None else turn.score  # keep a tool's score
-
-    def _set_gains(
-        self, trajectory: Trajectory, context_logprobs: Sequence[list[list[float]] | None]
-    ) -> None:
-        logprobs = [None if aliases is None else answer_logprob(aliases) for aliases in context_logprobs]
-        trajectory.baseline_prob = answer_probability(logprobs[0])
-        gains = info_gains(logprobs, measure=self.measure)
-        for turn, logprob, gain in zip(trajectory.process_turns, logprobs[1:], gains, strict=True):
-            turn.answer_prob = answer_probability(logprob)
-            turn.info_gain = gain

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _SCORED_BY = (
     *(
+        "rollout.gain.scorer",
         "rollout.gain.measure",
         "rollout.gain.answer_reduction",
         "rollout.gain.max_aliases",

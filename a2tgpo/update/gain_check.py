@@ -3,40 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from a2tgpo.batch.probes import Probe, ProbedSequence
 from a2tgpo.config.rollout import GainConfig
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.policy import Policy
 from a2tgpo.reward.info_gain import answer_logprob
-from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.trajectory import Trajectory
-from a2tgpo.update.probe_logprobs import compute_probe_logprobs
+from a2tgpo.update.context_scores import ContextScorer
 
 
 class GainCheck:
-    """Rescore some contexts of a step with the trainer, using the weights that played the step.
+    """Rescore some contexts of a step with the trainer, using the weights that played the step."""
 
-    Args:
-        answers: the gold answers of each question, by the question's id.
-        max_tokens: number of positions in one row of the model.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        config: GainConfig,
-        *,
-        answer_tokens: AnswerTokens,
-        answers: Mapping[str, Sequence[str]],
-        max_tokens: int,
-    ):
+    def __init__(self, policy: Policy, config: GainConfig, scorer: ContextScorer):
         self._policy = policy
         self._config = config
-        self._tokens = answer_tokens
-        self._answers = answers
-        self._max_tokens = max_tokens
+        self._scorer = scorer
 
     def run(self, version: int, trajectories: Sequence[Trajectory]) -> MetricSums:
         """Return metrics of the gap between the engine's and the trainer's log-probs. Every rank must call this.
@@ -57,42 +40,16 @@ class GainCheck:
         # Leave out trajectories that ended in an earlier step, because the weights that scored them no longer exist.
         current = [trajectory for trajectory in trajectories if trajectory.turns[-1].version == version]
         sample = _spread(current, self._config.verify_trajectories)
-        sequences = [self._probed(trajectory) for trajectory in sample]
-        logprobs = compute_probe_logprobs(self._policy, sequences, max_tokens=self._max_tokens)
         gaps = [
             abs(math.log(engine) - trainer)
-            for trajectory, found in zip(sample, logprobs, strict=True)
-            for engine, trainer in zip(
-                trajectory.context_probs, self._by_context(trajectory, found), strict=True
-            )
-            if engine and trainer is not None
+            for trajectory, contexts in zip(sample, self._scorer.score(self._policy, sample), strict=True)
+            for engine, aliases in zip(trajectory.context_probs, contexts, strict=True)
+            if engine and aliases is not None and (trainer := answer_logprob(aliases)) is not None
         ]
         if gaps:
             metrics.add("gain/engine_trainer_gap", math.fsum(gaps), len(gaps))
             metrics.add_max("gain/engine_trainer_gap_max", max(gaps))
         return metrics
-
-    def _probed(self, trajectory: Trajectory) -> ProbedSequence:
-        aliases = self._aliases(trajectory)
-        probes = [
-            Probe(
-                prefix_length=length,
-                scaffold=tuple(self._tokens.scaffold(trajectory, num_turns)),
-                answer=tuple(alias),
-            )
-            for num_turns, length in enumerate(trajectory.context_lengths)
-            for alias in aliases
-        ]
-        return ProbedSequence(tokens=trajectory.tokens, probes=probes)
-
-    def _by_context(self, trajectory: Trajectory, logprobs: list[list[float]]) -> list[float | None]:
-        """Return the best alias's mean log-prob per token in each context."""
-        count = len(self._aliases(trajectory))
-        contexts = range(len(trajectory.context_lengths))
-        return [answer_logprob(logprobs[context * count : (context + 1) * count]) for context in contexts]
-
-    def _aliases(self, trajectory: Trajectory) -> list[list[int]]:
-        return self._tokens.aliases(self._answers[trajectory.prompt_id])
 
 
 def _spread(trajectories: Sequence[Trajectory], count: int) -> list[Trajectory]:

@@ -6,6 +6,7 @@ enough steps to show that a step leaves nothing in memory.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -15,10 +16,12 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from held_memory import held
 from stub_judge import Reply, StubJudge, chat
 from tiny_models import CAPITALS, taught_folder
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from a2tgpo.record.rollout_files import read_step, recorded_steps
 
@@ -43,11 +46,18 @@ VARIANTS = {
     ],
     "masked": ["grpo", "algorithm.correction.kind=mask", "algorithm.correction.upper=1.0"],
     "cool": ["grpo", "rollout.temperature=0.7"],
+    "gain_of_reference": ["a2tgpo", "rollout.gain.scorer=reference"],
 }
 RUNS = {name: [name] for name in PRESETS} | {"dapo": ["dapo", SHORT_BUFFER]} | VARIANTS
 DYNAMIC = ("dapo", "dapo_one_draw")
 WITH_REFERENCE = ("grpo", "hgpo", "grpo_k2", "grpo_tight", "masked", "cool")
-WITH_ADAPTIVE_CLIP = ("a2tgpo", "a2tgpo_released", "turn_group_absent", "truncated")
+WITH_ADAPTIVE_CLIP = ("a2tgpo", "a2tgpo_released", "turn_group_absent", "truncated", "gain_of_reference")
+GOLD = {
+    **{f"capital of {land}?": city for land, city in CAPITALS.items()},
+    **{f"ruler of {land}?": f"King of {city}" for land, city in list(CAPITALS.items())[:3]},
+    **dict.fromkeys(("babble?", "silent?", "loop?"), "nothing"),
+}
+HOPS = {"capital": 1, "ruler": 2, "babble?": 0, "silent?": 0, "loop?": 0}
 LONG, LONG_STEPS, WARM_STEPS = "long", 24, 12
 JUDGED, SCORED = "judged", "scored"
 LAST_REPLY = 2
@@ -139,10 +149,7 @@ def progress(episode):
 
 def write_inputs(root: Path) -> Path:
     """Write the configuration of all runs. The model answers some of the questions rarely, and others never."""
-    questions = [(f"capital of {land}?", city, 1) for land, city in CAPITALS.items()]
-    questions += [(f"ruler of {land}?", f"King of {city}", 2) for land, city in list(CAPITALS.items())[:3]]
-    questions += [(question, "nothing", 0) for question in ("babble?", "silent?", "loop?")]
-    records = [{"question": q, "answers": [a], "hops": hops} for q, a, hops in questions]
+    records = [{"question": q, "answers": [a], "hops": HOPS[q.split()[0]]} for q, a in GOLD.items()]
     passages = [
         {"id": land, "contents": f'"capital of {land}"\n{land} has {city}.'}
         for land, city in CAPITALS.items()
@@ -339,6 +346,55 @@ def test_the_released_scripts_gains_are_of_log_probabilities(runs):
         assert gain == pytest.approx(math.log(after) - math.log(before), abs=1e-6)
     for before, after, gain in gains("a2tgpo"):
         assert gain == pytest.approx(after - before, abs=1e-9)
+
+
+def test_the_reference_scores_answers_as_the_initial_policy_does_after_updates(runs):
+    """In step 1 the policy still is the reference; in step 2 only the reference has the initial weights."""
+    by_policy, by_reference = runs["a2tgpo"], runs["gain_of_reference"]
+    assert by_policy.steps[0]["gain/scored_tokens"] > 0 == by_reference.steps[0]["gain/scored_tokens"]
+    assert by_reference.steps[0]["gain/missing_rate"] == 0
+    played = [record for record in by_reference.rollouts[0] if record["turns"][0]["calls"]]
+    assert [answer_probs(r) for r in played] == [
+        pytest.approx(answer_probs(record), rel=1e-4)
+        for record in by_policy.rollouts[0]
+        if record["turns"][0]["calls"]
+    ]
+    initial = [initial_answer_probs(record) for record in by_reference.rollouts[1][:12]]
+    found = [answer_probs(record) for record in by_reference.rollouts[1][:12]]
+    assert found == [pytest.approx(expected, rel=1e-4) for expected in initial]
+    assert max(map(len, found)) > 1
+    updated = [(answer_probs(r), initial_answer_probs(r)) for r in by_policy.rollouts[1][:12]]
+    assert all(abs(now[0] / before[0] - 1) > 1e-3 for now, before in updated)
+
+
+def answer_probs(record: dict) -> list[float]:
+    return [record["baseline_prob"], *(turn["answer_prob"] for turn in record["turns"] if turn["calls"])]
+
+
+@torch.no_grad()
+def initial_answer_probs(record: dict) -> list[float]:
+    """Probability of the gold answer in each context, by transformers, with the weights before training."""
+    model, tokenizer = load_taught()
+    question = record["prompt_text"].split("user\n")[1].split("<|im_end|>")[0]
+    answer = tokenizer.encode(GOLD[question], add_special_tokens=False)
+    scaffold = tokenizer.encode(" <answer> \\boxed{", add_special_tokens=False)
+    context, contexts = list(record["prompt_tokens"]), [list(record["prompt_tokens"])]
+    for turn in record["turns"]:
+        context = [*context, *turn["tokens"], *turn["observation_tokens"]]
+        contexts += [context] if turn["calls"] else []
+    probabilities = []
+    for tokens in contexts:
+        row = torch.tensor([[*tokens, *scaffold, *answer]])
+        logprobs = model(row).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+        probabilities.append(logprobs[range(len(answer)), answer].mean().exp().item())
+    return probabilities
+
+
+@functools.cache
+def load_taught() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = taught_folder().name
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -87,6 +87,29 @@ def test_checks_of_gain_by_the_trainer_are_refused_where_sequences_are_divided()
         RunConfig(**sections, rollout=RolloutConfig(gain=GainConfig(verify_every=5)))
 
 
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"algorithm": AlgorithmConfig(turn_signal="scores")}, r"policy with algorithm\.turn_signal=scores"),
+        ({"parallel": ParallelConfig(context=2)}, r"policy with parallel\.context \(2\) > 1"),
+    ],
+)
+def test_the_reference_scores_gains_only_where_it_can(sections, says):
+    by_reference = RolloutConfig(gain=GainConfig(scorer="reference"))
+    assert configured(rollout=by_reference).needs_reference
+    with pytest.raises(ConfigError, match=r"rollout\.gain\.scorer is 'reference'; allowed: " + says):
+        configured(rollout=by_reference, **sections)
+
+
+def test_gains_by_the_reference_leave_the_engine_nothing_to_check():
+    configured(rollout=RolloutConfig(gain=GainConfig(verify_every=5)))
+    both = RolloutConfig(gain=GainConfig(scorer="reference", verify_every=5))
+    with pytest.raises(
+        ConfigError, match=r"verify_every is 5; allowed: 0 with rollout\.gain\.scorer=reference"
+    ):
+        configured(rollout=both)
+
+
 def test_partial_rollouts_need_a_correction_and_are_refused_with_dynamic_sampling():
     sections = dict(
         run=RunSettings(name="r"),

@@ -212,6 +212,8 @@ def test_scoring_is_one_pass_of_the_reference_and_one_of_the_policy_if_minibatch
     single = "update.prompts_per_minibatch=64"
     assert [passes(), passes("algorithm.kl_coef=0.001")] == [1, 2]
     assert [passes(single), passes(single, "algorithm.kl_coef=0.001")] == [0, 1]
+    by_reference = "rollout.gain.scorer=reference"
+    assert [passes(by_reference), passes(by_reference, "algorithm.kl_coef=0.001")] == [2, 3]
 
 
 def test_full_recomputation_costs_a_third_more_computation_in_the_layers():

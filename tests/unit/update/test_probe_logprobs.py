@@ -1,6 +1,7 @@
 """Answers scored along a tree are those of every prefix run in full; the tree runs a trajectory once."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from a2tgpo.batch.packing import Alignment, pack
 from a2tgpo.batch.probes import Probe, ProbedSequence, pack_probes
 from a2tgpo.config.rollout import GainConfig
+from a2tgpo.reward.info_gain import set_gains
 from a2tgpo.trajectory import Call, Trajectory, Turn
+from a2tgpo.update.context_scores import ContextScorer
 from a2tgpo.update.gain_check import GainCheck
 from a2tgpo.update.logprobs import compute_logprobs
 from a2tgpo.update.probe_logprobs import compute_probe_logprobs
@@ -94,9 +97,19 @@ class NumberTokens:
         return [[int(token) for token in answer.split()] for answer in answers]
 
 
-def test_the_gap_is_what_the_engine_was_off(policy):
-    """Engine scores made from prefixes run in full, one of them wrong by 0.3 nats a token."""
-    played = Trajectory(
+ANSWERS = ["11 12 13", "14"]
+
+
+def scorer(*, max_model_len=1000):
+    return ContextScorer(
+        answer_tokens=NumberTokens(), answers={"q": ANSWERS}, max_model_len=max_model_len, max_tokens=100
+    )
+
+
+@pytest.fixture
+def played():
+    """Two searches and an answer; contexts of 6, 18 and 30 tokens."""
+    return Trajectory(
         prompt_index=0,
         prompt_id="q",
         sample_index=0,
@@ -113,27 +126,28 @@ def test_the_gap_is_what_the_engine_was_off(policy):
         ],
         stop_reason="answer",
     )
-    aliases = NumberTokens().aliases(["11 12 13", "14"])
+
+
+def in_full(policy, trajectory, length):
+    """Log-probs of all aliases after the first `length` tokens."""
+    return [
+        alone(
+            policy, trajectory.tokens[:length], Probe(prefix_length=length, scaffold=(7, 9), answer=tuple(a))
+        )
+        for a in NumberTokens().aliases(ANSWERS)
+    ]
+
+
+def test_the_gap_is_what_the_engine_was_off(policy, played):
+    """Engine scores made from prefixes run in full, one of them wrong by 0.3 nats a token."""
 
     def best(length):
-        scores = [
-            alone(
-                policy, played.tokens[:length], Probe(prefix_length=length, scaffold=(7, 9), answer=tuple(a))
-            )
-            for a in aliases
-        ]
-        return max(sum(values) / len(values) for values in scores)
+        return max(sum(values) / len(values) for values in in_full(policy, played, length))
 
     played.baseline_prob = math.exp(best(6))
     played.turns[0].answer_prob = None
     played.turns[1].answer_prob = math.exp(best(30) - 0.3)
-    check = GainCheck(
-        policy,
-        GainConfig(verify_every=2),
-        answer_tokens=NumberTokens(),
-        answers={"q": ["11 12 13", "14"]},
-        max_tokens=100,
-    )
+    check = GainCheck(policy, GainConfig(verify_every=2), scorer())
     assert check.run(1, [played]).values() == {}
     finished_before = copy.deepcopy(played)  # by weights that are gone
     finished_before.turns[-1].version, finished_before.baseline_prob = 1, 0.01
@@ -141,3 +155,24 @@ def test_the_gap_is_what_the_engine_was_off(policy):
     assert found["gain/engine_trainer_gap"] == pytest.approx(0.15, abs=1e-4)
     assert found["gain/engine_trainer_gap_max"] == pytest.approx(0.3, abs=1e-4)
     assert check.run(4, []).values() == {}
+
+
+def test_contexts_score_as_their_prefixes_run_in_full(policy, played):
+    unsearched = dataclasses.replace(played, turns=played.turns[-1:])
+    found, other = scorer().score(policy, [played, unsearched])
+    for contexts, lengths, trajectory in ((found, [6, 18, 30], played), (other, [6], unsearched)):
+        for aliases, length in zip(contexts, lengths, strict=True):
+            expected = in_full(policy, trajectory, length)
+            for values, alone_values in zip(aliases, expected, strict=True):
+                assert values == pytest.approx(alone_values, abs=2e-5)
+    assert scorer().score(policy, []) == []
+
+
+def test_a_context_with_no_room_for_the_answers_has_no_score_and_no_gain(policy, played):
+    """The longest answer and its scaffold take 5 tokens; the engine's sequences end before `max_model_len`."""
+    (fitting,) = scorer(max_model_len=30 + 5 + 1).score(policy, [played])
+    assert all(fitting)
+    (cut,) = scorer(max_model_len=30 + 5).score(policy, [played])
+    assert cut[0] and cut[1] and cut[2] is None
+    set_gains(played, cut, measure="probability")
+    assert played.turns[0].info_gain is not None and played.turns[1].info_gain is None
