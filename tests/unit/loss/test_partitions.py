@@ -1,4 +1,4 @@
-"""The loss of a mini-batch is the sum over any parts of it: micro-batches, their order, data-parallel replicas."""
+"""The loss of a mini-batch is the sum of the losses of its parts, however micro-batches or replicas divide it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from a2tgpo.loss.policy_loss import LossInputs, policy_loss
 
 
 def take(inputs: LossInputs, logprobs: torch.Tensor, sequences: list[int]) -> tuple[LossInputs, torch.Tensor]:
-    """The micro-batch of these trajectories, in this order, with turns and sequences numbered anew."""
+    """Return the micro-batch of these trajectories in this order, with turns and sequences numbered from 0."""
     rows = torch.cat(
         [torch.nonzero(inputs.sequence_ids == number)[:, 0] for number in sequences]
         or [torch.zeros(0, dtype=torch.int64)]
@@ -40,7 +40,7 @@ def take(inputs: LossInputs, logprobs: torch.Tensor, sequences: list[int]) -> tu
 def whole_and_parts(
     batch: Batch, config: AlgorithmConfig, parts: list[list[int]], dtype: torch.dtype
 ) -> list[tuple[float, torch.Tensor]]:
-    """Loss and gradient of the batch at once, and added up over `parts` of its trajectories."""
+    """Return loss and gradient of the whole batch, and the sums of both over `parts` of its trajectories."""
     inputs, found = loss_inputs(batch, config, dtype), []
     for groups in ([list(range(inputs.num_sequences))], parts):
         logprobs, total = new_logprobs(batch, dtype), 0.0
@@ -72,7 +72,9 @@ def test_any_partition_in_any_order_gives_the_whole_in_float64(batch, config, nu
 
 
 def policy_terms(batch: Batch, config: AlgorithmConfig) -> torch.Tensor:
-    """Size of what is added up: terms of both signs may cancel, their rounding does not."""
+    """Return the absolute values of the loss's terms. Terms of opposite signs cancel, but their rounding errors do
+    not.
+    """
     inputs = loss_inputs(batch, config)
     result = policy_loss(new_logprobs(batch), inputs, config)
     importance = 1.0 if inputs.importance is None else inputs.importance
@@ -80,7 +82,7 @@ def policy_terms(batch: Batch, config: AlgorithmConfig) -> torch.Tensor:
 
 
 def realistic_batch(rng: random.Random) -> Batch:
-    """Eight prompts of four rollouts, up to seven turns of up to 60 tokens, log-ratios as after a few updates."""
+    """Return 8 prompts of 4 rollouts with up to 7 turns of up to 60 tokens. Log-ratios are as after a few updates."""
 
     def token() -> Token:
         old = -rng.expovariate(3.0)

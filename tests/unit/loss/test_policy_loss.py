@@ -1,4 +1,6 @@
-"""The loss and its gradient against Eq. 12 written by hand (loss_by_hand.py), in every combination of options."""
+"""The loss and its gradient equal those of Eq. 12 written by hand (loss_by_hand.py) for all combinations of
+options.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def test_loss_and_gradient_equal_equation_12_written_by_hand(batch, config) -> N
 @settings(max_examples=60)
 @given(batches, st.sampled_from(LEVELS), st.sampled_from(get_args(Aggregation)))
 def test_at_the_old_policy_the_gradient_is_that_of_reinforce(batch, ratio, aggregation) -> None:
-    """-w A of the token itself, or the mean over the tokens that share its ratio."""
+    """The gradient is the token's -w A, or the mean of -w A over the tokens that share its ratio."""
     still = [
         [
             [
@@ -62,7 +64,7 @@ def test_at_the_old_policy_the_gradient_is_that_of_reinforce(batch, ratio, aggre
 @settings(max_examples=60)
 @given(batches, configs(), st.data())
 def test_a_trajectory_without_sampled_tokens_contributes_nothing(batch, config, data) -> None:
-    """Not even to the number of trajectories that is divided by."""
+    """Such a trajectory is not counted in the divisor either."""
     result, gradient = loss_and_gradient(batch, config)
     empty = data.draw(st.sampled_from([[], [Turn(2.0, 1.0, ())], [Turn(-1.0, 0.0, ())] * 3]))
     prompt = data.draw(st.integers(0, len(batch) - 1))

@@ -17,7 +17,7 @@ IDS = torch.tensor([0, 0, 1, 1, 1])
 
 
 def weigh(ratios: list[float], ids: torch.Tensor | None = None, **options) -> ImportanceWeights:
-    """Of tokens with these pi_trainer / pi_engine."""
+    """Weigh tokens with these values of pi_trainer / pi_engine."""
     old = torch.tensor([math.log(ratio) - 1.0 for ratio in ratios], dtype=torch.float64)
     rollout = torch.full((len(ratios),), -1.0, dtype=torch.float64)
     return importance_weights(old, rollout, ids, 2, CorrectionConfig(**options))

@@ -21,7 +21,9 @@ def test_tokens_of_a_segment_need_not_stand_together() -> None:
 
 
 def test_the_mean_is_bounded_and_not_the_tokens() -> None:
-    """A token at +30 beside one at -28 leaves the mean at 1; at +50 it is cut to 10, without a gradient."""
+    """Log-ratios of 30 and -28 have mean 1. Log-ratios of 50 and -2 have mean 24, which is cut to 10 and has no
+    gradient.
+    """
     ids = torch.tensor([0, 0, 1, 1])
     logprobs = torch.tensor([30.0, -28.0, 50.0, -2.0], dtype=torch.float64, requires_grad=True)
     found = shared_log_ratio(logprobs, torch.zeros(4).double(), ids, 2)

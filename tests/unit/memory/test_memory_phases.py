@@ -1,4 +1,4 @@
-"""The card's memory from phase to phase, on a real policy and optimizer in one process."""
+"""What each phase keeps in GPU memory, with a real policy and optimizer in one process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEP = ("bank", "refit", "rollout", "score", "update")
 
 
 class LoggingEngine:
-    """Stands in for an engine on a GPU: it cannot sleep by halves."""
+    """Stands in for an engine on a GPU. It can sleep only if both its parts are awake."""
 
     def __init__(self) -> None:
         self.awake = {"weights", "kv_cache"}
@@ -53,7 +53,7 @@ class LoggingEngine:
 
 @dataclasses.dataclass
 class Trainer:
-    """What is moved, and a step that changes all of it."""
+    """The tensors that phases move, and a step that changes all of them."""
 
     policy: Policy
     optimizer: Any
@@ -93,7 +93,7 @@ def copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @pytest.fixture
 def make(policy, trajectories):
-    """A trainer like the fixture's policy, but with weights of its own."""
+    """Return a function that builds a trainer with the same model as `policy` but its own weights."""
     model = ModelConfig(path=policy.path, dtype="float32")
 
     def trainer(dtype: str = "bfloat16", *, distributed_optimizer: bool = True) -> Trainer:
@@ -176,7 +176,7 @@ def test_room_is_made_before_it_is_taken_in_one_order(make, monkeypatch) -> None
 def test_training_between_phases_is_training_without_them_to_the_bit(
     make, monkeypatch, dtype, distributed_optimizer
 ) -> None:
-    monkeypatch.setattr(offload, "PAGE_BYTES", 1000)  # storages lie across pages
+    monkeypatch.setattr(offload, "PAGE_BYTES", 1000)  # storages extend over several pages
     still = make(dtype, distributed_optimizer=distributed_optimizer)
     moved = make(dtype, distributed_optimizer=distributed_optimizer)
     phases = moved.phases(LoggingEngine())
@@ -242,7 +242,7 @@ _SHARED: dict[str, Trainer] = {}
 
 
 class Ends(MemorySnapshots):
-    """Notes the phases of which it is told, since only a GPU has snapshots."""
+    """Records the phases that it is told about. Real snapshots need a GPU."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []

@@ -18,7 +18,7 @@ SOUND = {
     "gap/train_engine_abs_mean": 0.01,
     "update/skipped": 0.0,
 }
-# metric, a value just within the limit of `make`, and one just past it
+# Metric, a value just within the limit that `make` sets, and a value just past it.
 MEASURED = {
     "entropy": ("entropy/mean", 0.101, 0.099),
     "likelihood": ("likelihood/correct", -0.99, -1.01),
@@ -168,7 +168,7 @@ def test_the_stop_is_due_after_so_many_steps_with_whichever_alarm():
     for metrics in [skipped, skipped, SOUND, gap, gap, gap | {"update/skipped": 1.0}, gap, SOUND, SOUND]:
         guards.watch(1, metrics)
         due.append(guards.stop_is_due)
-    # The gap counts from its second step on, when its alarm starts, to the one before its alarm ends.
+    # The gap's alarm lasts from the gap's second step to the step before the alarm ends.
     assert due == [False, False, False, False, False, False, True, True, False]
     assert not guards.active
 
@@ -200,7 +200,7 @@ def test_updates_skipped_for_too_many_steps_in_a_row_stop_the_run():
 
 
 def after(stopped: Guards, *, clip_low: float = 3e-3, **settings) -> Guards:
-    """What goes on from `stopped` with these settings."""
+    """Return guards with these settings that continue from the state of `stopped`."""
     guards = Guards(
         GuardConfig(**({"baseline_steps": 2, "stop_after": 1} | settings)), clip_low=clip_low, clip_high=4e-3
     )

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
-# In a process of its own: in this one the blocks would take the places of others that earlier tests have freed.
+# A separate process runs this code. In this process the blocks would reuse memory that earlier tests freed.
 CODE = """
 import json
 from a2tgpo.metrics.host_memory import resident_bytes, return_free_memory

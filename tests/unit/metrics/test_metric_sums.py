@@ -11,7 +11,7 @@ from a2tgpo.metrics.reduce import MetricSums
 
 
 def filled(rank):
-    """What `rank` adds: uneven names, rank 1 nothing at all."""
+    """Return sums with the metrics that `rank` adds: other names on each rank, and none on rank 1."""
     sums = MetricSums()
     if rank == 0:
         sums.add("reward/mean", 3.0, 4)

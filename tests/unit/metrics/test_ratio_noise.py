@@ -1,4 +1,4 @@
-"""Rounding in the ratio, told apart from what the policy has moved, and the line about it."""
+"""Rounding noise in the ratio is told apart from the policy's movement and reported in a line."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def squares(after_one, after_two):
 
 def test_noise_alone_is_found_and_movement_alone_is_none():
     assert noise_of(4e-6, 4e-6) == pytest.approx(2e-3)
-    assert noise_of(1e-6, 4e-6) == 0.0  # twice as far after two updates
-    assert noise_of(1e-6, 2e-6) == 0.0  # updates in directions of their own
-    assert noise_of(5e-6, 6e-6) == pytest.approx(2e-3)  # the same beside noise
+    assert noise_of(1e-6, 4e-6) == 0.0  # movement: twice as far after two updates
+    assert noise_of(1e-6, 2e-6) == 0.0  # movement: the two updates have unrelated directions
+    assert noise_of(5e-6, 6e-6) == pytest.approx(2e-3)  # the same movement plus noise
 
 
 @given(one=st.floats(0, 1e-2), two=st.floats(0, 1e-2))

@@ -42,7 +42,7 @@ def evaluation_record(step, em):
 @pytest.fixture
 def run_dir(tmp_path):
     records = [evaluation_record(0, 0.25), *(step_record(step) for step in range(1, 11))]
-    records[1] |= {"time/startup_imports_s": 30.0}  # no part of a step
+    records[1] |= {"time/startup_imports_s": 30.0}  # not part of a step
     for record in records[1:]:
         record |= {"time/rollout_min_s": 2.0, "time/rollout_max_s": 4.0, "time/rollout_slowest_rank": 1.0}
         record |= {"time/step_min_s": 5.0, "time/step_max_s": 5.5, "time/step_slowest_rank": 0.0}
@@ -58,7 +58,7 @@ def test_summary_shows_exact_match_gain_and_time_and_leaves_a_picture(run_dir):
     assert ["held-out", "EM", "(greedy)", "step", "0", "step", "10", "change"] in rows
     assert ["all", "0.250", "0.500", "+0.250"] in rows
     assert ["2", "hops", "0.125", "0.250", "+0.125"] in rows
-    assert ["turn", "1", "+0.1500", "+0.9500", "75%"] in rows  # means of the first and of the last two steps
+    assert ["turn", "1", "+0.1500", "+0.9500", "75%"] in rows  # means of the first two and the last two steps
     header = [
         "time",
         "by",
@@ -76,7 +76,7 @@ def test_summary_shows_exact_match_gain_and_time_and_leaves_a_picture(run_dir):
     at = rows.index(header)
     assert rows[at + 1 : at + 5] == [
         ["rollout", "3.00", "60.0%", "2.00", "4.00"],
-        ["update", "1.00", "20.0%"],  # no spread was recorded
+        ["update", "1.00", "20.0%"],  # none recorded its spread
         ["refit", "0.01", "0.2%"],
         ["whole", "step", "5.00", "100.0%", "5.00", "5.50"],
     ]
@@ -99,7 +99,7 @@ def test_folder_without_metrics_or_rollouts_is_refused_in_one_line(tmp_path):
 
 def test_a_picture_goes_where_it_is_said_or_not_at_all(run_dir):
     assert "--out: cannot write" in refusal("plot_run.py", run_dir, "--out", run_dir)
-    assert not run_dir.with_suffix(".png").exists()  # where matplotlib puts one whose name has no ending
+    assert not run_dir.with_suffix(".png").exists()  # matplotlib appends .png to a name without ending
 
 
 def rollout(sample, gain, *, prompt="q1"):
@@ -142,7 +142,7 @@ def test_rollouts_are_shown_in_the_order_asked_for(tmp_path):
     assert "query 'Peru', 1 tokens back" in out
     assert "    Lima" in out
     assert out.count("Capital of Peru?") == 1
-    assert "\x1b" not in out  # neither colours in a pipe nor what the model wrote
+    assert "\x1b" not in out  # no colours in a pipe, and no escape sequences of the model
     assert "recorded: 9 to 10" in refusal("view_rollouts.py", tmp_path, "--step", "3")
     assert "no rollouts of prompt 'q2'" in refusal("view_rollouts.py", tmp_path, "--prompt", "q2")
 
@@ -162,7 +162,7 @@ def test_damaged_rollout_file_is_one_line(tmp_path):
 def test_a_rollout_whose_advantage_was_not_finite_can_be_read(tmp_path):
     record = rollout(0, 0.1)
     for turn in record["turns"]:
-        turn |= {"advantage": None, "clip_scale": None, "ratio": None}  # what to_record makes of nan
+        turn |= {"advantage": None, "clip_scale": None, "ratio": None}  # to_record replaces nan by None
     write_part([record], part_path(tmp_path, 1, replica=0, num_replicas=1))
     code, out, err = run_tool("view_rollouts.py", tmp_path)
     assert (code, err) == (0, "") and out.count("no advantage") == 2

@@ -1,4 +1,4 @@
-"""A world of one process, and tiny checkpoints in it."""
+"""Fixtures: a world of one process, and tiny checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def groups() -> Iterator[ParallelGroups]:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """Write a random model of an architecture in bfloat16; gives its folder."""
+    """Return a function that writes a random bfloat16 model of an architecture and returns its folder."""
 
     def save(architecture: str = "llama", *, tied: bool = True) -> Path:
         folder = tmp_path / architecture

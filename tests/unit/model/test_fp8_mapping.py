@@ -1,4 +1,4 @@
-"""FP8 as Megatron is told it, and what a layout or a machine cannot compute."""
+"""FP8 settings as Megatron receives them, and the layouts and machines that are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FIELDS = {field.name: field for field in dataclasses.fields(TransformerConfig)}
 
 @pytest.fixture(autouse=True)
 def no_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron refuses some of the GPU's fused kernels where Transformer Engine is not installed; FP8 it does not."""
+    """Turn fused kernels off: without Transformer Engine, Megatron refuses some of them but does not refuse FP8."""
     plain = module._fusions(False)
     monkeypatch.setattr(module, "_fusions", lambda transformer_engine: plain)
 
@@ -50,7 +50,7 @@ def test_every_setting_reaches_the_field_that_megatron_reads(
     number_format: str, recipe: str, checkpoint: Checkpoint
 ) -> None:
     config = built(checkpoint(), Fp8Config(format=number_format, recipe=recipe, first_layers_bf16=1))
-    # Of Megatron's own vocabulary, which it does not check itself.
+    # The value must be one that Megatron knows, because Megatron does not check it.
     assert config.fp8 in literals("fp8")
     assert config.fp8_recipe in literals("fp8_recipe")
     assert Fp8Recipe(config.fp8_recipe).value == recipe
@@ -64,13 +64,13 @@ def test_every_setting_reaches_the_field_that_megatron_reads(
     assert expected.keys() <= FIELDS.keys()
     plain = built(checkpoint(), Fp8Config())
     for name in FIELDS:
-        # Functions made per instance compare by identity.
+        # Functions that are made per instance compare by identity, so they are skipped.
         if not callable(getattr(plain, name)):
             assert getattr(config, name) == expected.get(name, getattr(plain, name)), name
 
 
 def literals(name: str) -> set[str]:
-    """The texts that the annotation of TransformerConfig's field allows."""
+    """Return the texts that the annotation of this TransformerConfig field allows."""
     hint = get_type_hints(TransformerConfig)[name]
     (choices,) = (part for part in get_args(hint) if getattr(part, "__origin__", None) is Literal)
     return set(get_args(choices))
@@ -97,7 +97,7 @@ def test_all_layers_compute_in_fp8_unless_some_are_named(checkpoint: Checkpoint)
 
 
 def test_weights_stay_bfloat16_for_buffers_and_optimizer() -> None:
-    """What those would need for FP8 weights is off by default in the installed version, and is left at that."""
+    """Options for FP8 weights are off by default in the installed version, and nothing turns them on."""
     assert DistributedDataParallelConfig().fp8_param_gather is False
     assert OptimizerConfig().fp8_recipe is None
     assert FIELDS["fp8_param"].default is False
@@ -132,7 +132,7 @@ def layout_fault(path: Path, fp8: Fp8Config, parallel: ParallelConfig, **sizes: 
     hf_config: Any = load_hf_config(str(path))
     for name, value in sizes.items():
         setattr(hf_config, name, value)
-    check_layout(hf_config, parallel, Fp8Config())  # fine without FP8
+    check_layout(hf_config, parallel, Fp8Config())  # valid without FP8
     with pytest.raises(ConfigError) as caught:
         check_layout(hf_config, parallel, fp8)
     assert "\n" not in str(caught.value)
@@ -146,7 +146,7 @@ def layout_fault(path: Path, fp8: Fp8Config, parallel: ParallelConfig, **sizes: 
         ({"intermediate_size": 144}, 2, "tensorwise", "72 feed-forward channels"),
         ({"head_dim": 20, "num_key_value_heads": 4}, 2, "tensorwise", "120 query, key and value channels"),
         ({"head_dim": 4}, 2, "mxfp8", "16 query, key and value channels"),
-        # Three blocks of 32 with keys and values, one and a half without.
+        # With keys and values these are three blocks of 32 channels, without them one and a half.
         ({"head_dim": 12}, 1, "mxfp8", "48 channels of attention heads"),
     ],
 )

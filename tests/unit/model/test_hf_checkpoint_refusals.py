@@ -1,4 +1,4 @@
-"""Checkpoints and layouts that cannot be run are refused in one line that names the fault."""
+"""Checkpoints and layouts that cannot run are refused in one line that names the fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layout in which a saved model is played or converted, for the processes of one machine."""
+"""The layout in which the processes of one machine play or convert a saved model."""
 
 import dataclasses
 from types import SimpleNamespace

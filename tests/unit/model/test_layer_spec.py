@@ -39,7 +39,7 @@ def test_layer_is_megatrons_own_for_transformer_engine(
     )
     mine = decoder_spec(config, CpuSpecProvider(), vp_stage=None).layer_specs
     assert len(mine) == 2
-    # Their map renames parameters of a fused MLP that neither uses.
+    # Megatron's map renames parameters of a fused MLP, which neither specification uses.
     theirs.submodules.sharded_state_dict_keys_map = mine[0].submodules.sharded_state_dict_keys_map
     assert contents(mine[0].submodules.mlp) == contents(theirs.submodules.mlp)
     theirs.submodules.mlp = mine[0].submodules.mlp
@@ -47,7 +47,9 @@ def test_layer_is_megatrons_own_for_transformer_engine(
 
 
 def contents(spec: Any) -> Any:
-    """Classes and parts of a specification, whose functions (Megatron-Core 0.17 and later) compare by identity."""
+    """Return a specification's classes and parts, to compare by value. Its functions compare by identity
+    (Megatron-Core 0.17 and later).
+    """
     if isinstance(spec, ModuleSpec):
         return spec.module, contents(spec.submodules), contents(spec.params)
     if isinstance(spec, functools.partial):
@@ -62,7 +64,7 @@ def contents(spec: Any) -> Any:
 def test_parameters_have_transformer_engines_names(
     checkpoint: Callable[..., Path], groups: ParallelGroups
 ) -> None:
-    """As listed for the Transformer Engine specification of the same model."""
+    """The expected names are listed from the Transformer Engine specification of the same model."""
     model = ModelConfig(path=str(checkpoint("qwen3", tied=False)))
     policy = build_policy(model, ParallelConfig(), groups, update=None, trainable=False)
     names = {name for name, _ in policy.gpt_models[0].named_parameters() if ".layers.1." not in name}
@@ -85,7 +87,7 @@ def test_parameters_have_transformer_engines_names(
 def test_experts_have_transformer_engines_names(
     checkpoint: Callable[..., Path], groups: ParallelGroups
 ) -> None:
-    """One weight for each expert in the grouped linear layers; the norm before the router is a module of its own."""
+    """Grouped linear layers have one weight per expert, and the norm before the router is a separate module."""
     model = ModelConfig(path=str(checkpoint("qwen3_moe", tied=False)))
     policy = build_policy(model, ParallelConfig(), groups, update=None, trainable=False)
     layer = "decoder.layers.0."

@@ -1,4 +1,4 @@
-"""The policy on one process: equal to transformers, packed or not, trained or frozen."""
+"""The policy on one process equals transformers, whether packed or not, trained or frozen."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_smollm2_gives_the_logits_of_transformers_and_its_weights_back(groups: P
     for name, tensor in iterate_hf_weights(policy):
         assert torch.equal(tensor, state[name]), name
         names.add(name)
-    assert set(state) - names == {"lm_head.weight"}  # tied: it is the embedding
+    assert set(state) - names == {"lm_head.weight"}  # tied to the embedding
 
 
 def test_an_exported_model_has_the_chat_templates_and_settings_of_its_origin(
@@ -131,7 +131,7 @@ def test_rope_scaling_gives_the_logits_of_transformers(
     plain_config = json.loads(file.read_text())
     tokens = random_tokens(200, 250)
     plain = forward(build(folder, groups), tokens, 200)
-    # Qwen2.5's cards give the older spelling, which leaves the base where it is.
+    # Qwen2.5's model cards give the older spelling, which leaves rope_theta at the top level of the configuration.
     rope = {"type": name.split()[0], **ROPES[name]}
     del plain_config["rope_parameters"]
     file.write_text(json.dumps(plain_config | {"rope_theta": 1e4, "rope_scaling": rope}))
@@ -147,7 +147,7 @@ def test_rope_scaling_gives_the_logits_of_transformers(
 def test_routing_equals_transformers(
     normalised: bool, checkpoint: Callable[..., Path], groups: ParallelGroups
 ) -> None:
-    """With the chosen experts' weights normalised, and without."""
+    """The weights of the chosen experts are normalised in one case and not in the other."""
     folder = checkpoint("qwen3_moe", tied=False)
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"norm_topk_prob": normalised}))
@@ -158,7 +158,7 @@ def test_routing_equals_transformers(
         expected = torch.cat([reference(part).logits[0] for part in tokens.split([29, 1], 1)])
     logits = forward(policy, tokens, 29, 30)
     assert (logits - expected).abs().max() <= 1e-4
-    # One token alone: six of eight experts get none.
+    # For a single token, six of the eight experts get no token.
     assert (forward(policy, tokens[:, 29:], 1) - expected[29:]).abs().max() <= 1e-4
 
 

@@ -1,4 +1,4 @@
-"""model/logprobs.py on one rank, against float64; two ranks are in tests/distributed/test_model_layouts.py."""
+"""model/logprobs.py on one rank, compared with float64. tests/distributed/test_model_layouts.py tests two ranks."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_bfloat16_logits_are_never_float32_all_at_once(groups: ParallelGroups) -
         logprobs, _ = token_logprobs(logits, targets, vocab_size=100, tp_group=groups.tp_group, chunk_size=4)
         (weight * logprobs).sum().backward()
     assert logits.grad.dtype == torch.bfloat16
-    assert made.elements == 4 * 100  # one chunk, of 64 * 100
+    assert made.elements == 4 * 100  # one chunk instead of 64 * 100
     torch.testing.assert_close(
         logprobs,
         logits.detach().float().log_softmax(-1).gather(-1, targets[:, None])[:, 0],

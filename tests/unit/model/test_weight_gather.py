@@ -1,4 +1,4 @@
-"""Buckets of parameters, before anything travels."""
+"""How parameters are divided into buckets, before any communication."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""parallel/cpu.py and parallel/cpu_adam.py: Megatron sees a CPU, everyone else sees torch as it is."""
+"""parallel/cpu.py and parallel/cpu_adam.py make Megatron run on a CPU and leave torch unchanged for other code."""
 
 from __future__ import annotations
 

@@ -30,13 +30,13 @@ def groups() -> Iterator[ParallelGroups]:
     environment = dict(os.environ)
     yield initialize(ParallelConfig(), seed=11)
     shutdown()
-    shutdown()  # a second time is harmless
+    shutdown()  # a second call has no effect
     os.environ.clear()
     os.environ.update(environment)
 
 
 def record(rank: int, *, tp: int, dp: int, pp: int, cp: int = 1) -> ParallelGroups:
-    """The record of `rank`, without process groups."""
+    """Return the record of `rank` without process groups."""
     group: Any = None
     return ParallelGroups(
         rank=rank,
