@@ -1,8 +1,8 @@
 """Compare the time model with published figures of other systems.
 
-*Alike* runs are those that work like this project: dense model, packed sequences, Megatron, engine and trainer on the
-same GPUs in turn. The other runs show the limits of the model: engines whose kernels lose time on experts, and
-micro-batches too small or too padded to fill a GPU.
+*Alike* runs work like this project: a dense model, packed sequences, Megatron, and engine and trainer on the same
+GPUs in turn. The other runs show the limits of the model: engines whose kernels lose time on experts, and
+micro-batches that are too small or too padded to fill a GPU.
 
 Values that a source does not give are filled in; `filled_in` lists them.
 """
@@ -26,7 +26,7 @@ from a2tgpo.plan.plan import Plan, make_plan
 from a2tgpo.plan.workload import Workload
 
 ALIKE_ERROR_BOUND = 0.20
-"""Largest |error| of an alike run, relative to the published seconds; a test enforces it."""
+"""The largest |error| of an alike run, relative to the published seconds. A test enforces it."""
 
 NEMO = "NeMo-RL performance summary"
 NEMO_0_3 = "NeMo-RL 0.3 announcement; its stages, and tokens per sample, from issue 959 of NVIDIA-NeMo/RL"
@@ -38,7 +38,7 @@ class PublishedRun:
     what: str
     source: str
     seconds: float
-    """Published."""
+    """The published time."""
     stage: str
     """The prediction to compare: step | refit | rollout | score | update."""
     is_alike: bool
@@ -112,7 +112,7 @@ def _config(
 
 
 def _single_turn(mean_tokens: float) -> Workload:
-    """A mathematics question and its answer, `mean_tokens` long together."""
+    """Return the workload of a mathematics question and its answer, which have `mean_tokens` tokens together."""
     return Workload(
         prompt_tokens=150,
         response_tokens=mean_tokens - 150,
@@ -331,4 +331,4 @@ UNSEEN = tuple(
     )
     for stage, seconds in stages.items()
 )
-"""Stages of runs that had no part in the choice of the assumptions."""
+"""Stages of runs that were not used to choose the assumptions."""

@@ -1,4 +1,4 @@
-"""Dimensions that no model has, as a config.json may state them."""
+"""Impossible dimensions in a config.json are refused."""
 
 import json
 

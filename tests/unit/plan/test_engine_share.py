@@ -1,4 +1,4 @@
-"""The engine's share of a card and its cache, where the configuration leaves them open."""
+"""The chosen share of the GPU and size of the cache for an engine whose configuration sets neither."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_what_the_configuration_sets_stays():
 
 def test_a_cache_is_no_larger_than_the_sequences_in_flight_can_fill():
     few = ("rollout.prompts_per_step=8", "rollout.group_size=2", "rollout.max_concurrent=4")
-    # 16 trajectories over 8 engines: 2, so 4 places; 8,256 tokens of 36 layers, 8 heads of 128, keys and values:
-    # 4.54 GiB
+    # Each of 8 engines has 2 of the 16 trajectories, so 4 places suffice. With 8,256 tokens each, keys and values of
+    # 36 layers with 8 heads of 128 take 4.54 GiB.
     assert chosen("train_4b", *few).kv_cache_gib == 5.0
 
 

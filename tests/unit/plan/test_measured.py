@@ -1,4 +1,4 @@
-"""Measurements in place of a plan's assumptions: made-up values whose results are known."""
+"""Measurements replace a plan's assumptions; made-up values have known results."""
 
 from __future__ import annotations
 

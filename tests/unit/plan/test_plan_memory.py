@@ -1,4 +1,4 @@
-"""Memory by phase: by hand, by properties, and the shipped configurations on the cards they are meant for."""
+"""Memory by phase: values by hand, properties, and the shipped configurations on the GPUs they are meant for."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MEANT_FOR = {
     "train_8b": ("qwen3-8b", 8),
     "train_4b": ("qwen3-4b", 8),
 }
-"""Model and cards of the files for GPUs."""
+"""Model and number of GPUs for each configuration file."""
 LARGER_THAN_CPU_MODELS = "qwen2.5-0.5b"
 
 
@@ -89,7 +89,9 @@ def test_the_large_models_compute_in_bfloat16_and_one_file_puts_them_into_fp8(na
 
 
 def test_a_restart_of_72b_reads_its_checkpoint_once_and_no_other_weights():
-    """14 bytes a parameter; the files of model.path only for a reference, and for engines that quantise them."""
+    """A restart reads 14 bytes per parameter. It reads the files of model.path only for a reference or a quantised
+    engine.
+    """
     assert plan_70b(CONFIG_70B).restart_bytes == 14 * 72_706_203_648 < 1.3e12
     reference = plan_70b(changed(CONFIG_70B, "algorithm", kl_coef=1e-3))
     assert reference.restart_bytes == (14 + 8 * 2) * 72_706_203_648
@@ -114,14 +116,14 @@ def test_fp8_in_a_plan_by_hand():
     config = changed(
         CONFIG_70B, "model", fp8=Fp8Config(format="e4m3", first_layers_bf16=1, last_layers_bf16=2)
     )
-    # q, o: 8192 x 8192; k, v: 8192 x 1024; three of 8192 x 29568, over 8 ranks; no biases, no norms
+    # Matrices over 8 ranks: q, o of 8192 x 8192; k, v of 8192 x 1024; three of 8192 x 29568. No biases, no norms.
     linear = (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 29568) // 8
     copies = [trainer_memory(config, QWEN_72B, stage=s, data_parallel=2).fp8_copies for s in range(4)]
-    # Two copies of a byte, and a float32 scale for 128 x 128 weights.
+    # Each weight has two copies of one byte, and each block of 128 x 128 weights a float32 scale per copy.
     assert copies == [2 * (1 + 4 / 128**2) * layers * linear for layers in (19, 20, 20, 18)]
     whole = MicrobatchShape(dimensions=QWEN_72B, parallel=config.parallel, tokens=8192, element_bytes=2)
     fp8 = dataclasses.replace(whole, fp8_bytes=1.0)
-    # Outputs of two norms and the gated product lose a byte a value, attention's output gains a copy.
+    # The outputs of two norms and the gated product lose one byte per value. Attention's output gains a copy.
     assert whole.layer_bytes - fp8.layer_bytes == 1024 * (2 * 8192 + 29568 - 8192)
     assert fp8.saved_layer_bytes("full") == whole.saved_layer_bytes("full")
     quantised = engine_weight_bytes(load_config(ROOT / "configs/train_70b.yaml", [FP8]), QWEN_72B)
@@ -175,8 +177,8 @@ def test_the_shipped_configurations_have_the_papers_settings(name):
 
 
 def test_trainer_state_of_a_data_parallel_rank_by_hand(config_8b):
-    # 8,190,735,360 parameters, two tensor-parallel ranks; norms (36 x (2 x 4096 + 2 x 128) + 4096) are on both;
-    # the vocabulary 151,936 is a multiple of 128 already
+    # Two tensor-parallel ranks share 8,190,735,360 parameters, but both have the norms. The vocabulary of 151,936
+    # needs no padding, because it is a multiple of 128.
     norms = 36 * (2 * 4096 + 2 * 128) + 4096
     parameters = (8_190_735_360 - norms) / 2 + norms
     held = trainer_memory(config_8b, KNOWN_MODELS["qwen3-8b"], stage=0, data_parallel=4)
@@ -204,7 +206,7 @@ def test_a_reference_costs_its_weights_while_it_scores_and_without_offload_alway
 
 
 def _cost_of_a_reference(config_8b: RunConfig) -> dict[str, float]:
-    """By phase, in weights of a rank."""
+    """Return how much memory a reference adds to each phase, as a multiple of a rank's weights."""
     with_reference = changed(config_8b, "algorithm", kl_coef=1e-3)
     dimensions = KNOWN_MODELS["qwen3-8b"]
     weights = trainer_memory(with_reference, dimensions, stage=0, data_parallel=4).weights
@@ -215,8 +217,8 @@ def _cost_of_a_reference(config_8b: RunConfig) -> dict[str, float]:
 
 def test_a_node_has_room_for_what_leaves_its_cards_and_a_checkpoint_beside_it():
     held = trainer_memory(CONFIG_70B, QWEN_72B, stage=3, data_parallel=2)
-    # Two nodes of the last stage are the fullest. Over two replicas: 12 bytes of optimizer state; of a checkpoint,
-    # that state and 2 bytes of weights.
+    # The two nodes of the last stage need the most. Two replicas share 12 bytes of optimizer state, and for a
+    # checkpoint also 2 bytes of weights.
     parameters = held.weights / 2
     host = plan_70b(CONFIG_70B).host
     assert host.offloaded == 8 * parameters * (2 + 12 / 2)
@@ -268,7 +270,7 @@ def test_the_first_stage_of_a_pipeline_keeps_as_many_microbatches_as_stages():
     plan = plan_70b(changed(CONFIG_70B, "model", recompute="full"))
     update = next(phase for phase in plan.phases if phase.name == "update")
     assert plan.geometry.microbatches >= 4
-    # 20 layers, 4 micro-batches in flight, 8192 tokens over 8 ranks, 8192 channels, 2 bytes
+    # 20 layers, 4 micro-batches in flight, 8192 tokens over 8 ranks, 8192 channels of 2 bytes
     assert update.parts["activations"] == 20 * 4 * 8192 // 8 * 8192 * 2
     assert update.stage == 0
 
@@ -296,11 +298,13 @@ def test_virtual_uneven_and_context_layouts_change_an_updates_activations_as_cou
         config = changed(changed(CONFIG_70B, "model", recompute="full"), "parallel", **layout)
         return next(phase for phase in plan_70b(config).phases if phase.name == "update").parts["activations"]
 
-    one = 8192 // 8 * 8192 * 2  # a layer's: 8192 tokens over 8 ranks, 8192 channels, 2 bytes
+    one = 8192 // 8 * 8192 * 2  # one layer: 8192 tokens over 8 ranks, 8192 channels of 2 bytes
     assert activations() == 20 * 4 * one
-    # With half the activations the last stage, with its head, is the fullest; it keeps one micro-batch.
+    # With half the activations, the last stage needs the most memory, because it has the head. It keeps one
+    # micro-batch.
     assert activations(context=2) == 20 * one / 2
-    # So it is here: all but its last chunk are started on four micro-batches, that one on one.
+    # The last stage needs the most here too. Its last chunk has started one micro-batch, and its other chunks four
+    # each.
     assert activations(virtual=4) == 5 * (3 * 4 + 1) * one
     assert activations(first_stage_layers=17) == 21 * one  # the other 63 layers on three stages
 
@@ -358,15 +362,16 @@ def test_activations_of_a_layer_of_llama_8b_by_hand():
     normalisers = 32 * 4  # bytes
     assert shape.layer_bytes == 500 * (2 * (norms + attention + feed_forward) + normalisers)
     assert shape.saved_layer_bytes("full") == 500 * 2 * 4096
-    # 64128 rows of the padded vocabulary on a rank, in bfloat16, with their gradient; float32 chunks of 512 tokens
+    # A rank has 64128 rows of the padded vocabulary: bfloat16 logits with their gradient, and float32 chunks of 512
+    # tokens.
     logits = 2 * 1000 * 64128 * 2 + 4 * 512 * 64128 * 4
     assert shape.logit_bytes(with_gradient=True) == logits + 2 * 500 * 4096 * 2 + 1000 * 4096 * 2
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 def test_saved_activations_against_what_autograd_saves(architecture):
-    # The CPU twin's kernels are not fused: without recomputation it keeps what is planned and, beside it, results in
-    # between that Transformer Engine's kernels never write. Under full recomputation there is nothing in between.
+    # The CPU twin's kernels are not fused. Without recomputation it keeps the planned bytes and also intermediate
+    # results that Transformer Engine's kernels never write. With full recomputation there are no such results.
     full, planned_full = _saved_bytes_per_layer(architecture, "full")
     assert full == planned_full
     none, planned_none = _saved_bytes_per_layer(architecture, "none")
@@ -374,8 +379,9 @@ def test_saved_activations_against_what_autograd_saves(architecture):
 
 
 def _saved_bytes_per_layer(architecture: str, recompute: str) -> tuple[float, int]:
-    """Bytes that autograd keeps for one layer of a small model (the difference between four layers and two), and
-    those planned."""
+    """Return the bytes that autograd keeps for a layer of a small model, and the planned bytes. The former are half
+    the difference between four layers and two.
+    """
     tokens, parallel, totals = 64, ParallelConfig(), []
     for layers in (2, 4):
         dimensions = dataclasses.replace(
@@ -457,7 +463,7 @@ def test_a_refit_holds_two_buckets_and_the_parameter_being_made():
         152_064 * 8192 * 2,
         2 * 29_568 * 8192 * 2,
     )  # bytes; the buckets of 256 MiB are smaller
-    stages_brought = 1 + 1 / 8  # the shard that is broadcast, beside all eight
+    stages_brought = 1 + 1 / 8  # all eight shards, plus the one being broadcast
 
     def refit_buckets(config):
         return [phase.parts["refit buckets"] for phase in plan_70b(config).phases if phase.name == "refit"]

@@ -1,7 +1,7 @@
-"""Parameters and optimizer state held to what Megatron itself builds, rank by rank.
+"""Planned parameters and optimizer state equal those that Megatron builds on every rank.
 
-A fake process group stands in for the other ranks: this process takes the place of one rank after another and builds
-that rank's model. Weights are never written, so that even 70B's take no memory.
+A fake process group stands in for the other ranks: this process acts as one rank after another and builds that rank's
+model. Weights are never written, so even those of 70B models take no memory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from a2tgpo.plan.parameters import checkpoint_parameters, layer_parameters, stag
 from a2tgpo.update.optimizer import build_optimizer
 
 ROOT = Path(__file__).parents[3]
-VOCAB = 250  # no multiple of 128: padded
+VOCAB = 250  # not a multiple of 128, so padded
 
 LAYOUTS = [
     ParallelConfig(),
@@ -58,7 +58,7 @@ DEEPER_LAYOUTS = [
     ParallelConfig(pipeline=2, virtual=2, first_stage_layers=4, last_stage_layers=8),
     ParallelConfig(pipeline=3, virtual=2, last_stage_layers=4),
 ]
-"""Of a model of 12 layers."""
+"""Layouts of a model with 12 layers."""
 EXPERT_LAYOUTS = [
     ParallelConfig(expert=2),
     ParallelConfig(tensor=2, sequence=True, expert=4),
@@ -71,7 +71,7 @@ def in_place_of(rank: int, world_size: int, parallel: ParallelConfig) -> Iterato
     environment = dict(os.environ)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        # lay_out() by itself would also want gloo groups of the ranks that are not there.
+        # lay_out() would also create gloo groups, which the missing ranks would have to join.
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
@@ -120,7 +120,7 @@ def hf_config_of(dimensions: ModelDimensions) -> PretrainedConfig:
 
 
 def least_ranks(parallel: ParallelConfig) -> int:
-    """Of a layout: one data-parallel replica, or as many as expert-parallel ranks need."""
+    """Return the ranks of one data-parallel replica, or of as many replicas as expert-parallel ranks need."""
     return parallel.pipeline * math.lcm(parallel.tensor * parallel.context, parallel.expert)
 
 
@@ -157,7 +157,7 @@ def test_chunks_and_uneven_stages_hold_all_layers_once_and_are_counted_to_the_by
                 assert chunk.post_process == (groups.is_pipeline_last and number == parallel.virtual - 1)
                 numbers = [layer.layer_number for layer in chunk.decoder.layers]
                 places[number, groups.pp_rank] = numbers
-    # All stages' first chunks, then all stages' second chunks, and so on.
+    # Layers are in the first chunks of all stages, then in the second chunks of all stages, and so on.
     assert [number for place in sorted(places) for number in places[place]] == list(range(1, 13))
 
 
@@ -241,7 +241,7 @@ def test_gradients_and_optimizer_state_are_counted(dtype, distributed, expert, t
 
 
 def _state_bytes(policy: Policy, update: UpdateConfig) -> int:
-    """What the optimizer holds after a step, weights that it shares with the model not counted."""
+    """Return the bytes of the optimizer's tensors after a step, without weights that it shares with the model."""
     optimizer, _ = build_optimizer(policy, update, total_steps=1)
     policy.chunks[0].zero_grad_buffer()
     optimizer.prepare_grads()
@@ -330,13 +330,14 @@ def test_the_vocabulary_is_padded_as_the_model_pads_it(vocab, tensor):
 
 
 def test_a_layer_of_llama_8b_by_hand():
-    # q, o: 4096 x 4096; k, v: 4096 x 1024; three of 4096 x 14336; two norms
+    # q, o of 4096 x 4096; k, v of 4096 x 1024; three matrices of 4096 x 14336; two norms
     expected = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
     assert layer_parameters(KNOWN_MODELS["llama-3.1-8b"], 1).total == expected
 
 
 def test_a_layer_of_qwen3_30b_a3b_by_hand():
-    # q, o: 2048 x 4096; k, v: 2048 x 512; router 128 x 2048; norms of layer and of q, k; 16 of 128 experts on a rank
+    # q, o of 2048 x 4096; k, v of 2048 x 512; router of 128 x 2048; norms of the layer, q and k; 16 of 128 experts on
+    # a rank
     held = layer_parameters(KNOWN_MODELS["qwen3-30b-a3b"], 2, 8)
     assert held.split == (2 * 2048 * 4096 + 2 * 2048 * 512) // 2
     assert held.replicated == 128 * 2048 + 2 * 2048 + 2 * 128

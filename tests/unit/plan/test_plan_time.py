@@ -1,4 +1,4 @@
-"""Batch geometry, predicted times, and how far they are from published ones."""
+"""Batch geometry, predicted times, and their errors compared with published times."""
 
 from __future__ import annotations
 
@@ -43,15 +43,16 @@ def test_steps_of_systems_like_ours_are_predicted(run):
 
 @pytest.mark.parametrize("run", UNLIKE, ids=lambda run: run.what)
 def test_where_the_model_does_not_reach_it_is_too_fast(run):
-    # Mixtures of experts: 1.2 to 1.8 times slower than predicted; micro-batches that do not fill a card: up to 6.8,
-    # their output layer at every token among it.
+    # Mixtures of experts are 1.2 to 1.8 times slower than predicted. Runs whose micro-batches do not fill a GPU are
+    # up to 6.8 times slower, partly because they compute the output layer at every token.
     assert 1.1 <= run.seconds / run.predicted_seconds <= (1.8 if run.dimensions.experts else 6.8)
 
 
 @pytest.mark.parametrize("run", UNSEEN, ids=lambda run: f"{run.what}-{run.stage}")
 def test_runs_that_the_model_has_not_seen_are_predicted_stage_by_stage(run):
     if run.stage == "refit":
-        # Their weights pass through Ray and the host; the model counts links and memory of the cards alone.
+        # Those systems send weights through Ray and the host. The model counts only the links and the memory of the
+        # GPUs.
         assert run.predicted_seconds < run.seconds / 5
     else:
         assert abs(run.error) <= (0.3 if run.stage == "rollout" else ALIKE_ERROR_BOUND)
@@ -87,7 +88,7 @@ def test_a_step_is_divided_as_the_configuration_says():
     assert g.tokens == 1024 * 2000
     assert g.sampled_tokens == pytest.approx(1024 * 1700 * 0.4)
     assert g.optimizer_steps == 8
-    # 2,048,000 tokens / 8 optimizer steps / 4 replicas = 64,000, in micro-batches of at most 8,192
+    # 2,048,000 tokens / 8 optimizer steps / 4 replicas = 64,000 tokens, in micro-batches of at most 8,192
     assert g.microbatches == 8
     assert g.microbatch_tokens == 8000
     assert g.full_sequences == g.kv_tokens // 8256
@@ -105,7 +106,7 @@ def test_copies_between_a_card_and_its_host_by_hand():
 
 
 def test_operations_of_llama_8b_by_hand():
-    # A weight matrix takes two operations a parameter; no embedding, no norms.
+    # A weight matrix takes two operations per parameter. Embedding and norms are not counted.
     matrices = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 128256
     flops = forward_flops(KNOWN_MODELS["llama-3.1-8b"], context=0)
     assert flops.total == 2 * matrices
@@ -117,10 +118,11 @@ def test_operations_of_llama_8b_by_hand():
 def test_communication_of_a_step_by_hand():
     plan = make_plan(CONFIG_8B, QWEN_8B, H100, gpus=8)
     volume = update_volume(plan)
-    # 64 micro-batches, 36 layers, forward 2 + backward 2 + gathered again 1; half of twice the hidden states is sent
+    # 64 micro-batches of 36 layers with 5 collectives each: 2 forward, 2 backward, 1 repeated gather. A collective
+    # sends half of twice the hidden states.
     assert volume.tensor == 64 * 36 * 5 * (8000 * 4096 * 2)
     assert volume.pipeline == 0
-    # float32 gradients scattered, bfloat16 weights gathered, three quarters of them leave the rank, 8 times
+    # Float32 gradients are scattered and bfloat16 weights gathered 8 times, and three quarters leave the rank.
     held = (8_190_735_360 + 36 * (2 * 4096 + 2 * 128) + 4096) / 2
     assert volume.data == pytest.approx(8 * held * 6 * 3 / 4)
 
@@ -134,17 +136,18 @@ def test_bubble_and_context_communication_by_hand():
         return plan.update, update_volume(plan)
 
     (plain, sent), (interleaved, more) = update(), update("parallel.virtual=4")
-    # Three stages' wait for one micro-batch of the sixteen, divided by four; the boundaries are crossed four times.
+    # Each stage waits for three other stages to compute one of the sixteen micro-batches. Four chunks divide this
+    # time by four, but stage boundaries are crossed four times as often.
     assert plain.bubble == pytest.approx(3 / 16 * (plain.compute + plain.tensor + plain.pipeline))
     assert interleaved.compute == plain.compute and more.pipeline == 4 * sent.pipeline
     assert interleaved.bubble == pytest.approx((plain.bubble + 3 / 16 * 3 * plain.pipeline) / 4)
     split, ring = update("parallel.context=2")
-    # A rank has half of 32 micro-batches' tokens: 8 optimizer steps, 20 layers, three passes; one other rank's keys
-    # and values of one head of 128 channels.
+    # A rank has half the tokens of 32 micro-batches. In 8 optimizer steps, 20 layers and three passes it receives
+    # keys and values of one head of 128 channels from one other rank.
     assert ring.context == pytest.approx(8 * 32 * 4000 * 20 * 3 * 2 * 128 * 2)
     assert ring.data == pytest.approx(sent.data) and split.compute == pytest.approx(plain.compute)
     uneven, _ = update("parallel.first_stage_layers=19", "parallel.last_stage_layers=19")
-    assert uneven.compute < plain.compute  # the last stage has the output layer too
+    assert uneven.compute < plain.compute  # the last stage also has the output layer
 
 
 def test_operations_and_dispatch_of_a_mixture_of_experts_by_hand():
@@ -157,20 +160,20 @@ def test_operations_and_dispatch_of_a_mixture_of_experts_by_hand():
     config = load_config(ROOT / "configs/train_30b_a3b.yaml", layout)
     alone = load_config(ROOT / "configs/train_30b_a3b.yaml", [*layout, "parallel.expert=1"])
     plan = make_plan(config, dimensions, H100, gpus=16)
-    # Eight copies of a token's 2,048 channels there and back, three passes of 48 layers; one in eight stays.
+    # Eight copies of a token's 2,048 channels are sent and returned in three passes of 48 layers. One in eight stays.
     tokens = plan.geometry.tokens / 16
     sent = tokens * 8 * 2048 * 2 * 2 * 3 * 48 * 7 / 8
     assert update_volume(plan).expert == pytest.approx(sent)
     plan_alone = make_plan(alone, dimensions, H100, gpus=16)
     assert update_volume(plan_alone).expert == 0
-    # Experts and their two replicas of 16 ranks; float32 gradients scattered, bfloat16 weights gathered.
+    # Experts have two replicas, all other weights 16. Float32 gradients are scattered, bfloat16 weights are gathered.
     held = 48 * 16 * 3 * 2048 * 768 / 2 + (48 * (layer + 2 * 2048 + 256) + 2 * 2048 * 151936 + 2048) * 15 / 16
     assert update_volume(plan).data == pytest.approx(8 * 6 * held)
     assert plan.update.dispatch > plan_alone.update.dispatch > 0
 
 
 def test_update_time_follows_from_utilisation_alone_on_one_rank():
-    # One card, one stage: nothing to communicate, nothing to wait for.
+    # With one GPU and one stage there is no communication and no waiting.
     config = load_config(
         ROOT / "configs/train_8b.yaml",
         ["parallel.tensor=1", "parallel.sequence=false", "rollout.tensor_parallel=1"],
@@ -178,7 +181,8 @@ def test_update_time_follows_from_utilisation_alone_on_one_rank():
     assumed = Assumptions(imbalance=0.0)
     plan = make_plan(config, QWEN_8B, H100, gpus=1, assumed=assumed)
     once = forward_flops(QWEN_8B, context=1000)
-    # 300 prompt tokens and 1,700 of response, 40 % of these sampled: what follows the others nobody asks.
+    # Of 2,000 tokens, 1,700 are the response, and 40 % of these are sampled. Only sampled tokens need the output
+    # layer.
     sampled = once.output * 1700 * 0.4 / 2000
     flops = 3 * (once.total - once.output + sampled) * plan.geometry.tokens
     assert plan.stage_flops["update"] == pytest.approx(flops)
@@ -309,7 +313,7 @@ def test_fp8_makes_linear_layers_faster_and_nothing_else():
     )
     plain, fast = (make_plan(c, QWEN_8B, H100, gpus=8).update for c in (config, fp8))
     flops = forward_flops(QWEN_8B, context=1000, output_share=0.34)
-    # 27 of 36 layers at 1.5 times the speed
+    # 27 of 36 layers have 1.5 times the speed.
     rest = flops.attention + flops.output + flops.linear * (9 + 27 / 1.5) / 36
     assert fast.compute / plain.compute == pytest.approx(rest / flops.total)
     assert fast.data == plain.data
@@ -323,7 +327,7 @@ def test_a_budget_of_tokens_per_step_shortens_the_tail_by_the_turns_left_waiting
         config = dataclasses.replace(CONFIG_8B, rollout=rollout, algorithm=algorithm)
         return make_plan(config, QWEN_8B, H100, gpus=8)
 
-    # The longest samples 3 x 680 = 2040 tokens, in turns of 680 / 4 = 170.
+    # The longest trajectory samples 3 x 680 = 2040 tokens in turns of 680 / 4 = 170 tokens.
     whole, cut = planned(0), planned(1000)
     assert (whole.geometry.longest_sampled, cut.geometry.longest_sampled) == (2040, 1170)
     assert planned(10_000).geometry == whole.geometry
@@ -334,7 +338,7 @@ def test_searches_a_second_by_hand(config_70b):
     asked = plan.searches
     assert asked.queries == 64 * 16 * 3 and asked.at_once == 8 * 16
     assert asked.per_second == pytest.approx(3072 / plan.rollout.seconds)
-    # 2 x 21 million x 768 operations a query, and 2 x 85 million x 16 in the encoder, on 16 cores.
+    # A query takes 2 x 21 million x 768 operations, and 2 x 85 million x 16 in the encoder, on 16 cores.
     found = flat_queries_per_s(passages=21_000_000, dim=768, cores=16)
     assert found == pytest.approx(16 * CORE_FLOPS / (32.256e9 + 2.72e9))
 
@@ -346,11 +350,11 @@ def _in_a_cache(gib, *overrides):
 
 def test_preemptions_and_what_they_cost_by_hand():
     plan = _in_a_cache(14.0)
-    # 2 x 36 layers x 4 heads x 128 x 2 bytes a token and rank: 203,890 tokens, 101 trajectories of 2,000
+    # At 2 x 36 layers x 4 heads x 128 x 2 bytes per token and rank, 203,890 tokens fit: 101 trajectories of 2,000.
     assert (plan.geometry.in_flight, plan.geometry.concurrent) == (256, 101)
     assert plan.geometry.displaced == pytest.approx(256 - 101)
     flops = forward_flops(QWEN_8B, context=1000)
-    # 4 turns, each from a context of 300 + 1,700 / 2 on average; 2 ranks an engine at 40 % of 989 TFLOP/s
+    # A trajectory has 4 turns with a mean context of 300 + 1,700 / 2. An engine has 2 ranks at 40 % of 989 TFLOP/s.
     seconds = 155 * 4 * 1150 * flops.total / (2 * 0.4 * 989e12)
     assert plan.rollout.recompute == pytest.approx(seconds)
     lost = plan.rollout.seconds / _in_a_cache(60.0).rollout.seconds - 1
