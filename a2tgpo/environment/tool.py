@@ -223,7 +223,7 @@ def _build(spec: str, config: RunConfig) -> AnyTool:
         tool: AnyTool = build(config)
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"tools.names: cannot build {spec}: {fault_line(error, path)}") from None
     _require_description(tool, spec)
     methods = ("open", "close") if hasattr(tool, "open") else ("call", "close")

@@ -93,10 +93,9 @@ def _module(path: Path, key: str) -> ModuleType:
     sys.modules[name] = module  # `@dataclass` looks up the module of a class here
     try:
         found.loader.exec_module(module)
-    except Exception as error:
+    except BaseException as error:
         sys.modules.pop(name, None)
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise ConfigError(f"{key}: cannot load {path}: {fault_line(error, path)}; mend the file") from None
-    except SystemExit:
-        sys.modules.pop(name, None)
-        raise ConfigError(f"{key}: {path} ends the program when it is loaded; remove that call") from None
     return module

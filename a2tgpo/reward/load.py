@@ -78,9 +78,10 @@ def _of_user(spec: str, config: RunConfig) -> tuple[Reward, Path]:
     try:
         build: Any = found
         reward: Any = build(config)
+        bool(getattr(reward, "needs_answers", False))
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{KEY}: {spec} cannot be built with the configuration: {fault_line(error, path)}"
         ) from None

@@ -106,6 +106,8 @@ class fails:
     def call(self, text):
         return [{}["steps"]]
     def close(self): pass
+def leaves(config):
+    raise SystemExit(3)
 class odd(fails):
     parameters = {"properties": ["date"]}
 class unwritable(fails):
@@ -158,6 +160,7 @@ class once:
             "the attribute parameters of unwritable is {'properties': {'date': {'enum': {1, 2}",
         ),
         ("mine.py:untold", "the attribute description of untold is None, not a text"),
+        ("mine.py:leaves", "leaves: SystemExit: 3"),
         ("mine.py:no_method", "but SimpleNamespace has no method close; a tool has call(text) or open("),
         ("search,mine.py:search", "is ['search', 'mine.py:search']; allowed: at least one tool, each once"),
     ],
@@ -190,7 +193,7 @@ def test_bugs_in_the_counts_and_the_end_of_a_tool_are_one_line(folder, caplog):
         toolset.take_counts()
     toolset.close()
     (record,) = caplog.records
-    expected = "could not close the tool broken: mine.py:23 close: ZeroDivisionError: division by zero"
+    expected = "could not close the tool broken: mine.py:25 close: ZeroDivisionError: division by zero"
     assert record.getMessage() == expected
 
 

@@ -36,7 +36,7 @@ def test_a_dataclass_in_a_file_with_postponed_annotations_loads(tmp_path):
         ("import not_there\n", "score", "ModuleNotFoundError: No module named 'not_there'"),
         ("def score(:\n", "score", "mine.py:1: SyntaxError"),
         ("import sys; del sys.modules[__name__]\nint('x')\n", "score", "mine.py:2 <module>: ValueError"),
-        ("import sys; sys.exit(3)\n", "score", "ends the program when it is loaded"),
+        ("import sys; sys.exit(3)\n", "score", "mine.py:1 <module>: SystemExit: 3"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_line(tmp_path, text, name, message):

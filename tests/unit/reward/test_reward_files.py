@@ -86,6 +86,14 @@ def test_a_class_of_a_file_is_built_with_the_configuration(tmp_path):
         ("async def f(episode): return 0\n", "f", r"it is a coroutine or a generator"),
         ("class f:\n    pass\n", "f", r"cannot be built with .*TypeError: f\(\) takes no arguments"),
         ("class f:\n    def __init__(self, c): pass\n", "f", r"a method score\(episode\), but it is missing"),
+        ("raise SystemExit(3)\n", "f", r"cannot load .*my\.py: my\.py:1 <module>: SystemExit: 3; mend"),
+        ("class f:\n    def __init__(self, c): exit(3)\n", "f", r"my\.py:2 __init__: SystemExit: 3"),
+        (
+            "class f:\n    def __init__(self, c): pass\n    needs_answers = property(lambda self: self.no)\n"
+            "    def __getattr__(self, name): raise OSError(name)\n",
+            "f",
+            r"my\.py:4 __getattr__: OSError: no",
+        ),
         (
             "class f:\n    def __init__(self, c): 1 / 0\n",
             "f",
