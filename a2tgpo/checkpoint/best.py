@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from a2tgpo.checkpoint.folder import MARKER
+from a2tgpo.config.evaluation import SCORES
 from a2tgpo.io.atomic_file import write_text
 
 BEST_FILE = "best.json"
@@ -70,6 +71,8 @@ class BestCheckpoint:
         error = scores.get(f"{of_set}{slash}standard_error_{name}", math.nan)
         if not math.isfinite(score):
             return False
+        if _is_of_reward(name) and scores.get(f"{of_set}{slash}num_unjudged", 0.0) > 0:
+            return False  # a mean over some of the answers cannot be compared with a mean over all of them
         if self._best and score - self._best.score <= math.hypot(error, self._best.standard_error):
             return False
         self._best = Best(step=step, score=score, metric=self._metric, standard_error=error)
@@ -100,6 +103,11 @@ class BestCheckpoint:
     def has_weights(self, step: int) -> bool:
         """Return whether this rank sees a complete checkpoint of `step`. Return True for 0, the untrained weights."""
         return step == 0 or (self._root / f"step_{step}" / MARKER).is_file()
+
+
+def _is_of_reward(name: str) -> bool:
+    """Return whether the score `name` of an evaluation is the mean of a reward."""
+    return name not in SCORES and not name.startswith(("mean_at_", "pass_at_"))
 
 
 def write_best(root: Path, best: dict | None) -> None:

@@ -189,7 +189,7 @@ class RunConfig:
         longest_s = {
             "python": self.python.timeout_s + LONGEST_START_S,
             "web_search": self.web.longest_call_s,
-            "visit": self.visit.timeout_s,
+            "visit": self.visit.longest_call_s,
             "mcp": self.mcp.timeout_s,
         }
         for name, seconds in longest_s.items():

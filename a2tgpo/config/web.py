@@ -8,6 +8,8 @@ from a2tgpo.io.errors import require
 
 LONGEST_WAIT_S = 8.0
 """Longest wait between two attempts of a request."""
+LONGEST_EXTRACTION_S = 60
+"""Longest time in seconds to extract the text of a page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ class VisitConfig:
     max_bytes: int = 5_000_000
     """Largest page that is read; of a larger page, the first bytes are used."""
     timeout_s: float = 20.0
-    """Seconds for the whole visit, with all redirects."""
+    """Seconds in which the page must arrive, with all redirects. Its text is then extracted in at most 60 s."""
     allow_private: bool = False
     """Allow addresses that are not on the public internet, such as those of this cluster. The policy can then reach
     every server that this machine can reach."""
@@ -71,3 +73,8 @@ class VisitConfig:
     def __post_init__(self) -> None:
         for name in ("max_chars", "max_bytes", "timeout_s"):
             require(getattr(self, name) > 0, f"visit.{name}", getattr(self, name), "> 0")
+
+    @property
+    def longest_call_s(self) -> float:
+        """Seconds that one visit takes at most."""
+        return self.timeout_s + LONGEST_EXTRACTION_S

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-START_S, LONGEST_S = 60, 60
-"""Longest times in seconds for the start of a process, and for one request."""
+START_S = 60
+"""Longest time in seconds for the start of a process."""
 LIMIT_SIGNALS = (signal.SIGPROF, signal.SIGALRM)
 """Signals that end a process if a request takes too long."""
 MEMORY_BYTES = 4 * 2**30
@@ -114,7 +114,7 @@ class _Helper:
         return process
 
 
-def serve(answer: Callable[..., Any], *, example: Sequence[Any], cpu_s: float) -> None:
+def serve(answer: Callable[..., Any], *, example: Sequence[Any], cpu_s: float, longest_s: int) -> None:
     """Answer the requests of a `HelperPool`; the main function of a helper program.
 
     The program writes a line of JSON once it is ready: null, or why it cannot start. Then it reads a request from
@@ -125,6 +125,7 @@ def serve(answer: Callable[..., Any], *, example: Sequence[Any], cpu_s: float) -
         example: a request that is answered first, so that the time of imports does not count.
         cpu_s: longest CPU time of a request in seconds. Because CPU time counts, a busy machine does not change an
             answer.
+        longest_s: longest time of a request in seconds.
     """
     for limit in LIMIT_SIGNALS:
         signal.signal(limit, signal.SIG_DFL)
@@ -142,7 +143,7 @@ def serve(answer: Callable[..., Any], *, example: Sequence[Any], cpu_s: float) -
         signal.alarm(0)
         for line in sys.stdin:
             signal.setitimer(signal.ITIMER_PROF, cpu_s)
-            signal.alarm(LONGEST_S)
+            signal.alarm(longest_s)
             try:
                 reply = [answer(*json.loads(line)), None]
             except Exception as error:  # the libraries fail in many ways on hostile texts

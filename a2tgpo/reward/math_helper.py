@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from a2tgpo.lifecycle.helper_process import serve
 
-COMPARE_S = 3
-"""Longest CPU time in seconds for the comparison of one answer."""
+COMPARE_S, LONGEST_S = 3, 60
+"""Longest CPU time and longest time in seconds for the comparison of one answer."""
 
 
 def are_equal(answer: str, golds: list[str]) -> bool:
@@ -24,4 +24,4 @@ def _parsed(text: str) -> list:
 
 
 if __name__ == "__main__":
-    serve(are_equal, example=("1", ["1"]), cpu_s=COMPARE_S)
+    serve(are_equal, example=("1", ["1"]), cpu_s=COMPARE_S, longest_s=LONGEST_S)

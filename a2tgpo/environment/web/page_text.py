@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 
+from a2tgpo.config.web import LONGEST_EXTRACTION_S
 from a2tgpo.lifecycle.helper_process import serve
 
 EXTRACT_S = 10
@@ -27,4 +28,9 @@ def main_text(body: str, url: str, is_base64: bool) -> str | None:
 
 
 if __name__ == "__main__":
-    serve(main_text, example=("<p>text</p>", "http://a.example", False), cpu_s=EXTRACT_S)
+    serve(
+        main_text,
+        example=("<p>text</p>", "http://a.example", False),
+        cpu_s=EXTRACT_S,
+        longest_s=LONGEST_EXTRACTION_S,
+    )

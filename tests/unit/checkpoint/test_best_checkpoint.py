@@ -56,6 +56,16 @@ def test_the_score_that_counts_is_the_configured_one(tmp_path):
     assert best.offer(1, scores(0.2)) and not best.offer(2, scores(0.5)) and best.offer(3, scores(0.1))
 
 
+@pytest.mark.parametrize("of_set", ["", "nq/"])
+def test_a_reward_that_did_not_judge_all_answers_is_never_the_best(tmp_path, of_set):
+    best = BestCheckpoint(tmp_path, f"{of_set}judge", is_writer=True)
+    judged = {f"{of_set}judge": 1.0, f"{of_set}standard_error_judge": 0.0}
+    assert not best.offer(1, judged | {f"{of_set}num_unjudged": 3.0})
+    assert best.offer(2, judged | {"other/num_unjudged": 3.0})
+    em = BestCheckpoint(tmp_path, "em", is_writer=True)
+    assert em.offer(1, scores(0.5) | {"num_unjudged": 3.0})
+
+
 def test_a_score_that_is_not_a_number_is_never_the_best(tmp_path):
     best = BestCheckpoint(tmp_path, "em", is_writer=True)
     assert not best.offer(1, scores(math.nan)) and best.step is None

@@ -268,7 +268,7 @@ def extracted(page: str, **changes) -> subprocess.CompletedProcess:
 from a2tgpo.environment.web import page_text
 from a2tgpo.lifecycle.helper_process import serve
 vars(page_text).update({changes})
-serve(page_text.main_text, example=("", "", False), cpu_s=page_text.EXTRACT_S)
+serve(page_text.main_text, example=("", "", False), cpu_s=page_text.EXTRACT_S, longest_s=60)
 """
     request = json.dumps([page, "http://page.example", False]) + "\n"
     return subprocess.run([sys.executable, "-c", program], input=request, stdout=subprocess.PIPE, text=True)

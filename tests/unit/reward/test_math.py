@@ -43,19 +43,18 @@ def test_an_answer_that_takes_for_ever_is_wrong_and_blocks_no_other(math):
     assert [math.take_counts() for _ in range(2)] == [{"timeouts": 1}, {"timeouts": 0}]
 
 
-def printed_by_a_helper_that_waits(**limits) -> str:
+def printed_by_a_helper_that_waits(*, longest_s: int) -> str:
     """What a helper prints about an equal answer, if its comparison waits for 2 s without work."""
     program = f"""
 import time
-from a2tgpo.lifecycle import helper_process
-vars(helper_process).update({limits})
+from a2tgpo.lifecycle.helper_process import serve
 are_equal = lambda answer, golds: answer == "1" or time.sleep(2) is None
-helper_process.serve(are_equal, example=("1", []), cpu_s=1)
+serve(are_equal, example=("1", []), cpu_s=1, longest_s={longest_s})
 """
     command = [sys.executable, "-c", program]
     return subprocess.run(command, input='["2", ["2"]]\n', stdout=subprocess.PIPE, text=True).stdout
 
 
 def test_only_cpu_time_counts_up_to_a_generous_limit():
-    assert printed_by_a_helper_that_waits() == "null\n[true, null]\n"
-    assert printed_by_a_helper_that_waits(LONGEST_S=1) == "null\n"
+    assert printed_by_a_helper_that_waits(longest_s=60) == "null\n[true, null]\n"
+    assert printed_by_a_helper_that_waits(longest_s=1) == "null\n"
