@@ -1,4 +1,4 @@
-"""Which groups a step under dynamic sampling is made of, and how many prompts it draws."""
+"""Which groups a step with dynamic sampling takes, and how many prompts it draws."""
 
 import math
 import os
@@ -42,7 +42,7 @@ def trajectory(group: int, sample: int, reward: float = 0.0) -> Trajectory:
 
 @st.composite
 def played(draw) -> tuple[list[bool], int]:
-    """(informative, num_groups): at least as many groups as a step has."""
+    """Return (informative, num_groups) with at least num_groups groups."""
     num_groups = draw(st.integers(1, 12))
     return draw(st.lists(st.booleans(), min_size=num_groups, max_size=40)), num_groups
 
@@ -72,7 +72,7 @@ def test_taken_groups_are_numbered_from_0_in_draw_order_and_stay_whole(case, ran
     informative, num_groups = case
     groups = select_groups(informative, num_groups=num_groups).groups
     everything = [trajectory(group, sample) for group in range(len(informative)) for sample in range(3)]
-    random.shuffle(everything)  # replicas hold them in another order
+    random.shuffle(everything)  # replicas have them in another order
     taken = sorted(take_groups(everything, groups), key=lambda t: (t.prompt_index, t.sample_index))
     found = [(t.prompt_index, t.sample_index, t.prompt_id) for t in taken]
     assert found == [
@@ -90,7 +90,7 @@ def test_a_draw_ends_the_step_or_gives_all_replicas_as_much(informative, replica
         return
     assert 1 <= size <= min(num_groups, num_left)
     assert size % replicas == 0 or size == num_left
-    # Enough to fill the step at the share kept so far, unless a bound is in the way.
+    # The draw fills the step if the share kept so far stays the same, unless a bound prevents it.
     if kept:
         needed = (num_groups - kept) * len(informative) / kept
         assert size >= min(needed, num_groups, num_left)
@@ -101,10 +101,18 @@ def test_a_draw_ends_the_step_or_gives_all_replicas_as_much(informative, replica
     ("informative", "num_left", "size"),
     [
         ([], 100, 16),  # the first draw is a whole step
-        ([True] * 12 + [False] * 4, 100, 8),  # 4 missing at 3 in 4: 5.3, rounded up for 4 replicas
-        ([True] * 2 + [False] * 14, 100, 16),  # 14 missing at 1 in 8: no draw is larger than a step
+        (
+            [True] * 12 + [False] * 4,
+            100,
+            8,
+        ),  # 4 are missing and 3 of 4 are kept: 5.3, rounded up for 4 replicas
+        (
+            [True] * 2 + [False] * 14,
+            100,
+            16,
+        ),  # 14 are missing and 1 of 8 is kept, but no draw is larger than a step
         ([False] * 16, 100, 16),
-        ([True] * 15 + [False], 3, 3),  # what is left of the set
+        ([True] * 15 + [False], 3, 3),  # the rest of the set
         ([True] * 16, 100, 0),
         ([True] * 20, 100, 0),
     ],
@@ -144,7 +152,7 @@ def test_any_reward_that_differs_makes_a_group_informative():
 class ScriptedRollout:
     """Stands in for prompts and rollout.
 
-    Answers to questions 0 and 1 are all ill-formed, of those to 2 and 3 half are right.
+    All answers to questions 0 and 1 are ill-formed. Half of the answers to questions 2 and 3 are right.
     """
 
     first_finished_s = 7.0
@@ -188,6 +196,6 @@ def test_reward_and_format_are_reported_over_everything_played():
     assert len(taken) == 4 and all(t.format_ok for t in taken) and found["sampling/groups_played"] == 4
     assert found["sampling/format_error_rate_all"] == 0.5
     assert found["sampling/reward_all_mean"] == -0.25
-    # What the start took is reported with the first step's rollout only.
+    # Startup times are reported only with the first step's rollout.
     assert (found["time/startup_engine_s"], found["time/startup_to_rollout_s"]) == (3.0, 7.0)
     assert not [name for name in later.metrics.values() if name.startswith("time/startup")]

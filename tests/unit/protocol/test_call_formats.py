@@ -1,4 +1,4 @@
-"""Reading and writing calls, without any tokenizer."""
+"""Reading and writing calls without a tokenizer."""
 
 import json
 import time

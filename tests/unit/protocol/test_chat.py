@@ -317,7 +317,7 @@ def test_a_wrong_setting_of_the_protocol_is_refused_in_one_line(override, says):
 
 
 def built_with(tmp_path, template, *overrides):
-    """The protocol of a tokenizer without a template, with `template` in a file."""
+    """Return the protocol for a tokenizer without a template, with `template` in a file."""
     tokenizer = qwen_tokenizer()
     tokenizer.chat_template = None
     (tmp_path / "own.jinja").write_bytes(template if isinstance(template, bytes) else template.encode())
@@ -353,7 +353,7 @@ def test_a_template_of_the_user_that_does_not_work_is_refused_in_one_line(tmp_pa
 
 
 class Meeting:
-    """A tool whose calls end only when `count` of them have begun."""
+    """A tool whose calls return only when `count` of them have started."""
 
     def __init__(self, count):
         self._all_begun = threading.Barrier(count)

@@ -1,4 +1,4 @@
-"""What a rollout appends, token for token, is what the chat template renders for the whole conversation."""
+"""The tokens that a rollout appends equal those that the chat template renders for the whole conversation."""
 
 import pytest
 from chat_models import PLACE, SEARCH, llama_tokenizer, qwen_tokenizer
@@ -11,7 +11,7 @@ from a2tgpo.protocol.chat import ChatProtocol
 from a2tgpo.protocol.frames import call_message, result_messages
 
 EXAMPLES = 260
-"""Random dialogues for each of the four tokenizers."""
+"""The number of random dialogues for each of the four tokenizers."""
 
 plain = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<" + BREAK), max_size=12).map(
     str.strip

@@ -1,4 +1,4 @@
-"""What a tool said, cut to its tokens: here a character is as many tokens as it has bytes."""
+"""Observations are cut to a number of tokens. Here each byte of a character is a token."""
 
 import pytest
 from tiny_models import build_tokenizer

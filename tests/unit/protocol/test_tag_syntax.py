@@ -1,4 +1,4 @@
-"""Parsing of calls and writing of results, without any engine."""
+"""Parsing calls and writing results, without an engine."""
 
 import re
 
@@ -37,7 +37,7 @@ def test_every_tool_has_its_own_tags():
     assert BOTH.find_query("<search> 3 * 4 </calculator>", "calculator") == ""
     assert BOTH.find_query("<calculator> <search> 1 </calculator>", "calculator") == "1"
     assert BOTH.cut_at_stop("a </calculator> b </search>") == "a </calculator>"
-    # What is no tool's tag is text.
+    # A tag that belongs to no tool is text.
     assert SEARCH_CALLS.find_query("<search> <calculator> x </search>", "search") == "<calculator> x"
 
 

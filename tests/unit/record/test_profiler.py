@@ -1,4 +1,4 @@
-"""Which steps are profiled, and which profiles a machine without a GPU refuses."""
+"""Which steps are profiled, and which profiles are refused without a GPU."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def test_one_changed_bit_of_recorded_rollouts_is_found(tmp_path):
         changed = bytearray(content)
         changed[place] ^= 1
         path.write_bytes(changed)
-        with contextlib.suppress(ValueError):  # the frame's header has bits that say nothing
+        with contextlib.suppress(ValueError):  # the frame's header has unused bits
             assert read_part(path) == RECORDS
     path.write_bytes(content[:-1])
     with pytest.raises(ValueError, match="replica_0_of_1"):
@@ -98,7 +98,7 @@ def test_what_the_thread_writes_holds_tokens_texts_and_values_of_each_turn(tmp_p
 def test_rollouts_that_cannot_be_written_cost_a_warning_and_are_counted_once(tmp_path, caplog):
     tokenizer = build_tokenizer()
     writer = RolloutWriter(tmp_path, replica=0, num_replicas=1, tokenizer=tokenizer)
-    (tmp_path / "rollouts").write_text("")  # no folder
+    (tmp_path / "rollouts").write_text("")  # a file instead of a folder
     with caplog.at_level(logging.WARNING):
         writer.start(1, [played(0, tokenizer)], {})
         writer.wait()

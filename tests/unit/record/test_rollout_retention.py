@@ -1,4 +1,4 @@
-"""Recorded rollouts stay within run.keep_rollouts_gb, and what a run or a reader still needs stays."""
+"""Recorded rollouts stay within run.keep_rollouts_gb, and those that a run or a reader still needs are kept."""
 
 from __future__ import annotations
 

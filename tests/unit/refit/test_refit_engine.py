@@ -1,4 +1,4 @@
-"""New weights in a running engine, tied and untied; transformers stands for the trainer."""
+"""A running engine takes new weights, tied and untied. A transformers model stands in for the trainer."""
 
 import pytest
 import torch
@@ -35,13 +35,13 @@ def model_of(kind):
 
 
 def named_weights(model):
-    """As a trainer exports them: tied embeddings once."""
+    """Return the weights as a trainer exports them, with tied embeddings only once."""
     tied = model.config.tie_word_embeddings
     return {n: t for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}
 
 
 def logprobs_of(model, tokens, *, num_ids=VOCAB):
-    """Log-probs of all tokens but the first, over the first `num_ids` of the vocabulary: [len(tokens) - 1]."""
+    """Return the log-probs of all tokens but the first, over the first `num_ids` ids: [len(tokens) - 1]."""
     with torch.no_grad():
         logprobs = model(torch.tensor([tokens])).logits[0, :, :num_ids].log_softmax(-1)
     return logprobs[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
@@ -101,7 +101,7 @@ def test_cached_prefixes_of_old_weights_are_not_used(engine, model_of):
     engine.load_weights(named_weights(model).items(), version=6)
     output = greedy(engine, tokens)
     assert output.num_cached_tokens == 0
-    # Sampled from the tokenizer's ids only, so their log-probs are over those.
+    # The tokens are sampled only from the tokenizer's ids, so their log-probs are over these ids.
     logprobs = logprobs_of(model, tokens + output.tokens, num_ids=engine.num_token_ids)
     expected = logprobs[-len(output.tokens) :]
     assert output.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
@@ -140,7 +140,7 @@ def test_values_that_are_no_numbers_are_noticed(engine, model_of):
     engine.load_weights(weights.items(), version=10)
     with pytest.raises(RuntimeError, match="by inf in the mean"):
         verify(engine, model)
-    # Where the trainer's are none, the engine is not to blame.
+    # If the trainer's log-probs are also not numbers, the message does not blame the engine.
     model.load_state_dict(weights, strict=False)
     with pytest.raises(
         RuntimeError, match=r"^refit after step 0: the trainer's own .* safetensors of model\.path"

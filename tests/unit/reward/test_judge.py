@@ -22,7 +22,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def stub(quick):
-    """Starts stub judges, and closes them."""
+    """Return a function that starts a stub judge. All are closed afterwards."""
     made = []
 
     def start(script):

@@ -1,4 +1,4 @@
-"""Rewards that fail, hang, have bugs or return something else, without an engine."""
+"""Rewards that fail, hang, have bugs or return invalid values, without an engine."""
 
 import math
 import threading
@@ -15,7 +15,7 @@ from a2tgpo.reward.pool import RewardPool
 from a2tgpo.reward.total import RewardFaultError, judge
 
 SOON_S = 30.0
-"""Real seconds after which a test that waits for a thread fails."""
+"""A test that waits for a thread fails after this many real seconds."""
 
 
 class Reward:
@@ -93,7 +93,7 @@ def test_a_bug_in_a_reward_is_one_line_that_names_its_place(score, message):
 
 
 class Closing(Reward):
-    """A reward of a user whose further methods have bugs."""
+    """A user's reward with bugs in its optional methods."""
 
     def take_counts(self):
         return {"asked": "many"}

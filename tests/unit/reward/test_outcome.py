@@ -56,7 +56,7 @@ def test_every_tool_call_needs_its_own_kind_of_exchange():
     assert is_well_formed(judged_text([*calls, (ANSWER, False)]), tools=both)
     crossed = judged_text([("<think> a </think> <search> b </calculator>", True), (ANSWER, False)])
     assert not is_well_formed(crossed, tools=both)
-    # The calculator is no tool of this run: its result answers no call.
+    # This run does not have the calculator, so the calculator's result answers no call.
     assert not is_well_formed(judged_text([*calls, (ANSWER, False)]))
 
 
@@ -97,7 +97,7 @@ def test_an_empty_box_is_never_right(box):
     ],
 )
 def test_a_box_behind_a_space_is_read_to_the_end_and_breaks_the_format(block, answer, is_right):
-    """As the authors' code does: its gate looks for `\\boxed{`, its reader takes what follows the space."""
+    """As in the authors' code: the format check looks for `\\boxed{`, the reader takes the text after the space."""
     score = score_response(f"<think> x </think> <answer> {block}</answer>", ["Paris"])
     assert (score.answer, score.exact_match) == (answer, float(is_right))
     assert score.format_ok == ("\\boxed{" in block)
@@ -141,9 +141,12 @@ def test_latin_text_is_normalised_by_squads_rules_alone(text, normalized):
 @pytest.mark.parametrize(
     ("answer", "gold"),
     [
-        ("Beyonc\u00e9", "Beyonce\u0301"),  # composed, as Qwen's tokenizer reads and its policies write
+        (
+            "Beyonc\u00e9",
+            "Beyonce\u0301",
+        ),  # composed form, as Qwen's tokenizer normalises and its models write
         ("Hi\u1ebfu", "Hie\u0302\u0301u"),
-        ("Paris", "Paris\u200e"),  # Wikidata's aliases hold such marks
+        ("Paris", "Paris\u200e"),  # aliases from Wikidata have such marks
         ("cooperate", "co\u00adoperate"),
         ("\uac10", "\u1100\u1161\u11b7"),
     ],

@@ -1,4 +1,4 @@
-"""DAPO's Eq. 13 against its three pieces, and what may never happen whatever the lengths."""
+"""DAPO's Eq. 13 piece by piece, and properties that are true for all lengths."""
 
 import pytest
 from hypothesis import given

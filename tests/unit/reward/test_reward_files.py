@@ -1,4 +1,4 @@
-"""Rewards by name and by path: what can be loaded, and how a mistake is reported."""
+"""Rewards by name and by path: which can be loaded, and how mistakes are reported."""
 
 import dataclasses
 from pathlib import Path
@@ -26,7 +26,9 @@ def config_of(*names: str, **settings: object) -> RunConfig:
 
 
 def episode_of(*texts: str, answers: tuple[str, ...] = ("Paris",), **fields) -> Episode:
-    """An episode of the turns `texts`; all but the last call the search tool and read two tokens."""
+    """Return an episode with the turns `texts`. All but the last call the search tool and have an observation of two
+    tokens.
+    """
     turns = [
         Turn(tokens=[1], rollout_logprobs=[0.0], observation_tokens=[2, 3], calls=[CALL]) for _ in texts[:-1]
     ]

@@ -1,1 +1,1 @@
-"""A package, so that the engine that its tests share ends with them."""
+"""This folder is a package, so that the engine shared by its tests is closed after the last of them."""

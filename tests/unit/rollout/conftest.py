@@ -23,10 +23,9 @@ def tokenizer(taught_path):
 
 @pytest.fixture(scope="package")
 def reference(taught_path):
-    """The same model in transformers: tokens -> log p of each token but the first.
+    """Return a function that maps tokens to the log-probs of all but the first, by the same model in transformers.
 
-    By the model's own distribution; with `num_ids` and `temperature` by softmax(logits / temperature) over the first
-    ids.
+    Log-probs are those of softmax(logits / temperature) over the first `num_ids` ids, by default over all ids.
     """
     model = AutoModelForCausalLM.from_pretrained(taught_path, dtype=torch.float32).eval()
 

@@ -1,4 +1,4 @@
-"""What vLLM is asked for on a GPU, which no test here has."""
+"""Arguments that vLLM would get on a GPU. These tests have no GPU."""
 
 from types import SimpleNamespace
 

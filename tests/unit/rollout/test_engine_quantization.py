@@ -1,4 +1,4 @@
-"""`rollout.quantization`: what the engine is asked for, and that a machine without FP8 refuses it."""
+"""`rollout.quantization` sets the engine's arguments and is refused on a machine without FP8."""
 
 import pytest
 import torch

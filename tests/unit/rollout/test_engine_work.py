@@ -1,4 +1,4 @@
-"""How many tokens the real engine computes: counted in its scheduler, held against the least there is to compute."""
+"""The number of tokens that the real engine's scheduler computes, compared with the least possible number."""
 
 import dataclasses
 from collections import Counter
@@ -15,7 +15,7 @@ from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.trajectory import Prompt
 
 NO_THOUGHT_IS_OPEN = " <answer> \\boxed{"
-"""The default scaffold in contexts of these scripts, which close their thoughts."""
+"""The default scaffold for the contexts of these scripts, in which no thought is open."""
 
 BLOCK = 32
 GROUP_SIZE = 4
@@ -27,7 +27,7 @@ ALIASES = ("Paris", "King of Rome", "Lima")
 
 @pytest.fixture(scope="module")
 def asking_engine(engine, taught_path, tokenizer):
-    """The engine with a model that asks three times after a prompt of 255 tokens, then answers."""
+    """The engine with a model that searches three times after a prompt of 255 tokens, then answers."""
     observation = f" <result>\nDoc 1 (Title: {{}}) {PASSAGE}\n</result>"
     turns = [ASK.format(query) for query in QUERIES] + [ANSWER.format("Paris")]
     model = teach_more(taught_path, QUESTION, turns, observation.format("one"))
@@ -39,7 +39,7 @@ def asking_engine(engine, taught_path, tokenizer):
 
 @pytest.fixture
 def computed(asking_engine, monkeypatch):
-    """Tokens that the scheduler had the model compute, by kind of request: turn, score."""
+    """The number of tokens that the scheduler had the model compute, by kind of request (turn or score)."""
     scheduler = asking_engine._engine.engine_core.engine_core.scheduler
     schedule = scheduler.schedule
     tokens = Counter()
@@ -56,7 +56,7 @@ def computed(asking_engine, monkeypatch):
 
 @pytest.fixture
 def play(asking_engine, engine_config, tokenizer, computed):
-    """Play one question from an empty cache; returns trajectories, counts, and what was computed by kind."""
+    """Play one question from an empty cache. Return trajectories, counts and computed tokens by kind."""
 
     def play(**gain):
         config = dataclasses.replace(engine_config, gain=GainConfig(**gain), max_turn_tokens=64)
@@ -87,7 +87,7 @@ def play(asking_engine, engine_config, tokenizer, computed):
 
 
 def test_hardly_a_token_of_a_prefix_is_computed_twice(play):
-    """Neither of the prompt, for its samples, nor of what a trajectory holds, for its turns."""
+    """Samples share the computed prompt, and a turn reuses the computed tokens of earlier turns."""
     trajectories, counts, computed = play()
     returned = [
         sum(len(turn.tokens) + len(turn.observation_tokens) for turn in t.turns[:number])
@@ -97,7 +97,7 @@ def test_hardly_a_token_of_a_prefix_is_computed_twice(play):
     ]
     prompts = sum(len(t.prompt_tokens) for t in trajectories)
     prefixes = sum(returned) + prompts - len(trajectories[0].prompt_tokens)
-    # All of a trajectory but its last sampled token, the prompt once: nothing could be computed less often.
+    # The minimum is the prompt once, and the rest of each trajectory without its last sampled token.
     least = sum(t.num_tokens - 1 for t in trajectories) - prompts + len(trajectories[0].prompt_tokens)
     again = computed["turn"] - least
     assert set(computed) == {"turn"}
@@ -107,7 +107,7 @@ def test_hardly_a_token_of_a_prefix_is_computed_twice(play):
 
 @pytest.mark.parametrize("reduction", ["first", "max"])
 def test_gain_costs_the_answers_tokens_and_an_unfilled_block_a_turn(play, tokenizer, reduction):
-    """No full block of a prefix is computed for a score, and generation computes what it would without."""
+    """No full block of a prefix is computed for a score, and generation computes no more than without scores."""
     _, _, alone = play()
     trajectories, counts, computed = play(answer_reduction=reduction)
     aliases = ALIASES if reduction == "max" else ALIASES[:1]
@@ -126,7 +126,9 @@ def test_gain_costs_the_answers_tokens_and_an_unfilled_block_a_turn(play, tokeni
 
 
 def test_a_score_takes_the_output_layer_at_the_answer(asking_engine, monkeypatch):
-    """And at the one token that vLLM always generates; one of its two runners adds what of a block was not cached."""
+    """vLLM also runs it for the one token that it always generates. One of its two runners adds a block's uncached
+    tokens.
+    """
     (model,) = asking_engine._engine.collective_rpc(lambda worker: worker.model_runner.get_model())
     compute_logits, rows = model.compute_logits, []
 

@@ -1,4 +1,4 @@
-"""What tools/gpu_check.py has an engine play, on the engine of this folder."""
+"""The engine checks of tools/gpu_check.py, on the engine of this folder."""
 
 from gpu_checks.engine import Play, play_on, prefill, write_engine_slice
 from gpu_checks.models import STAND_IN, slice_dimensions
@@ -10,7 +10,7 @@ def test_the_same_play_gives_the_same_tokens_though_the_second_finds_more_cached
     assert first.tokens == second.tokens
     assert set(first.tokens) == {"alone", *(f"{number}.{turn}" for number in range(4) for turn in (1, 2))}
     assert all(1 <= len(tokens) <= 12 for tokens in first.tokens.values())
-    # Log-probs of samples leave out the ids past the tokenizer's, log-probs of whole sequences do not.
+    # Log-probs of sampled tokens are only over the tokenizer's ids, but those of whole sequences are over all ids.
     assert 0 < first.rescored_gap == second.rescored_gap < 0.01
     assert min(first.alone_s, first.together_s, first.tokens_per_s) > 0
 

@@ -1,4 +1,4 @@
-"""The engine on the model runner that vLLM has on GPUs: the same tests, its Triton kernels interpreted."""
+"""The same tests run on vLLM's model runner for GPUs, whose Triton kernels are interpreted."""
 
 import os
 import re

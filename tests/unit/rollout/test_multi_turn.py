@@ -1,4 +1,4 @@
-"""Rollouts of the taught model, which plays the scripts of tiny_models by heart."""
+"""Rollouts of the taught model, which has learnt the scripts of tiny_models by heart."""
 
 import dataclasses
 import threading
@@ -21,12 +21,12 @@ from a2tgpo.rollout.tool_pool import ToolFaultError
 from a2tgpo.trajectory import Prompt
 
 NO_THOUGHT_IS_OPEN = " <answer> \\boxed{"
-"""The default scaffold in contexts of these scripts, which close their thoughts."""
+"""The default scaffold for the contexts of these scripts, in which no thought is open."""
 
 
 @pytest.fixture
 def open_rollout(engine, engine_config, tokenizer):
-    """A rollout on the engine, by its search and settings."""
+    """Return a function that makes a rollout on the engine from a search and settings."""
     opened = []
 
     def open_rollout(
@@ -54,7 +54,7 @@ def open_rollout(engine, engine_config, tokenizer):
 
 @pytest.fixture
 def play(open_rollout, tokenizer):
-    """Play questions; returns trajectories and counts."""
+    """Play questions. Return trajectories and counts."""
 
     def play(
         questions,
@@ -153,7 +153,7 @@ def test_search_answers_come_back_as_observations_and_the_answer_is_rewarded(pla
 
 
 def test_a_response_ends_with_the_token_that_the_template_ends_answers_with(open_rollout, search, tokenizer):
-    """As where the tokenizer of a base model names another end of sequence."""
+    """The tokenizer of a base model may name another token as the end of sequence."""
     prompts, how = [make_prompt(tokenizer, 0, "silent?")], dict(seed=0, version=0, greedy=True, group_size=1)
     (whole,), _ = run(open_rollout(search), prompts, **how)
     tokens = list(whole.turns[0].tokens)
@@ -354,7 +354,9 @@ def test_a_search_that_never_answers_fails_at_its_deadline(play):
 def test_a_rollout_that_ends_early_leaves_nothing_behind_and_the_next_one_plays_anew(
     open_rollout, search, tokenizer, engine
 ):
-    """It is broken off, then a tool has a bug, while some trajectories generate and one waits for its tool."""
+    """It is interrupted first and stopped by a tool's bug next, while some trajectories generate and one waits for a
+    tool.
+    """
 
     class Held(ScriptedSearch):
         def search(self, query):
@@ -407,7 +409,7 @@ def test_a_rollout_is_broken_off_while_all_trajectories_wait_for_their_tools(ope
 
 
 def test_others_go_on_while_a_search_is_slow(open_rollout, tokenizer):
-    """The slow search ends once the others have finished."""
+    """The slow search ends when the other trajectories have finished."""
     slow, others_finished = "capital of France?", threading.Event()
 
     class Slow(ScriptedSearch):
@@ -428,7 +430,7 @@ def test_others_go_on_while_a_search_is_slow(open_rollout, tokenizer):
 
 
 def test_searches_run_beside_each_other(play):
-    """Each search ends when all have begun."""
+    """Each search ends when all have started."""
 
     class Meeting(ScriptedSearch):
         def search(self, query):
@@ -484,7 +486,7 @@ def test_a_prompt_past_the_engines_length_is_refused(play, search, tokenizer):
 
 @pytest.fixture
 def calculating(engine, taught_path):
-    """The engine with a model that also knows how to use a calculator; afterwards it is the old one."""
+    """The engine has a model that also uses a calculator; the old weights are restored afterwards."""
     call = "<think> I need a fact. </think> <calculator> 6 * 7 </calculator>"
     turns = [call, ANSWER.format("42")]
     model = teach_more(taught_path, "6 times 7?", turns, " <result>\n42\n</result>")
@@ -506,7 +508,7 @@ def test_another_tool_is_called_by_its_own_tag_and_its_answer_brings_a_gain(
     assert first.info_gain == pytest.approx(first.answer_prob - one.baseline_prob)
     assert (one.outcome_reward, one.format_ok) == (1.0, True)
     assert counts.tool_calls == 1 and not search.queries
-    # Without the tool its tags are text: the turn goes on past them.
+    # Without the tool its tags are text, so they do not end the turn.
     (alone,), _ = play([question], search)
     assert alone.num_process_turns == 0 and "</calculator>" in tokenizer.decode(alone.turns[0].tokens)
 
@@ -514,7 +516,7 @@ def test_another_tool_is_called_by_its_own_tag_and_its_answer_brings_a_gain(
 def test_a_question_in_a_script_without_spaces_is_searched_and_answered(
     play, search, tokenizer, engine, taught_path
 ):
-    """Every character is three tokens here, and the policy writes an ideographic space into its query."""
+    """Every character has three tokens here, and the policy's query contains an ideographic space."""
     turns = ["<think> 検索 </think> <search> 日本の\u3000首都 </search>", ANSWER.format("東京")]
     observation = " <result>\nDoc 1 (Title: 日本の 首都) 日本の 首都 is known.\n</result>"
     model = teach_more(taught_path, "日本の首都?", turns, observation)

@@ -1,4 +1,4 @@
-"""Trajectories that go on in a later step, played by a real engine on the taught model."""
+"""Trajectories that continue in a later step, played by a real engine with the taught model."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ from a2tgpo.rollout.multi_turn import LiveTrajectory, PromptGroup, Sampling
 from a2tgpo.trajectory import Prompt, Trajectory
 
 NO_THOUGHT_IS_OPEN = " <answer> \\boxed{"
-"""The default scaffold in contexts of these scripts, which close their thoughts."""
+"""The default scaffold for the contexts of these scripts, in which no thought is open."""
 
 QUESTIONS = [
     "ruler of Japan?",
@@ -85,7 +85,9 @@ def begin(prompts_of):
 
 @pytest.fixture
 def other_weights(engine, taught_path):
-    """Puts slightly other weights into the engine and tells their log-probs; afterwards it has the old ones."""
+    """Return a function that loads slightly different weights into the engine and returns their log-prob function.
+    The old weights are restored afterwards.
+    """
     model = AutoModelForCausalLM.from_pretrained(taught_path, dtype=torch.float32).eval()
     old = copy.deepcopy(model.state_dict())
 
@@ -115,9 +117,9 @@ def as_dicts(trajectories):
 
 
 def assert_alike(found, expected):
-    """Equal but for the rounding of log-probs and probabilities, which depends on what else is in an engine's pass.
+    """Compare without the rounding errors of log-probs and probabilities.
 
-    So it depends on when tools answer.
+    Rounding depends on what the engine computes in the same pass, and so on when tools answer.
     """
     floats, expected_floats = [], []
     assert without_floats(found, floats) == without_floats(expected, expected_floats)
@@ -125,7 +127,7 @@ def assert_alike(found, expected):
 
 
 def without_floats(value, floats):
-    """`value` with None for every float in it, which goes to `floats`."""
+    """Return `value` with every float replaced by None, and append the floats to `floats`."""
     if isinstance(value, float):
         floats.append(value)
         return None
@@ -137,7 +139,7 @@ def without_floats(value, floats):
 
 
 def play_out(rollout, groups, *, budget, step=0, calls=9):
-    """The groups after as many calls in one step as they need, and the counts of each."""
+    """Play groups to the end with as many calls in one step as needed. Return them and the counts of each call."""
     counted = []
     while not all(group.is_complete for group in groups):
         unfinished = [group for group in groups if not group.is_complete]
@@ -185,7 +187,7 @@ def test_going_on_in_the_same_step_changes_no_token(rollout, begin):
 
 
 class NumberedSearch:
-    """A search whose sessions number their answers, so that a session that begins anew is seen."""
+    """A search whose sessions number their answers, which shows whether a session was restarted."""
 
     def __init__(self):
         self.num_open = 0
@@ -195,7 +197,7 @@ class NumberedSearch:
         return NumberedSession(self)
 
     def close(self):
-        """Only sessions hold something."""
+        """Nothing to close, because only sessions have state."""
 
 
 class NumberedSession:
@@ -254,7 +256,7 @@ def test_a_carried_trajectory_keeps_its_tokens_and_is_scored_by_the_last_weights
         ]
         assert [turn.version for turn in after.turns] == [*range(past), *[2] * (len(after.turns) - past)]
         assert after.staleness(2) == 2
-        # The engine's log-probs: of old turns by the old weights, of new ones by the new.
+        # The engine's log-probs of old turns come from the old weights, those of new turns from the new weights.
         position = len(after.prompt_tokens)
         by_old, by_new = (
             logprobs(after.tokens, num_ids=len(tokenizer)) for logprobs in (reference, new_logprobs)
@@ -264,7 +266,7 @@ def test_a_carried_trajectory_keeps_its_tokens_and_is_scored_by_the_last_weights
             expected = (by_old if turn.version < 2 else by_new)[position - 1 : end - 1]
             assert turn.rollout_logprobs == pytest.approx(expected, abs=1e-3)
             position = end + len(turn.observation_tokens)
-        # The answer's probability: in every context by the new weights.
+        # The answer's probability comes from the new weights in every context.
         answer = tokenizer(group.prompt.answers[0], add_special_tokens=False)["input_ids"]
         for length, prob in zip(after.context_lengths, after.context_probs, strict=True):
             scored = new_logprobs([*after.tokens[:length], *scaffold, *answer])[-len(answer) :]
@@ -298,7 +300,7 @@ def test_what_must_end_in_this_step_starts_first_then_the_carried_then_most_hops
     ]
     found = [one.trajectory.prompt_id for one in sorted(waiting, key=lambda one: one.start_order)]
     assert found == ["to its end", "carried", "new, hard", "new"]
-    # Without budgets, hops alone decide, and in order of prompts among equals.
+    # Without budgets only hops decide; prompts with equally many hops keep their order.
     plain = [live(str(place), budget=None, past=0, hops=hops) for place, hops in enumerate([1, 3, 1, 3])]
     found = [one.trajectory.prompt_id for one in sorted(plain, key=lambda one: one.start_order)]
     assert found == ["1", "3", "0", "2"]
@@ -325,7 +327,7 @@ def test_what_goes_on_does_not_depend_on_what_is_played_beside_it(rollout, begin
 
 
 class Parts(SimpleNamespace):
-    """A run of one process on the tests' engine."""
+    """Stands in for a run with one process, on the tests' engine."""
 
     def __init__(self, rollout, prompts_of, **partial):
         super().__init__(
@@ -381,7 +383,7 @@ def test_steps_are_whole_and_what_they_do_not_take_comes_later(rollout, prompts_
         assert metrics["partial/pool_groups"] == len(left.entries) == len(left.own) == 2
         assert metrics["partial/carried_trajectories"] == len(open_members)
         assert metrics["partial/carried_tokens"] == sum(t.num_sampled_tokens for t in open_members)
-        # What was held before is either trained on now or held still, with all its tokens.
+        # Every trajectory from the pool is trained on now or stays in the pool, and keeps all its tokens.
         now = {(t.prompt_id, t.sample_index): t.tokens for t in [*found, *members(left.own)]}
         for old in members(held.own):
             tokens = now[old.prompt_id, old.sample_index]

@@ -1,4 +1,4 @@
-"""Observations, gold answers and scaffolds as tokens, without an engine."""
+"""How observations, gold answers and scaffolds become tokens, without an engine."""
 
 import pytest
 from played import tags

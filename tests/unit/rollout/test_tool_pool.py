@@ -1,4 +1,4 @@
-"""Tool calls in threads, without any engine; a test moves the clock and lets calls return."""
+"""Tool calls in threads, without an engine. A test sets the clock and decides when calls return."""
 
 import re
 import threading
@@ -12,11 +12,11 @@ from a2tgpo.rollout.tool_pool import ToolFaultError, ToolPool
 
 DEADLINE_S = 10.0
 SOON_S = 30.0
-"""Real seconds after which a test that waits for a thread fails."""
+"""A test that waits for a thread fails after this many real seconds."""
 
 
 class Clock:
-    """Seconds that pass only when a test says so."""
+    """A clock that only a test moves."""
 
     def __init__(self):
         self.now = 0.0
@@ -26,7 +26,7 @@ class Clock:
 
 
 class HeldTool:
-    """Its calls return when the test lets them; those of `failing` raise ToolError."""
+    """A tool whose calls return when the test allows it. Calls with a text in `failing` raise ToolError."""
 
     def __init__(self, *, failing=()):
         self._failing = failing
@@ -60,7 +60,7 @@ class HeldTool:
 
 
 class Events(dict):
-    """One event per text, made by whoever asks first."""
+    """One event per text, created at first access."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +93,7 @@ def pool_of(clock):
 
 
 def collect(pool, number):
-    """The next `number` results by key, in the order of their arrival."""
+    """Return the next `number` results by key, in order of arrival."""
     results = {}
     while len(results) < number:
         results.update({result.key: result for result in pool.results(wait=True)})
@@ -194,7 +194,7 @@ def test_so_many_hanging_calls_end_the_run_and_those_that_return_make_room(pool_
     for number in range(HUNG_PER_WORKER):
         hang(f"{number} a", f"{number} b")
     tool.let_go("0 a")
-    while pool._workers.num_hung == most:  # until that thread has taken note
+    while pool._workers.num_hung == most:  # until that thread has noticed
         threading.Event().wait(0.001)
     hang("in its place")
     assert pool._workers.num_hung == most
@@ -223,7 +223,7 @@ def test_a_pool_whose_calls_were_dropped_answers_only_later_ones(pool_of, clock)
     tool.let_go("later")
     assert list(collect(pool, 1)) == [later]
     assert pool.results(wait=False) == [] and not tool.has_begun("never")
-    clock.now = 2 * DEADLINE_S  # "queued" still hangs: it is replaced, and nobody is told
+    clock.now = 2 * DEADLINE_S  # "queued" still hangs: its thread is replaced, and no result is reported
     submit(pool, "x", "y")
     assert pool.results(wait=False) == []
     tool.await_begin("x", "y")
@@ -282,7 +282,7 @@ def test_a_search_that_fails_is_told_in_its_own_words():
 
 
 class Service:
-    """A tool whose service is out while `is_out`; counts how often it is asked."""
+    """A tool whose service is unavailable while `is_out` is set. It records all calls."""
 
     def __init__(self):
         self.is_out = False
@@ -313,7 +313,7 @@ def service_pool(clock):
 
 
 def pass_time(pool, clock, seconds):
-    """Look for results while the clock moves; what came."""
+    """Look for results while the clock moves, and return them."""
     found = []
     for _ in range(seconds):
         clock.now += 1.0

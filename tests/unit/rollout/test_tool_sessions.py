@@ -1,4 +1,4 @@
-"""Sessions of tools, without any engine: a test submits calls as the rollout does, and looks at what is left open."""
+"""Sessions of tools, without an engine. A test submits calls like a rollout, and checks which sessions stay open."""
 
 import threading
 from types import SimpleNamespace
@@ -17,7 +17,9 @@ NUM_SUMS = 64
 
 
 class Counter:
-    """Each session adds the numbers that it is called with to the start value of the question's record."""
+    """A tool whose sessions add up the numbers in their calls. The sum begins at the start value in the question's
+    record.
+    """
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -34,7 +36,7 @@ class Counter:
         return CounterSession(self, record.get("start", 0), question)
 
     def close(self):
-        """Nothing is held but sessions."""
+        """Nothing to close except sessions."""
 
 
 class CounterSession:
@@ -101,7 +103,7 @@ def collect(pool, number):
 
 
 def ask(pool, sessions, *texts, tool="counter"):
-    """The results of calls that are submitted at once, in their order."""
+    """Submit calls at the same time, and return their results in the order of the calls."""
     keys = [pool.submit(tool, text, sessions) for text in texts]
     found = collect(pool, len(keys))
     return [found[key] for key in keys]
@@ -124,7 +126,7 @@ def test_a_session_has_its_record_keeps_its_state_and_is_closed_at_the_end(pool_
     (answer,) = ask(pool, first, "20")
     assert (answer.parts, answer.score) == (("121",), 12.1)
     pool.end(first)
-    assert pool.take_counts()["tools/open_sessions"] == 1  # the second still plays
+    assert pool.take_counts()["tools/open_sessions"] == 1  # the second trajectory still plays
     pool.end(second)
     assert pool.take_counts()["tools/open_sessions"] == 0
     assert sorted(counter.closed) == ["one", "two"]

@@ -1,4 +1,4 @@
-"""The engine against transformers on the same weights, in float32."""
+"""The engine compared with transformers on the same weights, in float32."""
 
 import json
 import os
@@ -61,7 +61,9 @@ def test_sampled_logprobs_equal_transformers(engine, reference):
 
 
 def test_logprobs_are_those_of_the_temperature_that_was_sampled_at(engine, reference):
-    """Greedy ones of temperature 1, side by side with a scoring, which is always at 1 over the whole vocabulary."""
+    """Greedy sampling gives log-probs at temperature 1. A score in the same batch is at 1 over the whole
+    vocabulary.
+    """
     prompt, answer = list(range(5, 25)), [9, 8, 7]
     temperatures = {"hot": 1.7, "cool": 0.7, "plain": 1.0, "greedy": 0.0}
     for number, (name, temperature) in enumerate(temperatures.items()):
@@ -120,9 +122,9 @@ def test_sequence_logprobs_ignore_the_cache(engine, reference):
 
 @pytest.fixture(scope="module")
 def padded_path(tmp_path_factory):
-    """A model with ids past its tokenizer's, whose class is named as by the R1 distillates of Llama.
+    """A model with more ids than its tokenizer, and with generation settings like those of instruct models.
 
-    It has settings for generation as instruct models bring them.
+    Its tokenizer's class has the same name as in the R1 distillates of Llama.
     """
     path = tmp_path_factory.mktemp("padded")
     save_tiny(path, "llama", vocab_size=640)
@@ -197,7 +199,7 @@ def test_yarn_is_computed_as_transformers_does_from_the_listed_files_only(tmp_pa
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
     model = build_model("qwen2")
-    # Qwen2.5's setting for long contexts, at a size where it matters.
+    # Qwen2.5's setting for long contexts, with small lengths so that it has an effect here.
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
     model.config.rope_parameters = rope
     model.save_pretrained(tmp_path, max_shard_size="200KB")
@@ -215,7 +217,7 @@ def test_yarn_is_computed_as_transformers_does_from_the_listed_files_only(tmp_pa
         logits = reference(torch.tensor([tokens])).logits[0].log_softmax(-1)
         expected = logits[:-1].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].tolist()
     assert found == pytest.approx(expected, abs=1e-4)
-    # A refit waits for exactly the weights of the listed files.
+    # A refit expects exactly the weights of the listed files.
     engine.load_weights(reference.state_dict().items(), version=1)
     assert engine.sequence_logprobs(tokens) == pytest.approx(expected, abs=1e-4)
     engine.close()
