@@ -22,7 +22,7 @@ from a2tgpo.rollout.tool_sessions import OpenSessions, SessionAnswer, Trajectory
 from a2tgpo.trajectory import Call as PolicyCall
 from a2tgpo.trajectory import Prompt
 
-MAX_PARTS = 64
+MAX_PARTS = 256
 """Number of parts of an answer that are used, so that no answer takes long to read."""
 WAIT_S = 1.0
 """Longest wait of one call of `ToolPool.results`, in seconds."""
