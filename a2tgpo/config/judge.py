@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from a2tgpo.config.expand import Expanded
 from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.io.web_address import is_http_address
 
 LONGEST_WAIT_S = 8.0
 """Longest wait between two attempts, seconds."""
@@ -80,7 +81,7 @@ class JudgeConfig:
         Args:
             timeout_s: value of `reward.timeout_s`.
         """
-        is_address = self.url.startswith(("http://", "https://"))
+        is_address = is_http_address(self.url)
         require(is_address, "judge.url", self.url, "an http:// or https:// address, with the reward judge")
         require(bool(self.model), "judge.model", self.model, "the name of a model, with the reward judge")
         require(

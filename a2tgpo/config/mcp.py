@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from a2tgpo.config.expand import Expanded
 from a2tgpo.io.errors import require
+from a2tgpo.io.web_address import is_http_address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,3 +34,5 @@ class McpConfig:
         require(
             is_one, "mcp.command", list(self.command), f"a command, or mcp.url ({self.url!r}), and not both"
         )
+        is_address = bool(self.command) or is_http_address(self.url)
+        require(is_address, "mcp.url", self.url, "an http:// or https:// address")

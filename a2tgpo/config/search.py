@@ -5,6 +5,7 @@ from typing import Literal
 
 from a2tgpo.config.expand import Expanded
 from a2tgpo.io.errors import ConfigError, require
+from a2tgpo.io.web_address import is_http_address
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class SearchConfig:
                 f"empty with search.url_file ({self.url_file}); set search.url_file= to use the address",
             )
             require(
-                bool(self.url_file) or self.url.startswith(("http://", "https://")),
+                bool(self.url_file) or is_http_address(self.url),
                 "search.url",
                 self.url,
                 "an http:// or https:// address, with search.backend=http and without search.url_file",

@@ -5,6 +5,7 @@ from typing import Literal
 
 from a2tgpo.config.expand import Expanded
 from a2tgpo.io.errors import require
+from a2tgpo.io.web_address import is_http_address
 
 LONGEST_WAIT_S = 8.0
 """Longest wait between two attempts of a request."""
@@ -51,7 +52,7 @@ class WebConfig:
         if self.backend == "recorded":
             require(bool(self.cassette), "web.cassette", self.cassette, "a folder, with web.backend=recorded")
         elif self.url or self.backend == "searxng":
-            is_address = self.url.startswith(("http://", "https://"))
+            is_address = is_http_address(self.url)
             rule = f"an http:// or https:// address, with web.backend={self.backend}"
             require(is_address, "web.url", self.url, rule)
 

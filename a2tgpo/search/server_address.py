@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from a2tgpo.io.atomic_file import write_text
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.web_address import is_http_address
 
 
 def write_address(path: Path, url: str) -> None:
@@ -45,12 +46,7 @@ def _read(path: Path) -> str:
         ) from None
     except UnicodeDecodeError:
         url = ""
-    try:
-        parts = urlsplit(url)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
-    except ValueError:
-        is_address = False
-    if not is_address or len(url.split()) != 1:
+    if not is_http_address(url) or "@" in urlsplit(url).netloc:
         raise ConfigError(
             f"search.url_file: {path} holds {url!r:.80}; allowed: an http:// or https:// address"
         )

@@ -203,10 +203,14 @@ def test_a_prompt_file_takes_fields_of_the_record_and_a_pattern_may_find_numbers
     assert sent == '{"rubric": "be {answer}", "of": [1, 2]} Paris {other}'
 
 
+WRONG_URLS = ("http://", "http://[::1", "http://a b/v1", "http://host:99999/v1", "host/v1")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"url": ""}, r"judge.url is ''; allowed: an http:// or https:// address"),
+        *(({"url": url}, r"judge.url is .*; allowed: an http:// or https:// address") for url in WRONG_URLS),
         ({"url": "http://me:pass@host/v1"}, r"contains a user name or password"),
         ({"model": ""}, r"judge.model is ''"),
         ({"pattern": "(a)(b)"}, r"judge.pattern .* allowed: a regular expression with one group"),
