@@ -1,4 +1,4 @@
-"""Start ranks under mpirun: they agree over MPI on an address, then each becomes launch/train.py.
+"""Start ranks under mpirun: they agree over MPI on an address, then each rank executes launch/train.py.
 
     mpirun -n RANKS python launch/mpi.py --config CONFIG [--dry-run] [--resume auto|PATH|none] [OVERRIDE ...]
     srun --mpi=pmix ... python launch/mpi.py --config CONFIG ...

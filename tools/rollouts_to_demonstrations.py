@@ -5,8 +5,8 @@
 
 RUN is a run's folder (runs/NAME). By default, a trajectory is accepted if its answer matches a gold answer exactly,
 its format is right, and no tool call failed. For each question, the best N trajectories are kept (--per-question N).
-A trajectory is better if it has a higher reward. At equal reward fewer calls are better, and then fewer tokens. FILE
-can be used as `warmstart.demonstrations` (docs/warmstart.md).
+The best trajectories have the highest reward, then the fewest calls, then the fewest tokens. FILE can be used as
+`warmstart.demonstrations` (docs/warmstart.md).
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ class _EpochOrder:
         size: number of questions in the set.
         start: index of the set's first question.
         seed: numbers that, together with the number of an epoch, seed the order of this epoch.
-        share: share of this set in all questions dealt.
+        share: this set's share of the sampler's questions.
     """
 
     def __init__(self, size: int, *, start: int, seed: Sequence[int], share: float):

@@ -83,7 +83,7 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
     if is_first:
         print(dump_config(config), end="")
         for line in f"planned for {gpus} x {card}\n\n{plan_text(plan, source=source)}\n".splitlines():
-            print(f"# {line}".rstrip())  # a comment, so that a program can read the output as a configuration
+            print(f"# {line}".rstrip())  # as a comment, so that the output is a valid configuration
         print(
             f"# dry run: files and layout are fine; {len(train_prompts)} training and "
             f"{sum(map(len, test_sets.values()))} test questions"

@@ -123,8 +123,7 @@ def serve(answer: Callable[..., Any], *, example: Sequence[Any], cpu_s: float, l
     Args:
         answer: returns the answer to a request.
         example: a request that is answered first, so that the time of imports does not count.
-        cpu_s: longest CPU time of a request in seconds. Because CPU time counts, a busy machine does not change an
-            answer.
+        cpu_s: longest CPU time of a request in seconds. A limit on CPU time gives the same answers on a busy machine.
         longest_s: longest time of a request in seconds.
     """
     for limit in LIMIT_SIGNALS:

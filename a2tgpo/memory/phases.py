@@ -11,8 +11,8 @@ Every change adds these metrics for the new phase. Each metric is the largest va
 `memory/PHASE_reserved_gib` also includes the cache of torch's allocator, only with a GPU.
 `memory/PHASE_peak_gib` is the peak of the allocated memory in the phase that ends, only with a GPU.
 
-Two metrics are sums over all phase changes of a step, averaged over ranks: `memory/moved_gib`, the data copied to and
-from the host, and `memory/move_s`, the time.
+Two metrics are sums over all phase changes of a step, averaged over ranks. `memory/moved_gib` is the data copied to
+and from the host, and `memory/move_s` is the time.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Alarm:
     """The metric, the limit and the advice of one alarm."""
 
     metrics: tuple[str, ...]
-    """Names of metrics in order of preference. The alarm watches the first of them that the step has."""
+    """Names of metrics in order of preference. The alarm watches the first one that the step reports."""
     key: str
     """Key of the setting that gives the limit. The value 0 disables the alarm. The key is "" if no setting exists."""
     threshold: float

@@ -1,6 +1,7 @@
 """Compute sentence embeddings with a Hugging Face encoder, such as e5-base-v2 or sentence-transformers' MiniLM.
 
-e5-base-v2 needs "query: " before queries and "passage: " before passages. MiniLM needs no prefix.
+For e5-base-v2, queries begin with "query:" and a space, and passages with "passage:" and a space. MiniLM needs no
+prefix.
 """
 
 from __future__ import annotations

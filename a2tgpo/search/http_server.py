@@ -52,7 +52,7 @@ class ScoredDocument(BaseModel):
 
 class RetrieveAnswer(BaseModel):
     result: list[list[ScoredDocument]] | list[list[Document]]
-    """The results of each query, best first. Without return_scores, each result is a document alone."""
+    """The results of each query, best first. Without return_scores, each result is only the document."""
 
 
 class Health(BaseModel):

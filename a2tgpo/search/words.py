@@ -32,7 +32,7 @@ def words_of(text: str) -> list[str]:
     run of one letter becomes a word.
     """
     folded = text.casefold()
-    if folded.isascii():  # most passages are ASCII, which the loop below splits half as fast
+    if folded.isascii():  # twice as fast as the loop below; most passages are ASCII
         return _ASCII_WORD.findall(folded)
     words: list[str] = []
     for word in _WORD.findall(_without_accents(folded)):

@@ -154,7 +154,7 @@ def scaled(clip_low: float, proportion: float) -> float:
 
 
 def with_clip(trial: Trial, clip_low: float) -> Trial:
-    """Return `trial` with the given `clip_low`, and a clip_high that keeps clip_high / clip_low."""
+    """Return `trial` with the given `clip_low`, and `clip_high` changed by the same factor."""
     clip_high = scaled(clip_low, trial.clip_high / trial.clip_low)
     return dataclasses.replace(trial, clip_low=clip_low, clip_high=clip_high)
 
