@@ -16,11 +16,12 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_mix import load_question_mix
 from a2tgpo.data.question_set import Question
 from a2tgpo.data.sampler import PromptSampler
-from a2tgpo.data.template import PromptSet, PromptTemplate
+from a2tgpo.data.template import PromptSet, PromptTemplate, contrast_prompt_set
 from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.environment.tool import Toolset, build_tools
 from a2tgpo.evaluate.sets import EvaluationSets, load_evaluation_sets
 from a2tgpo.io.errors import ConfigError, first_line
+from a2tgpo.loss.credit import needs_contrast
 from a2tgpo.loss.entropy import EntropyWeight
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
@@ -62,6 +63,8 @@ class RunParts:
     engine_group: EngineGroup
     tokenizer: PreTrainedTokenizerBase
     train_prompts: PromptSet
+    contrast_prompts: PromptSet | None
+    """Contrast prompts of the training questions, or None if no token credit needs them."""
     test_sets: EvaluationSets
     state: RolloutState
     policy: Policy
@@ -122,6 +125,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
     with timers.stage("startup_data"):
         protocol = build_run_protocol(config, groups, toolset)
         train_prompts = _prompt_set(mix.questions, protocol.template, config, groups)
+        contrast_prompts = build_contrast_prompts(mix.questions, protocol.template, config, groups)
         test_sets = EvaluationSets(
             {
                 name: _prompt_set(questions, protocol.template, config, groups)
@@ -160,6 +164,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         engine_group=engine_group,
         tokenizer=protocol.tokenizer,
         train_prompts=train_prompts,
+        contrast_prompts=contrast_prompts,
         test_sets=test_sets,
         state=RolloutState(sampler=sampler),
         policy=policy,
@@ -241,14 +246,31 @@ def _record_of(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--resume: {first_line(error)}") from error
 
 
+def build_contrast_prompts(
+    questions: list[Question], template: PromptTemplate, config: RunConfig, groups: ParallelGroups
+) -> PromptSet | None:
+    """Build the contrast prompts of `questions`; None if no token credit needs them. Every rank must call this.
+
+    Raises:
+        ConfigError: on all ranks, if a contrast prompt is too long.
+    """
+    if not needs_contrast(config.algorithm):
+        return None
+    return _checked(contrast_prompt_set(questions, template, config), groups)
+
+
 def _prompt_set(
     questions: list[Question], template: PromptTemplate, config: RunConfig, groups: ParallelGroups
 ) -> PromptSet:
     """Build the prompt set of `questions`. If a prompt is too long, raise ConfigError on all ranks."""
-    world = world_group()
-    prompts = PromptSet(questions, template, max_prompt_tokens=config.data.max_prompt_tokens)
+    limit = config.data.max_prompt_tokens
+    return _checked(PromptSet(questions, template, max_prompt_tokens=limit), groups)
+
+
+def _checked(prompts: PromptSet, groups: ParallelGroups) -> PromptSet:
+    """Return `prompts`. If a prompt is too long, raise ConfigError on all ranks."""
     share = slice(groups.rank, None, groups.world_size)
-    faults = [fault for fault in all_gather_object(prompts.first_too_long(share), world) if fault]
+    faults = [fault for fault in all_gather_object(prompts.first_too_long(share), world_group()) if fault]
     if faults:
         raise ConfigError(min(faults)[1])
     return prompts

@@ -202,6 +202,7 @@ class Trainer:
                 config=self.config,
                 groups=self.parts.groups,
                 align=self.parts.policy.alignment,
+                contrast_prompts=self._contrast_prompts(trajectories),
             )
         with self.timers.stage("score"):
             self.parts.phases.enter("score")
@@ -248,6 +249,11 @@ class Trainer:
             learning_metrics=learning_metrics,
             seconds=seconds | {"time/step_s": time.monotonic() - start},
         )
+
+    def _contrast_prompts(self, trajectories: Sequence[Trajectory]) -> dict[str, tuple[int, ...]] | None:
+        """Return the contrast prompts of the trajectories' questions, or None if the run has none."""
+        prompts = self.parts.contrast_prompts
+        return None if prompts is None else prompts.tokens_of(t.prompt_id for t in trajectories)
 
     def evaluate(self) -> bool:
         """Answer the held-out questions, and return whether the score is the best so far.

@@ -1,19 +1,26 @@
 """Compute advantages with the method that the configuration names."""
 
-import importlib
-
 import torch.distributed as dist
 
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
-from a2tgpo.config.algorithm import METHODS_PACKAGE, AlgorithmConfig
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.method_part import ADVANTAGE
+from a2tgpo.io.errors import require
 
 
 def compute_advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
-    """Compute advantages with the method in `advantage/methods/` that `algorithm.advantage` names.
+    """Compute advantages with the method that `algorithm.advantage` names.
 
     Every rank of `dp_group` must call this, even with an empty table.
+
+    Raises:
+        ConfigError: with a one-line message, if a method of the user fails or returns another shape.
     """
-    method = importlib.import_module(f"{METHODS_PACKAGE}.{config.advantage}")
-    return method.advantages(table, config, dp_group=dp_group)
+    found = ADVANTAGE.load(config.advantage)(table, config, dp_group=dp_group)
+    shape = (*table.info_gain.shape[:1], table.max_turns + 1)
+    fits = isinstance(found, TurnAdvantages) and found.advantages.shape == shape
+    rule = "a function that returns TurnAdvantages with one value per turn (docs/methods.md)"
+    require(fits, ADVANTAGE.key, config.advantage, rule)
+    return found

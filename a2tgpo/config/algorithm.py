@@ -1,34 +1,43 @@
 """Settings of the training method: advantage, importance ratio, clipping and aggregation."""
 
-import importlib
-import pkgutil
 from dataclasses import dataclass, field
 from typing import Literal
 
+from a2tgpo.config.contrast import ContrastConfig
 from a2tgpo.config.correction import CorrectionConfig
-from a2tgpo.io.errors import one_of, require
+from a2tgpo.config.expand import Expanded
+from a2tgpo.config.method_part import ADVANTAGE, NO_CREDIT, OBJECTIVE, TOKEN_CREDIT, MethodPart
+from a2tgpo.io.errors import require
 
-METHODS_PACKAGE = "a2tgpo.advantage.methods"
 WITHOUT_TURN_GROUPS = ("gigpo", "grpo", "gtpo", "hgpo", "igpo_joint", "igpo_separate")
 """Methods of advantage/methods/ that normalise nothing within turn groups."""
+WITH_CONTRAST = ("gcpo",)
+"""Token credits of loss/credits/ that read log-probs after contrast prompts."""
 Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 
 
 def advantage_names() -> list[str]:
     """Return the values that `algorithm.advantage` may have: the names of the modules in advantage/methods/."""
-    # List the modules without importing them.
-    package = importlib.import_module(METHODS_PACKAGE)
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return ADVANTAGE.names()
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
     """Settings of the training method. The defaults define A2TGPO; configs/algorithm/ has other methods."""
 
-    advantage: str = "turn_group"
-    """Name of a module in advantage/methods/ (docs/methods.md). turn_group is Eq. 6-9. turn_group_absent also counts
-    turns that a trajectory did not take, as gain 0. igpo_joint and igpo_separate pool the gains of all turns. grpo
-    uses only the outcome. gigpo, hgpo, gtpo and mt_grpo are the advantages of GiGPO, HGPO, GTPO and MT-GRPO."""
+    advantage: Expanded = "turn_group"
+    """Name of a module in advantage/methods/ (docs/methods.md), or a function of yours as path/to/file.py:name.
+    turn_group is Eq. 6-9. turn_group_absent also counts turns that a trajectory did not take, as gain 0. igpo_joint
+    and igpo_separate pool the gains of all turns. grpo uses only the outcome. gigpo, hgpo, gtpo and mt_grpo are the
+    advantages of GiGPO, HGPO, GTPO and MT-GRPO."""
+    objective: Expanded = "clipped_ratio"
+    """Shape of the loss: name of a module in loss/objectives/ (docs/methods.md), or a function of yours as
+    path/to/file.py:name. clipped_ratio is Eq. 12. cispo, sapo and gmpo are the losses of CISPO, SAPO and GMPO.
+    gspo_token is GSPO's variant for advantages that differ between the tokens that share a ratio."""
+    token_credit: Expanded = NO_CREDIT
+    """How the advantage of a turn is divided over its tokens: name of a module in loss/credits/ (docs/methods.md), or
+    a function of yours as path/to/file.py:name. none: every token of a turn has the turn's advantage. gcpo: tokens
+    that depend on the instructions get more (algorithm.contrast), at the cost of one more forward pass."""
     gamma: float = 1.0
     """Discount factor of each further turn, in [0, 1] (paper: 1.0)."""
     alpha: float = 1.0
@@ -48,14 +57,20 @@ class AlgorithmConfig:
     ratio: Literal["turn", "sequence", "token"] = "turn"
     """Unit that has one importance ratio: the turn (Eq. 10), the whole sequence, or the token."""
     clip_low: float = 3e-3
-    """epsilon_low of the paper. A ratio is clipped to at least 1 - c * clip_low, where clip_beta defines c."""
+    """epsilon_low of the paper. A ratio is clipped to at least 1 - c * clip_low, where clip_beta defines c. 1 with
+    clip_beta 0: no lower limit."""
     clip_high: float = 4e-3
     """epsilon_high of the paper. A ratio is clipped to at most 1 + c * clip_high, where clip_beta defines c."""
     clip_beta: float = 0.3
     """beta, in [0, 1), of the clipping factor c = 1 + beta (2 sigmoid(gain) - 1) (Eq. 11). With 0, c is 1."""
     dual_clip: float = 0.0
-    """Largest loss of a token with a negative advantage A, in units of |A|. A value > 1 needs ratio=token. 0: no
-    limit."""
+    """Largest loss of a token with a negative advantage A, in units of |A|. A value > 1 needs ratio=token and
+    objective=clipped_ratio. 0: no limit."""
+    sapo_tau_positive: float = 1.0
+    """For objective=sapo: temperature of the gate for tokens with a positive advantage (SAPO: 1.0). A higher
+    temperature lets the gradient fall faster as the ratio leaves 1."""
+    sapo_tau_negative: float = 1.05
+    """For objective=sapo: temperature of the gate for the other tokens (SAPO: 1.05)."""
     aggregation: Aggregation = "seq-mean-token-mean"
     """How the losses of all tokens become one number; see loss.policy_loss."""
     turn_signal: Literal["gain", "scores"] = "gain"
@@ -86,6 +101,8 @@ class AlgorithmConfig:
     """Largest covariance of log-prob and advantage at which a token may lose its gradient (Clip-Cov: 5)."""
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     """Importance weights that correct for differences between the log-probs of engine and trainer."""
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    """Contrast prompts, for token credits that compare log-probs after two prompts."""
 
     @property
     def uses_gain(self) -> bool:
@@ -93,8 +110,9 @@ class AlgorithmConfig:
         return self.turn_signal == "gain"
 
     def __post_init__(self) -> None:
-        names = advantage_names()
-        require(self.advantage in names, "algorithm.advantage", self.advantage, one_of(names, self.advantage))
+        ADVANTAGE.require_known(self.advantage)
+        OBJECTIVE.require_known(self.objective)
+        TOKEN_CREDIT.require_known(self.token_credit, NO_CREDIT)
         require(0 <= self.gamma <= 1, "algorithm.gamma", self.gamma, "in [0, 1]")
         require(self.alpha >= 0, "algorithm.alpha", self.alpha, ">= 0")
         require(self.hgpo_history >= 0, "algorithm.hgpo_history", self.hgpo_history, ">= 0")
@@ -107,15 +125,18 @@ class AlgorithmConfig:
             f"0 with algorithm.advantage={self.advantage} and algorithm.normalize_by_std="
             f"{str(self.normalize_by_std).lower()}, which divide by no spread of a turn group",
         )
-        require(0 < self.clip_low < 1, "algorithm.clip_low", self.clip_low, "in (0, 1)")
+        require(0 < self.clip_low <= 1, "algorithm.clip_low", self.clip_low, "in (0, 1]")
         require(self.clip_high > 0, "algorithm.clip_high", self.clip_high, "> 0")
         require(0 <= self.clip_beta < 1, "algorithm.clip_beta", self.clip_beta, "in [0, 1)")
         require(
-            self.dual_clip == 0 or (self.dual_clip > 1 and self.ratio == "token"),
+            self.dual_clip == 0
+            or (self.dual_clip > 1 and (self.ratio, self.objective) == ("token", "clipped_ratio")),
             "algorithm.dual_clip",
             self.dual_clip,
-            "0, or > 1 with algorithm.ratio=token",
+            "0, or > 1 with algorithm.ratio=token and algorithm.objective=clipped_ratio",
         )
+        for name in ("sapo_tau_positive", "sapo_tau_negative"):
+            require(getattr(self, name) > 0, f"algorithm.{name}", getattr(self, name), "> 0")
         for name in ("kl_coef", "entropy_coef", "entropy_target"):
             require(getattr(self, name) >= 0, f"algorithm.{name}", getattr(self, name), ">= 0")
         require(
@@ -133,3 +154,9 @@ class AlgorithmConfig:
             f"> 0 and below algorithm.clip_cov_high ({self.clip_cov_high:g})",
         )
         require(self.entropy_delta > 0, "algorithm.entropy_delta", self.entropy_delta, "> 0")
+
+    @property
+    def parts(self) -> tuple[tuple[MethodPart, str], ...]:
+        """The settings that name a file, each with its value."""
+        parts = ((ADVANTAGE, self.advantage), (OBJECTIVE, self.objective), (TOKEN_CREDIT, self.token_credit))
+        return tuple((part, spec) for part, spec in parts if spec != NO_CREDIT)

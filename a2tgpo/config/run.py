@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.cluster import ClusterConfig
+from a2tgpo.config.combinations import check_combinations
 from a2tgpo.config.data import CHAT_INSTRUCTIONS, SEARCH_INSTRUCTIONS, DataConfig
 from a2tgpo.config.evaluation import EvaluationConfig
 from a2tgpo.config.expand import Expanded
@@ -252,8 +253,14 @@ class RunConfig:
         )
 
     def check_training(self) -> None:
-        """Raise `ConfigError` if training on the rollouts would have no effect or be wrong."""
+        """Raise `ConfigError` if training on the rollouts would have no effect or be wrong.
+
+        This method loads the files of the user that `algorithm` names.
+        """
         self.rollout.check_training()
+        check_combinations(self)
+        for part, spec in self.algorithm.parts:
+            part.load(spec)
         require(
             bool(self.data.train), "data.train", self.data.train, "a file, or a mapping of files to weights"
         )

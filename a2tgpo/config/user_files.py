@@ -1,4 +1,4 @@
-"""The user's files whose content, and not only their path, decides the rollouts and their rewards."""
+"""The user's files whose content, and not only their path, decides what a run computes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ MISSING = "missing"
 
 def user_files(config: RunConfig) -> dict[str, str]:
     """Return the path of each file, by the setting that names the file."""
-    specs = {"reward.names": config.reward.names, "tools.names": config.tools.names}
-    files = {
-        f"{key}[{place}]": spec.rpartition(":")[0]
-        for key, names in specs.items()
-        for place, spec in enumerate(names)
-        if is_user_code(spec)
-    }
+    lists = {"reward.names": config.reward.names, "tools.names": config.tools.names}
+    specs = {f"{key}[{place}]": spec for key, names in lists.items() for place, spec in enumerate(names)}
+    specs |= {part.key: spec for part, spec in config.algorithm.parts}
+    files = {key: spec.rpartition(":")[0] for key, spec in specs.items() if is_user_code(spec)}
     if config.data.chat_template:
         files["data.chat_template"] = config.data.chat_template
     if "judge" in config.reward.names and config.judge.prompt_file:

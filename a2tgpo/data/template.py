@@ -7,9 +7,11 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from a2tgpo.config.run import RunConfig
 from a2tgpo.data.literal_text import LiteralEncoder
 from a2tgpo.data.question_set import Question
 from a2tgpo.data.thought import THINK_TAG
@@ -225,12 +227,23 @@ class PromptSet:
 
     Args:
         max_prompt_tokens: largest number of tokens that a prompt may have.
+        suffix: text that follows each question in its prompt.
+        suffix_key: the setting that `suffix` comes from, for messages.
     """
 
-    def __init__(self, questions: Sequence[Question], template: PromptTemplate, *, max_prompt_tokens: int):
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        template: PromptTemplate,
+        *,
+        max_prompt_tokens: int,
+        suffix: str = "",
+        suffix_key: str = "",
+    ):
         self.questions = list(questions)
         self._template = template
         self._max_prompt_tokens = max_prompt_tokens
+        self._suffix, self._suffix_key = suffix, suffix_key
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -260,9 +273,11 @@ class PromptSet:
             chunk = indices[first : first + CHUNK]
             for index, tokens in zip(chunk, self._render(chunk), strict=True):
                 if len(tokens) > self._max_prompt_tokens:
+                    with_suffix = f" with {self._suffix_key}" if self._suffix else ""
                     return index, (
-                        f"the prompt of question {self.questions[index].id!r} has {len(tokens)} tokens; allowed: at "
-                        f"most data.max_prompt_tokens={self._max_prompt_tokens}; raise that, or remove the question"
+                        f"the prompt of question {self.questions[index].id!r}{with_suffix} has {len(tokens)} tokens; "
+                        f"allowed: at most data.max_prompt_tokens={self._max_prompt_tokens}; raise that, or remove "
+                        "the question"
                     )
         return None
 
@@ -283,8 +298,20 @@ class PromptSet:
             for position, tokens in zip(positions, rendered, strict=True)
         ]
 
+    def tokens_of(self, ids: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Return the token ids of the prompts of the questions with these ids, by id."""
+        distinct = list(dict.fromkeys(ids))
+        return dict(zip(distinct, self._render([self._index[id] for id in distinct]), strict=True))
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        """The index of each question, by its id."""
+        return {question.id: index for index, question in enumerate(self.questions)}
+
     def _render(self, indices: Sequence[int]) -> list[tuple[int, ...]]:
-        return self._template.render_many([self.questions[index].question for index in indices])
+        return self._template.render_many(
+            [self.questions[index].question + self._suffix for index in indices]
+        )
 
     def _prompt(self, position: int, question: Question, tokens: tuple[int, ...]) -> Prompt:
         return Prompt(
@@ -296,3 +323,16 @@ class PromptSet:
             hops=question.hops,
             record=question.record,
         )
+
+
+def contrast_prompt_set(
+    questions: Sequence[Question], template: PromptTemplate, config: RunConfig
+) -> PromptSet:
+    """Return the contrast prompts of `questions` (`algorithm.contrast`)."""
+    return PromptSet(
+        questions,
+        template,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        suffix=config.algorithm.contrast.prompt_suffix,
+        suffix_key="algorithm.contrast.prompt_suffix",
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 from a2tgpo.config.load import flat_config
 from a2tgpo.config.run import RunConfig
-from a2tgpo.config.user_files import file_digests
+from a2tgpo.config.user_files import PREFIX, file_digests
 from a2tgpo.data.question_set import Question
 from a2tgpo.io.user_code import is_user_code
 
@@ -43,6 +43,8 @@ _DECIDING = (
 )
 """Keys of the settings that decide the answers. The layout and `search.url` are not among them, so they may change
 when an evaluation is resumed."""
+_OF_METHOD = f"{PREFIX}algorithm."
+"""Beginning of the names of files that only training uses."""
 _OF_JUDGE = ("judge.max_tokens", "judge.model", "judge.pattern", "judge.scores")
 _OF_TOOLS = {
     "mcp": ("mcp.command", "mcp.stateful", "mcp.tool"),
@@ -75,7 +77,8 @@ def evaluation_settings(
     keys = _DECIDING + (_OF_JUDGE if "judge" in config.reward.names else ())
     keys += tuple(key for tool in config.tools.names for key in _OF_TOOLS.get(tool, ()))
     decided = {key: flat[key] for key in keys}
-    return {"weights": weights, **questions, **decided, **file_digests(config)}
+    files = {name: digest for name, digest in file_digests(config).items() if not name.startswith(_OF_METHOD)}
+    return {"weights": weights, **questions, **decided, **files}
 
 
 def _fingerprint(questions: Sequence[Question], *, with_records: bool) -> str:

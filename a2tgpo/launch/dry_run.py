@@ -10,7 +10,7 @@ from a2tgpo.config.load import dump_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_mix import load_question_mix
 from a2tgpo.data.sampler import PromptSampler
-from a2tgpo.data.template import PromptSet
+from a2tgpo.data.template import PromptSet, contrast_prompt_set
 from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.environment.tool import build_tools
 from a2tgpo.evaluate.sets import load_evaluation_sets
@@ -18,6 +18,7 @@ from a2tgpo.io.exit_codes import DOES_NOT_FIT
 from a2tgpo.launch.needs import training_inputs
 from a2tgpo.launch.run_plan import plan_of_run
 from a2tgpo.launch.search_rate import search_shortfall
+from a2tgpo.loss.credit import needs_contrast
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.model.rope import check_positions
 from a2tgpo.model.transformer_config import check_layout
@@ -67,6 +68,8 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
         PromptSet(questions, template, max_prompt_tokens=limit)
         for questions in (mix.questions, *test_sets.values())
     )
+    if needs_contrast(config.algorithm):
+        others.append(contrast_prompt_set(mix.questions, template, config))
     for of_set in (train_prompts, *others):
         of_set.check_lengths()
     per_step = config.rollout.prompts_per_step

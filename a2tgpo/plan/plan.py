@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from a2tgpo.config.algorithm import WITH_CONTRAST
 from a2tgpo.config.run import RunConfig
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.plan.assumptions import Assumptions
@@ -67,11 +68,13 @@ class Plan(PlanInputs):
         """Number of scoring passes over all tokens of a step.
 
         One pass computes the old log-probs if a step has several mini-batches. The reference makes one pass for the
-        KL penalty, and one if it scores the gold answers.
+        KL penalty, and one if it scores the gold answers. Contrast prompts need one pass, mini-batch by mini-batch
+        before the updates.
         """
         config = self.config
         by_reference = (config.algorithm.kl_coef > 0) + (config.rollout.gain.scorer == "reference")
-        return (self.geometry.optimizer_steps > 1) + by_reference
+        has_contrast = config.algorithm.token_credit in WITH_CONTRAST
+        return (self.geometry.optimizer_steps > 1) + by_reference + has_contrast
 
     @property
     def step_seconds(self) -> float:

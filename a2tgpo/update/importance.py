@@ -8,7 +8,7 @@ import torch
 
 from a2tgpo.batch.packing import PackedBatch
 from a2tgpo.config.correction import CorrectionConfig
-from a2tgpo.loss.policy_loss import LossInputs, segments
+from a2tgpo.loss.inputs import LossInputs
 from a2tgpo.loss.rollout_correction import ImportanceWeights, importance_weights
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.collectives import all_reduce_sum, from_last_stage
@@ -18,7 +18,7 @@ from a2tgpo.parallel.groups import ParallelGroups
 def weigh(inputs: LossInputs, batch: PackedBatch, config: CorrectionConfig) -> ImportanceWeights:
     """Return the importance weights of a micro-batch's sampled tokens. Call this only on the last pipeline stage."""
     rollout_logprobs = batch.rollout_logprobs[0, batch.loss_mask[0]]
-    return importance_weights(inputs.old_logprobs, rollout_logprobs, *segments(inputs, config.level), config)
+    return importance_weights(inputs.old_logprobs, rollout_logprobs, *inputs.segments(config.level), config)
 
 
 def correction_metrics(

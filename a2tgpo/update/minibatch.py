@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from a2tgpo.advantage.turn_table import TurnAdvantages
 from a2tgpo.batch.microbatches import pack_microbatches
-from a2tgpo.batch.packing import Alignment, PackedBatch
+from a2tgpo.batch.packing import Alignment, PackedBatch, pack
 from a2tgpo.config.run import RunConfig
 from a2tgpo.loss.aggregate import token_weights
 from a2tgpo.loss.clip_cov import clip_covariance
-from a2tgpo.loss.policy_loss import LossInputs
+from a2tgpo.loss.inputs import LossInputs
 from a2tgpo.parallel.groups import ParallelGroups
-from a2tgpo.trajectory import Trajectory
+from a2tgpo.trajectory import TokenIds, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,10 @@ class Microbatch:
     """[T] float32: log-probs under the policy that played. Only the last pipeline stage has them, after scoring."""
     ref_logprobs: Tensor | None = None
     """[T] float32: log-probs under the reference. Only the last pipeline stage has them, after scoring."""
+    contrast: PackedBatch | None = None
+    """The same trajectories in the same order, after contrast prompts. None: the run has no contrast prompts."""
+    contrast_logprobs: Tensor | None = None
+    """[n] float32: log-probs of the n sampled tokens of `contrast`. Only the last pipeline stage has them."""
 
     def to(self, device: torch.device) -> Microbatch:
         """Return a copy of the micro-batch whose tensors are on `device` (see `PackedBatch.to`)."""
@@ -64,6 +68,7 @@ class Microbatch:
             num_sequences=batch.num_sequences,
             ref_logprobs=None if self.ref_logprobs is None else self.ref_logprobs[mask],
             is_cov_clipped=None if self.is_cov_clipped is None else self.is_cov_clipped[mask],
+            contrast_logprobs=self.contrast_logprobs,
         )
 
 
@@ -79,12 +84,17 @@ def build_minibatches(
     config: RunConfig,
     groups: ParallelGroups,
     align: Alignment,
+    contrast_prompts: Mapping[str, Sequence[int]] | None = None,
 ) -> list[Minibatch]:
     """Build mini-batches of `prompts_per_minibatch` prompts each, in the order of prompts.
 
     Every rank must call this, because loss normalisers are summed over the data-parallel group. `trajectories` is
     this data-parallel replica's share of the step's trajectories. Trajectory i has row i of `advantages` and
     `clip_scales`.
+
+    Args:
+        contrast_prompts: the token ids of the contrast prompt of each question, by the question's id. None: the run
+            has no contrast prompts.
     """
     prompts = config.update.prompts_per_minibatch
     is_correct = torch.tensor([t.exact_match == 1 for t in trajectories], dtype=torch.bool)
@@ -97,8 +107,12 @@ def build_minibatches(
             turn_clip_scales=clip_scales[turns].float(),
             sequence_weights=weights[sequences].float(),
             sequence_is_correct=is_correct[sequences],
+            # A contrast prompt may be longer than the prompt, so the row may be longer than `max_microbatch_tokens`.
+            # Its pass needs less memory than the training pass, because it computes no gradients.
+            contrast=pack(contrasted, sequences, align=align) if contrasted else None,
         )
 
+    contrasted = with_prompts(trajectories, contrast_prompts) if contrast_prompts is not None else []
     weights = torch.zeros(len(trajectories), dtype=torch.float64)
     minibatches: list[Minibatch] = []
     for number in range(config.rollout.prompts_per_step // prompts):
@@ -119,6 +133,13 @@ def build_minibatches(
             microbatches = _with_clip_cov(microbatches, trajectories, config=config, groups=groups)
         minibatches.append(microbatches)
     return minibatches
+
+
+def with_prompts(
+    trajectories: Sequence[Trajectory], prompts: Mapping[str, Sequence[int]]
+) -> list[Trajectory]:
+    """Return copies of the trajectories, whose turns follow `prompts[prompt_id]` in place of their own prompts."""
+    return [dataclasses.replace(t, prompt_tokens=TokenIds(prompts[t.prompt_id])) for t in trajectories]
 
 
 def _with_clip_cov(

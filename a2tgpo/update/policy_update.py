@@ -11,6 +11,8 @@ from torch import Tensor
 
 from a2tgpo.batch.packing import PackedBatch
 from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.method_part import NO_CREDIT
+from a2tgpo.loss.credit import credit_tokens, needs_contrast
 from a2tgpo.loss.policy_loss import PolicyLoss, policy_loss
 from a2tgpo.loss.rollout_correction import ImportanceWeights
 from a2tgpo.loss.turn_ratio import MAX_LOG_RATIO, segment_mean
@@ -18,6 +20,9 @@ from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.model.build import Policy
 from a2tgpo.model.logprobs import TokenDistribution
 from a2tgpo.parallel.collectives import from_last_stage
+from a2tgpo.update.by_turn import sums_by_turn
+from a2tgpo.update.contrast import compute_contrast_logprobs
+from a2tgpo.update.credit_metrics import credit_sums, record_credit
 from a2tgpo.update.expert_balance import balance_metrics
 from a2tgpo.update.importance import correction_metrics, weigh
 from a2tgpo.update.logprobs import TokenLogprobs, compute_logprobs
@@ -109,6 +114,8 @@ def update_policy(
     metrics, passes = MetricSums(), _TrainingPasses(config, entropy_weight)
     for number, minibatch in enumerate(minibatches):
         minibatch = [microbatch.to(policy.groups.device) for microbatch in minibatch]
+        if needs_contrast(config):
+            minibatch = compute_contrast_logprobs(policy, minibatch, distribution=distribution)
         batches, loss = [m.batch for m in minibatch], passes.loss_of(minibatch, is_first=number == 0)
         metrics.add("update/lr", schedule.lr, 1)
         result = train_step(policy, optimizer, batches, loss, distribution=distribution)
@@ -120,6 +127,7 @@ def update_policy(
         metrics.add("update/skipped", float(not result.update_ok and policy.groups.dp_rank == 0), 0)
         if result.metrics:
             _record(metrics, result.metrics, is_first=number == 0)
+            record_credit(metrics, result.metrics)
             record_spread(metrics, result.metrics, num_updates=number)
     metrics.merge(_score_metrics(policy, passes.score_sums))
     metrics.merge(correction_metrics(passes.importance, config.correction, policy.groups))
@@ -155,6 +163,8 @@ class _TrainingPasses:
             if self._entropy_weight:
                 inputs = replace(inputs, entropy=entropy[batch.loss_mask[0]])
             sampled = logprobs[batch.loss_mask[0]]
+            of_turns = inputs.advantages
+            inputs, measured = credit_tokens(sampled, inputs, config)
             result = policy_loss(sampled, inputs, config, entropy_weight=self._entropy_weight)
             log_ratio = sampled.detach() - inputs.old_logprobs
             shared = segment_mean(log_ratio, inputs.turn_ids, inputs.num_turns)
@@ -163,6 +173,8 @@ class _TrainingPasses:
             sums = _loss_sums(result, log_ratio, batch) | spread_sums(log_ratio, inputs, config.ratio)
             if inputs.is_cov_clipped is not None:
                 sums["cov_clipped"] = inputs.is_cov_clipped.sum()
+            if config.token_credit != NO_CREDIT:
+                sums |= credit_sums(measured, inputs, of_turns, batch)
             return result.loss, sums
 
         return loss_function
@@ -232,7 +244,7 @@ def _score_metrics(policy: Policy, sums: dict[str, Tensor]) -> MetricSums:
 
 
 def _loss_sums(result: PolicyLoss, log_ratio: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
-    """Return sums over a micro-batch's sampled tokens. A sum whose name ends in `by_turn` is a histogram."""
+    """Return sums over a micro-batch's sampled tokens. A sum whose name ends in `by_turn` is a `sums_by_turn`."""
     turn_index = batch.turn_index[batch.turn_ids[0, batch.loss_mask[0]]]  # [n]
     return {
         "tokens": torch.tensor(float(turn_index.numel())),
@@ -243,18 +255,9 @@ def _loss_sums(result: PolicyLoss, log_ratio: Tensor, batch: PackedBatch) -> dic
         "dual_clipped": result.is_dual_clipped.sum(),
         "old_kl": -log_ratio.sum(),
         "ref_kl": result.kl.sum(),
-        "clipped_by_turn": _histogram(turn_index, result.is_clipped),
-        "tokens_by_turn": _histogram(turn_index, torch.ones_like(result.is_clipped)),
+        "clipped_by_turn": sums_by_turn(turn_index, result.is_clipped),
+        "tokens_by_turn": sums_by_turn(turn_index, torch.ones_like(result.is_clipped)),
     }
-
-
-MAX_TURNS_SHOWN = 64
-
-
-def _histogram(turn_index: Tensor, counted: Tensor) -> Tensor:
-    """Return [MAX_TURNS_SHOWN] float64: for each turn index, the number of tokens at which `counted` is True."""
-    zeros = torch.zeros(MAX_TURNS_SHOWN, dtype=torch.float64, device=turn_index.device)
-    return zeros.index_add_(0, turn_index.clamp(max=MAX_TURNS_SHOWN - 1), counted.double())
 
 
 def _record(metrics: MetricSums, sums: dict[str, Tensor], *, is_first: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from a2tgpo.loss.policy_loss import LossInputs, segments
+from a2tgpo.loss.inputs import LossInputs
 from a2tgpo.loss.turn_ratio import segment_mean
 from a2tgpo.metrics.ratio_noise import SPREAD_METRICS
 from a2tgpo.metrics.reduce import MetricSums
@@ -18,7 +18,7 @@ def spread_sums(log_ratio: Tensor, inputs: LossInputs, level: str) -> dict[str, 
         log_ratio: [n] log-ratios of the micro-batch's sampled tokens, without gradient.
         level: the unit whose tokens share one ratio: token, turn or sequence.
     """
-    ids, num_segments = segments(inputs, level)
+    ids, num_segments = inputs.segments(level)
     shared, is_ratio = log_ratio.double(), torch.ones_like(log_ratio, dtype=torch.bool)
     if ids is not None:
         shared = segment_mean(shared, ids, num_segments)

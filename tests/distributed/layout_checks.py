@@ -6,7 +6,9 @@ A check is a function of a `Bench`. It raises AssertionError on the ranks that s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from a2tgpo.batch.packing import Alignment, PackedBatch, pack
 from a2tgpo.batch.probes import Probe, ProbedSequence
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
+from a2tgpo.loss.inputs import LossInputs
 from a2tgpo.loss.policy_loss import policy_loss
 from a2tgpo.model.logprobs import MODEL_DISTRIBUTION
 from a2tgpo.parallel.collectives import all_gather_object
@@ -124,11 +127,8 @@ def check_probes(bench: Bench) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def check_turn_ratios(bench: Bench) -> None:
-    """With one clipped ratio per turn, loss and gradients equal those of loops over turns, also if turns are split
-    over ranks.
-    """
-    policy, _ = bench.policy()
+def updated_batches(bench: Bench) -> tuple[list[PackedBatch], list[LossInputs]]:
+    """This replica's micro-batches with the loss's inputs. Some turn is split over the context-parallel ranks."""
     batches, cp_size = bench.batches(max_tokens=10_000), bench.groups.cp_size
     inputs = []
     for batch in batches:
@@ -153,6 +153,51 @@ def check_turn_ratios(bench: Bench) -> None:
                 for own in context_positions(batch.cu_seqlens, cp_size)
             ]
             assert set.intersection(*held), "no turn is split over the context-parallel ranks"
+    return batches, inputs
+
+
+def check_sequence_objectives(bench: Bench) -> None:
+    """The objectives with one ratio per sequence have the gradients of whole sequences, also if these are split.
+
+    No ratio is clipped. With ratio s, L tokens and advantages A_k, a token's gradient is then that of its log-prob
+    times -s A_k (gspo_token), or times -s sum_k A_k / L (gmpo).
+    """
+    policy, _ = bench.policy()
+    batches, inputs = updated_batches(bench)
+
+    def gradients(pull: Callable[[Tensor, LossInputs], Tensor]) -> dict[str, Tensor]:
+        def loss_function(number: int, logprobs: Tensor, entropy: Tensor) -> Any:
+            return pull(logprobs[batches[number].loss_mask[0]], inputs[number]), {}
+
+        compute_gradients(policy, batches, loss_function)
+        return hf_gradients(policy)
+
+    def by_hand(logprobs: Tensor, given: LossInputs, *, has_mean: bool) -> Tensor:
+        total = torch.zeros(())
+        for number in range(given.num_sequences):
+            own = given.sequence_ids == number
+            advantages = given.advantages[own]
+            s = (logprobs.detach() - given.old_logprobs)[own].mean().exp()
+            shared = advantages.mean().expand_as(advantages) if has_mean else advantages
+            total = total - (s * shared * logprobs[own]).sum() / bench.total_tokens
+        return total
+
+    for objective in ("gmpo", "gspo_token"):
+        config = AlgorithmConfig(
+            objective=objective, ratio="sequence", clip_low=0.5, clip_high=0.5, clip_beta=0.0
+        )
+        found = gradients(lambda logprobs, given, config=config: policy_loss(logprobs, given, config).loss)
+        has_mean = objective == "gmpo"
+        expected = gradients(functools.partial(by_hand, has_mean=has_mean))
+        assert_close(found, expected, 2e-6)
+
+
+def check_turn_ratios(bench: Bench) -> None:
+    """With one clipped ratio per turn, loss and gradients equal those of loops over turns, also if turns are split
+    over ranks.
+    """
+    policy, _ = bench.policy()
+    batches, inputs = updated_batches(bench)
 
     def loss_function(number: int, logprobs: Tensor, entropy: Tensor) -> Any:
         result = policy_loss(logprobs[batches[number].loss_mask[0]], inputs[number], ALGORITHM)

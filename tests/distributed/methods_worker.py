@@ -24,6 +24,7 @@ from a2tgpo.assemble import (
     RunParts,
     assemble,
     build_checkpoints,
+    build_contrast_prompts,
     build_reference,
     build_reward,
     build_rollout,
@@ -77,6 +78,9 @@ def of_method(parts: RunParts, config: RunConfig) -> RunParts:
         ),
         state=RolloutState(
             sampler=PromptSampler(len(parts.train_prompts), config.rollout.prompts_per_step, config.run.seed)
+        ),
+        contrast_prompts=build_contrast_prompts(
+            parts.train_prompts.questions, protocol.template, config, parts.groups
         ),
         reward=build_reward(config, protocol),
         reward_pool=RewardPool(build_rewards(config), config.reward),

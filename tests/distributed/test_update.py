@@ -12,6 +12,7 @@ LAYOUTS_OF = {
     "output_rows": "dp4 tp2 tp2_sequence pp2 cp2 tp2_cp2_sequence cp2_pp2_vpp2",
     "entropy": "dp4 tp2 tp2_cp2_sequence cp2_pp2_vpp2",
     "turn_ratios": "pp2_vpp2 cp2 tp2_cp2_sequence cp2_pp2_vpp2 tp2_pp2",
+    "sequence_objectives": "cp2 cp2_pp2_vpp2",
     "probes": "dp4 tp2_sequence pp2_vpp2",
     "scores": "dp4 tp2_sequence pp2_vpp2 pp2 pp2_uneven cp2 tp2_cp2_sequence tp2_pp2",
     "update": "pp2_vpp2 pp2_uneven cp2 tp2_cp2_sequence cp2_pp2_vpp2",

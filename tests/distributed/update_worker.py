@@ -39,6 +39,7 @@ from layout_checks import (
     check_output_rows,
     check_probes,
     check_scores,
+    check_sequence_objectives,
     check_turn_ratios,
     check_update,
 )
@@ -243,6 +244,7 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_gradients,
         check_output_rows,
         check_turn_ratios,
+        check_sequence_objectives,
         check_scores,
         check_correction,
         check_update,
@@ -263,6 +265,7 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_gradients,
         check_output_rows,
         check_turn_ratios,
+        check_sequence_objectives,
         check_entropy,
         check_correction,
         check_update,

@@ -21,8 +21,9 @@ from a2tgpo.advantage.turn_table import build_turn_table
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.loss.adaptive_clip import clip_scale
 from a2tgpo.loss.aggregate import token_weights
+from a2tgpo.loss.inputs import LossInputs
 from a2tgpo.loss.kl import kl_penalty
-from a2tgpo.loss.policy_loss import LossInputs, policy_loss
+from a2tgpo.loss.policy_loss import policy_loss
 from a2tgpo.protocol.tag_format import TagFormat
 from a2tgpo.reward.answer_match import f1_score
 from a2tgpo.reward.episode import EpisodeReader

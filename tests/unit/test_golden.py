@@ -1,4 +1,4 @@
-"""The golden vectors pass, and the tool that runs them finds errors."""
+"""The golden vectors, and the proof that the tool that runs them can fail."""
 
 import json
 import subprocess

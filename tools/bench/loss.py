@@ -18,7 +18,8 @@ from trajectories import make_trajectories
 
 from a2tgpo.batch.packing import Alignment, pack
 from a2tgpo.config.algorithm import AlgorithmConfig
-from a2tgpo.loss.policy_loss import LossInputs, policy_loss
+from a2tgpo.loss.inputs import LossInputs
+from a2tgpo.loss.policy_loss import policy_loss
 
 COUNT, TOKENS = 128, 2000
 PART = 16

@@ -1,6 +1,7 @@
 """The methods in configs/algorithm/, and configuration files among the arguments."""
 
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ PRESETS = {path.stem: path for path in sorted((ROOT / "configs" / "algorithm").g
 
 GRPO = {
     "algorithm.advantage": "grpo",
+    "algorithm.objective": "clipped_ratio",
+    "algorithm.token_credit": "none",
     "algorithm.ratio": "token",
     "algorithm.clip_low": 0.2,
     "algorithm.clip_high": 0.2,
@@ -64,6 +67,46 @@ EXPECTED = {
         "algorithm.clip_low": 3e-4,
         "algorithm.clip_high": 4e-4,
         "algorithm.dual_clip": 0.0,
+    },
+    "cispo": {
+        **GRPO,
+        "algorithm.objective": "cispo",
+        "algorithm.clip_low": 1.0,
+        "algorithm.clip_high": 4.0,
+        "algorithm.dual_clip": 0.0,
+        "algorithm.aggregation": "token-mean",
+    },
+    "sapo": {
+        **GRPO,
+        "algorithm.objective": "sapo",
+        "algorithm.sapo_tau_positive": 1.0,
+        "algorithm.sapo_tau_negative": 1.05,
+        "algorithm.dual_clip": 0.0,
+    },
+    "gmpo": {
+        **GRPO,
+        "algorithm.objective": "gmpo",
+        "algorithm.ratio": "sequence",
+        "algorithm.clip_low": pytest.approx(1 - math.exp(-0.4), abs=1e-6),
+        "algorithm.clip_high": pytest.approx(math.exp(0.4) - 1, abs=1e-6),
+        "algorithm.dual_clip": 0.0,
+    },
+    "dr_grpo": {
+        **GRPO,
+        "algorithm.normalize_by_std": False,
+        "algorithm.dual_clip": 0.0,
+        "algorithm.aggregation": "seq-mean-token-sum-norm",
+    },
+    "gcpo": {
+        **GRPO,
+        "algorithm.token_credit": "gcpo",
+        "algorithm.contrast.level": "token",
+        "algorithm.contrast.top_share": 0.4,
+        "algorithm.contrast.top_mass": 0.8,
+        "algorithm.clip_high": 0.28,
+        "algorithm.dual_clip": 0.0,
+        "algorithm.aggregation": "token-mean",
+        "rollout.dynamic_sampling": True,
     },
     "igpo": {**GRPO, "algorithm.advantage": "igpo_joint", "algorithm.gamma": 1.0, "algorithm.dual_clip": 0.0},
     "igpo_tg": {**A2TGPO, "algorithm.rescale": False, "algorithm.clip_beta": 0.0},
@@ -162,11 +205,20 @@ def test_presets_write_out_all_that_tells_methods_apart():
     fields = {f"algorithm.{field.name}" for field in dataclasses.fields(AlgorithmConfig)}
     # How engine and trainer are reconciled depends on the engine, the signal of a turn on the task; what keeps the
     # entropy up, and what floor suits the spreads of the gains, on the run. Any method may have all of them. Only
-    # HGPO reads its length of history.
+    # HGPO reads its length of history, only SAPO its temperatures, and only GCPO its contrast.
     of_the_run = tuple(
         f"algorithm.{name}"
         for name in (
-            *("correction", "turn_signal", "entropy_", "clip_cov_", "gain_spread_floor", "hgpo_history"),
+            *(
+                "correction",
+                "turn_signal",
+                "entropy_",
+                "clip_cov_",
+                "gain_spread_floor",
+                "hgpo_history",
+                "sapo_",
+                "contrast",
+            ),
         )
     )
     of_methods = {field for field in fields if not field.startswith(of_the_run)}

@@ -44,7 +44,7 @@ def configured(**sections):
 
 def test_a_group_of_one_is_refused_where_its_advantage_would_be_nothing():
     single = RolloutConfig(group_size=1)
-    configured(rollout=single, algorithm=AlgorithmConfig(advantage="grpo")).check_training()
+    configured(rollout=single, algorithm=AlgorithmConfig(advantage="grpo", clip_beta=0.0)).check_training()
     with pytest.raises(
         ConfigError, match=r"rollout\.group_size is 1; allowed: >= 2 with .*=turn_group, which"
     ):

@@ -1,5 +1,5 @@
-"""Eq. 12 with all options, in plain Python loops over prompts, rollouts, turns and tokens, and strategies for its
-inputs.
+"""Every objective with all options, in plain Python loops over prompts, rollouts, turns and tokens, and strategies
+for the inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from a2tgpo.config.algorithm import Aggregation, AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.loss.adaptive_clip import clip_scale
 from a2tgpo.loss.aggregate import token_weights
-from a2tgpo.loss.policy_loss import LossInputs, PolicyLoss, policy_loss, segments
+from a2tgpo.loss.inputs import LossInputs
+from a2tgpo.loss.policy_loss import PolicyLoss, policy_loss
 from a2tgpo.loss.rollout_correction import importance_weights
 
 NORM_LENGTH = 10
@@ -56,6 +57,14 @@ turns = st.builds(Turn, st.floats(-3, 3), gains, st.lists(tokens, max_size=5).ma
 batches = st.lists(st.lists(st.lists(turns, max_size=3), min_size=1, max_size=3), min_size=1, max_size=3)
 
 LEVELS = ("turn", "sequence", "token")
+LEVELS_OF = {
+    "clipped_ratio": LEVELS,
+    "cispo": LEVELS,
+    "sapo": LEVELS,
+    "gmpo": ("turn", "sequence"),
+    "gspo_token": ("turn", "sequence"),
+}
+"""The ratios that each objective allows."""
 corrections = st.builds(
     CorrectionConfig,
     kind=st.sampled_from(["none", "truncate", "mask"]),
@@ -67,14 +76,19 @@ corrections = st.builds(
 
 @st.composite
 def configs(draw) -> AlgorithmConfig:
-    ratio = draw(st.sampled_from(LEVELS))
-    low, high = draw(st.sampled_from([(3e-3, 4e-3), (0.2, 0.28), (3e-4, 4e-4)]))
+    objective = draw(st.sampled_from(["clipped_ratio", *LEVELS_OF]))
+    ratio = draw(st.sampled_from(LEVELS_OF[objective]))
+    low, high = draw(st.sampled_from([(3e-3, 4e-3), (0.2, 0.28), (3e-4, 4e-4), (1.0, 4.0)]))
+    has_dual_clip = ratio == "token" and objective == "clipped_ratio"
     return AlgorithmConfig(
+        objective=objective,
         ratio=ratio,
         clip_low=low,
         clip_high=high,
         clip_beta=draw(st.sampled_from([0.0, 0.3, 0.99])),
-        dual_clip=draw(st.sampled_from([0.0, 3.0])) if ratio == "token" else 0.0,
+        dual_clip=draw(st.sampled_from([0.0, 3.0])) if has_dual_clip else 0.0,
+        sapo_tau_positive=draw(st.sampled_from([1.0, 0.3])),
+        sapo_tau_negative=draw(st.sampled_from([1.05, 4.0])),
         aggregation=draw(st.sampled_from(get_args(Aggregation))),
         kl_coef=draw(st.sampled_from([0.0, 1e-3, 0.5])),
         kl_estimator=draw(st.sampled_from(["k1", "k2", "k3"])),
@@ -114,7 +128,7 @@ def loss_inputs(batch: Batch, config: AlgorithmConfig, dtype: torch.dtype = torc
         found = importance_weights(
             inputs["old_logprobs"],
             rollout_logprobs,
-            *segments(LossInputs(**inputs), config.correction.level),
+            *LossInputs(**inputs).segments(config.correction.level),
             config.correction,
         )
         inputs["importance"] = found.weights
@@ -158,12 +172,12 @@ def naive_loss_and_gradient(batch: Batch, config: AlgorithmConfig) -> tuple[floa
         for turn, values in rollout:
             for token, new in values:
                 shared = {
-                    "turn": values,
-                    "sequence": [value for _, others in rollout for value in others],
-                    "token": [(token, new)],
+                    "turn": [(turn, *value) for value in values],
+                    "sequence": [(other, *value) for other, others in rollout for value in others],
+                    "token": [(turn, token, new)],
                 }
                 penalty = config.kl_coef * naive_kl(new, token.reference, config.kl_estimator)
-                term = naive_policy_term(turn, shared[config.ratio], config)
+                term = NAIVE_TERMS[config.objective](turn, new, shared[config.ratio], config)
                 total = total + weight * (naive_importance(shared, config) * term + penalty)
     total.backward()
     assert leaves.grad is not None
@@ -181,12 +195,20 @@ def naive_tokens(batch: Batch, leaves: tuple[torch.Tensor, ...]) -> list:
     ]
 
 
-def naive_policy_term(turn: Turn, shared: list, config: AlgorithmConfig) -> torch.Tensor:
-    """Return -min(s A, clip(s, 1 - c eps_low, 1 + c eps_high) A), computed branch by branch."""
-    log_ratio = sum(new - token.old for token, new in shared) / len(shared)
-    s = torch.exp(log_ratio) if log_ratio <= 10 else torch.tensor(math.exp(10), dtype=torch.float64)
+def naive_ratio(shared: list) -> torch.Tensor:
+    log_ratio = sum(new - token.old for _, token, new in shared) / len(shared)
+    return torch.exp(log_ratio) if log_ratio <= 10 else torch.tensor(math.exp(10), dtype=torch.float64)
+
+
+def naive_range(turn: Turn, config: AlgorithmConfig) -> tuple[float, float]:
+    """Return 1 - c eps_low and 1 + c eps_high."""
     c = 1 + config.clip_beta * (2 / (1 + math.exp(-turn.gain)) - 1)
-    low, high = 1 - c * config.clip_low, 1 + c * config.clip_high
+    return 1 - c * config.clip_low, 1 + c * config.clip_high
+
+
+def naive_clipped(turn: Turn, s: torch.Tensor, config: AlgorithmConfig) -> torch.Tensor:
+    """Return -min(s A, clip(s, 1 - c eps_low, 1 + c eps_high) A), computed branch by branch."""
+    low, high = naive_range(turn, config)
     clipped = low if s < low else high if s > high else s
     smaller = s if s * turn.advantage <= clipped * turn.advantage else clipped
     term = -smaller * turn.advantage + 0.0 * s
@@ -195,11 +217,54 @@ def naive_policy_term(turn: Turn, shared: list, config: AlgorithmConfig) -> torc
     return term
 
 
+def naive_clipped_ratio(turn: Turn, new: torch.Tensor, shared: list, config: AlgorithmConfig) -> torch.Tensor:
+    return naive_clipped(turn, naive_ratio(shared), config)
+
+
+def naive_gspo_token(turn: Turn, new: torch.Tensor, shared: list, config: AlgorithmConfig) -> torch.Tensor:
+    """Return the clipped term of s_k = sg(s) pi(y_k) / sg(pi(y_k))."""
+    return naive_clipped(turn, naive_ratio(shared).detach() * new.exp() / new.detach().exp(), config)
+
+
+def naive_cispo(turn: Turn, new: torch.Tensor, shared: list, config: AlgorithmConfig) -> torch.Tensor:
+    low, high = naive_range(turn, config)
+    return -min(max(naive_ratio(shared).item(), low), high) * turn.advantage * new
+
+
+def naive_sapo(turn: Turn, new: torch.Tensor, shared: list, config: AlgorithmConfig) -> torch.Tensor:
+    tau = config.sapo_tau_positive if turn.advantage > 0 else config.sapo_tau_negative
+    return -(4 / tau) / (1 + torch.exp(-tau * (naive_ratio(shared) - 1))) * turn.advantage
+
+
+def naive_gmpo(turn: Turn, new: torch.Tensor, shared: list, config: AlgorithmConfig) -> torch.Tensor:
+    """Return -A times the geometric mean of ratios, each clipped on the side of its token's advantage."""
+    logs = []
+    for other, token, value in shared:
+        low, high = naive_range(other, config)
+        log_ratio = value - token.old
+        if other.advantage > 0:
+            logs.append(log_ratio if log_ratio <= math.log(high) else math.log(high) + 0.0 * value)
+        else:
+            lowest = math.log(low) if low > 0 else -math.inf
+            logs.append(log_ratio if log_ratio >= lowest else lowest + 0.0 * value)
+    mean = sum(logs) / len(logs)
+    return -turn.advantage * (mean.exp() if mean <= 10 else math.exp(10) + 0.0 * new)
+
+
+NAIVE_TERMS = {
+    "clipped_ratio": naive_clipped_ratio,
+    "cispo": naive_cispo,
+    "sapo": naive_sapo,
+    "gmpo": naive_gmpo,
+    "gspo_token": naive_gspo_token,
+}
+
+
 def naive_importance(shared: dict[str, list], config: AlgorithmConfig) -> float:
     correction = config.correction
     if correction.kind == "none":
         return 1.0
-    members = [token for token, _ in shared[correction.level]]
+    members = [token for _, token, _ in shared[correction.level]]
     w = math.exp(min(10.0, sum(token.old - token.rollout for token in members) / len(members)))
     if correction.kind == "truncate":
         return min(w, correction.upper)

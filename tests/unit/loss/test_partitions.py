@@ -14,7 +14,8 @@ from loss_by_hand import LEVELS, Batch, Token, Turn, batches, configs, loss_inpu
 
 from a2tgpo.config.algorithm import Aggregation, AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
-from a2tgpo.loss.policy_loss import LossInputs, policy_loss
+from a2tgpo.loss.inputs import LossInputs
+from a2tgpo.loss.policy_loss import policy_loss
 
 
 def take(inputs: LossInputs, logprobs: torch.Tensor, sequences: list[int]) -> tuple[LossInputs, torch.Tensor]:

@@ -30,9 +30,7 @@ GOOD = answer({"document": {"id": "1", "contents": LIMA.contents}, "score": 2.5}
 
 
 class Scripted(ThreadingHTTPServer):
-    """Plays one entry of `script` per request and then repeats the last: bytes | (status, bytes) |
-    callable(handler).
-    """
+    """Plays `script`, one entry a request, the last one for ever: bytes | (status, bytes) | callable(handler)."""
 
     daemon_threads = True
 
@@ -47,7 +45,7 @@ class Scripted(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/retrieve"
 
     def handle_error(self, request, client_address):
-        """Ignore clients that hang up, since these tests have some."""
+        """A client that hung up is part of these tests."""
 
 
 class ScriptedHandler(BaseHTTPRequestHandler):
@@ -85,7 +83,7 @@ def drip(handler):
 
 
 def compress(handler):
-    """Send a compressed answer of 64 MiB that the client did not ask for."""
+    """What would be 64 MiB, unasked."""
     body = zstandard.ZstdCompressor().compress(bytes(2**26))
     assert handler.headers["Accept-Encoding"] == "identity"
     handler.send_response(200)
@@ -189,7 +187,7 @@ def test_what_another_try_cannot_mend_is_not_tried_again(server, client, reply, 
 
 
 def fails_at(text, reply):
-    """Return a handler that answers queries correctly unless they contain `text`."""
+    """Answers queries well unless `text` is in them."""
 
     def play(handler):
         query = handler.server.requests[-1]["queries"][0]
@@ -215,7 +213,7 @@ def fails_at(text, reply):
         (fails_at("poison", (500, b"")), False),
         (fails_at("poison", (200, b"garbage")), False),
         (fails_at("poison", (422, b"")), False),
-        (fails_at("poison", (503, b"")), True),  # for example from a proxy in front of several servers
+        (fails_at("poison", (503, b"")), True),  # of a proxy before several servers, say
     ],
 )
 def test_a_server_out_of_service_is_told_from_a_query_that_it_cannot_answer(server, reply, is_outage):
@@ -244,11 +242,11 @@ def test_a_server_that_moves_is_found_by_its_file(server, tmp_path):
     for _ in range(3):
         with pytest.raises(SearchUnavailableError):
             client.search("x", 3)
-    file.write_text("")  # another program is writing it
+    file.write_text("")  # being written, by another program
     with pytest.raises(SearchUnavailableError, match="not queried"):
         client.search("x", 3)
     write_address(file, server.url)
-    assert client.search("x", 3) == [(LIMA, 2.5)]  # although the client had stopped querying the old address
+    assert client.search("x", 3) == [(LIMA, 2.5)]  # though the old address was being spared
     client.close()
 
 

@@ -1,4 +1,4 @@
-"""Text for a terminal."""
+"""What a terminal is shown."""
 
 from a2tgpo.io.terminal import indented
 

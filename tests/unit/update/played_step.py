@@ -1,4 +1,4 @@
-"""Mini-batches of a played step. Advantages and clip scales depend on the trajectory, not on its row."""
+"""Mini-batches of a played step, with advantages and clip scales that belong to the trajectory, not to its row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.config.update import UpdateConfig
-from a2tgpo.loss.policy_loss import LossInputs
+from a2tgpo.loss.inputs import LossInputs
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.trajectory import Trajectory
 from a2tgpo.update.importance import correction_metrics, weigh
@@ -32,9 +32,10 @@ def minibatches_of(
     *,
     max_tokens: int = 40,
     num_minibatches: int = NUM_MINIBATCHES,
+    contrast_prompts: dict[str, list[int]] | None = None,
     **algorithm,
 ) -> list[Minibatch]:
-    """Return mini-batches with micro-batches of at most `max_tokens`. `algorithm` has fields of that section."""
+    """Of micro-batches of at most `max_tokens`; `algorithm`: fields of that section."""
     config = RunConfig(
         run=RunSettings(name="r"),
         model=ModelConfig(path="unused"),
@@ -56,14 +57,20 @@ def minibatches_of(
     )
     clip_scales = 1 + 0.3 * values[1][rows].tanh()
     return build_minibatches(
-        trajectories, advantages, clip_scales, config=config, groups=groups, align=Alignment()
+        trajectories,
+        advantages,
+        clip_scales,
+        config=config,
+        groups=groups,
+        align=Alignment(),
+        contrast_prompts=contrast_prompts,
     )
 
 
 def correct_rollouts(
     minibatches: list[Minibatch], config: CorrectionConfig, groups: ParallelGroups
 ) -> tuple[list[list[LossInputs]], dict[str, float]]:
-    """Return the loss's inputs with importance weights for every micro-batch, and the metrics of the weights."""
+    """The loss's inputs of every micro-batch with importance weights, and the metrics of these."""
     weights, corrected = [], []
     for minibatch in minibatches:
         inputs = [microbatch.loss_inputs() for microbatch in minibatch]

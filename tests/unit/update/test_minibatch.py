@@ -1,4 +1,4 @@
-"""Packing and micro-batches do not change any mini-batch's loss or gradients."""
+"""From trajectories to the loss: packing and micro-batches leave every mini-batch's loss and gradients alone."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from played_step import NUM_MINIBATCHES, correct_rollouts, minibatches_of
 from a2tgpo.batch.packing import PackedBatch
 from a2tgpo.config.algorithm import Aggregation, AlgorithmConfig
 from a2tgpo.config.correction import CorrectionConfig
-from a2tgpo.loss.policy_loss import LossInputs, policy_loss
+from a2tgpo.loss.inputs import LossInputs
+from a2tgpo.loss.policy_loss import policy_loss
 from a2tgpo.trajectory import Trajectory
 from a2tgpo.update.minibatch import Minibatch
 
 
 def made_up_logprobs(batch: PackedBatch, shift: float) -> torch.Tensor:
-    """Return log-probs [T] that depend only on the token and its place in its trajectory."""
+    """[T], fixed by the token and its place in its trajectory."""
     return -2.0 + torch.sin(0.3 * batch.targets[0] + 0.7 * batch.positions[0] + shift)
 
 
@@ -29,7 +30,7 @@ def loss_and_token_gradients(
     trajectories: list[Trajectory],
     config: AlgorithmConfig,
 ) -> tuple[float, dict[tuple[int, int, int], float]]:
-    """Return the loss, and gradients by (prompt, sample, position in the trajectory)."""
+    """Gradients by (prompt, sample, position in the trajectory)."""
     total, gradients = 0.0, {}
     for microbatch, inputs in zip(minibatch, corrected, strict=True):
         batch = microbatch.batch
@@ -48,7 +49,7 @@ def loss_and_token_gradients(
 def outcome(
     trajectories: list[Trajectory], groups, max_tokens: int, config: AlgorithmConfig
 ) -> list[tuple[float, dict]]:
-    """Return loss and gradients per mini-batch."""
+    """Per mini-batch."""
     minibatches = minibatches_of(
         trajectories, groups, max_tokens=max_tokens, ratio=config.ratio, aggregation=config.aggregation
     )
@@ -73,7 +74,7 @@ def outcome(
 def test_packing_and_order_change_neither_loss_nor_gradients(
     policy, trajectories, level, aggregation
 ) -> None:
-    """Micro-batches have one trajectory, a few, or all. Trajectories without tokens make no difference."""
+    """Micro-batches of one trajectory, of a few, of all; a trajectory without tokens might as well be absent."""
     config = AlgorithmConfig(
         ratio=level,
         aggregation=aggregation,

@@ -1,4 +1,4 @@
-"""The output layer runs only for positions whose log-prob is needed. Losses and gradients stay the same."""
+"""The output layer runs where a log-prob is asked for, and nowhere else; losses and gradients do not notice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from a2tgpo.warmstart.batches import cross_entropy, token_weights
 
 @contextlib.contextmanager
 def counted_rows(policy: Policy) -> Iterator[list[int]]:
-    """Record how many rows each call of the output layer computes in this context."""
+    """Within, how many rows each call of the output layer gives."""
     rows: list[int] = []
     hook = policy.gpt_models[0].output_layer.register_forward_hook(
         lambda _layer, _inputs, output: rows.append(output[0].size(0))
@@ -38,12 +38,12 @@ def packed(trajectories: list[Trajectory]) -> list[PackedBatch]:
 
 
 def wholly(batches: list[PackedBatch]) -> list[PackedBatch]:
-    """Return the batches with every position requested."""
+    """The same with every position asked for."""
     return [dataclasses.replace(batch, loss_mask=torch.ones_like(batch.loss_mask)) for batch in batches]
 
 
 def weighted(batches: list[PackedBatch]) -> LossFunction:
-    """Return a loss with a different weight for each sampled token's log-prob and for the entropy at its position."""
+    """A different weight for each sampled token's log-prob and for the entropy where it was sampled."""
 
     def loss(number: int, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, dict]:
         mask = batches[number].loss_mask[0]

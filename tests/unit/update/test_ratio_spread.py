@@ -1,4 +1,4 @@
-"""How far the ratios of a mini-batch are from 1: by hand, and from the ratios of turns."""
+"""What a mini-batch tells of how far its ratios are from 1: by hand, and by the turns' own ratios."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from played_step import minibatches_of
 
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.update import UpdateConfig
-from a2tgpo.loss.policy_loss import LossInputs
+from a2tgpo.loss.inputs import LossInputs
 from a2tgpo.model.logprobs import MODEL_DISTRIBUTION
 from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.policy_update import compute_old_logprobs, update_policy

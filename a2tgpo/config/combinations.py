@@ -1,0 +1,107 @@
+"""Settings of a method that do not go together.
+
+Each setting is valid by itself, but together they would train by another method than their names say.
+`RunConfig.check_training` refuses such a combination before anything is built. All other combinations work.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from a2tgpo.config.method_part import NO_CREDIT
+from a2tgpo.io.errors import require
+from a2tgpo.io.user_code import is_user_code
+
+if TYPE_CHECKING:
+    from a2tgpo.config.algorithm import AlgorithmConfig
+    from a2tgpo.config.run import RunConfig
+
+ONE_ADVANTAGE_PER_TRAJECTORY = ("grpo",)
+"""Methods of advantage/methods/ that give all turns of a trajectory the same advantage."""
+GRADIENT_PER_TOKEN = ("cispo", "gspo_token")
+"""Objectives of loss/objectives/ whose tokens get a gradient by their own advantages, whatever unit the ratio has. In
+the other objectives, the tokens of the unit share the mean of their advantages."""
+RATIO_OF_SEVERAL_TOKENS = ("gmpo", "gspo_token")
+"""Objectives of loss/objectives/ that are defined for ratios of turns and sequences only."""
+WITHOUT_NORMALIZED_GAINS = ("gigpo", "grpo", "gtpo", "hgpo")
+"""Methods of advantage/methods/ whose turns all have normalised gain 0."""
+_SIZES = ("token", "turn", "sequence")
+
+
+def check_combinations(config: RunConfig) -> None:
+    """Raise `ConfigError` with a one-line message if two settings of the method do not go together."""
+    algorithm = config.algorithm
+    _check_ratio(algorithm)
+    _check_clipping(algorithm)
+    require(
+        algorithm.clip_cov_share == 0 or algorithm.token_credit == NO_CREDIT,
+        "algorithm.clip_cov_share",
+        algorithm.clip_cov_share,
+        f"0 with algorithm.token_credit={algorithm.token_credit}, because Clip-Cov chooses tokens by the advantages "
+        f"before the credit; set algorithm.token_credit={NO_CREDIT} to use Clip-Cov",
+    )
+
+
+def _check_ratio(algorithm: AlgorithmConfig) -> None:
+    """Check that the unit of the ratio fits the objective, and is not larger than the unit of the advantage."""
+    ratio, objective = algorithm.ratio, algorithm.objective
+    require(
+        ratio != "token" or objective not in RATIO_OF_SEVERAL_TOKENS,
+        "algorithm.ratio",
+        ratio,
+        f"sequence | turn with algorithm.objective={objective}, whose ratio is one of several tokens; for token "
+        "ratios set algorithm.objective=clipped_ratio",
+    )
+    if objective in GRADIENT_PER_TOKEN or is_user_code(objective):
+        return
+    unit, source = _unit_of_advantages(algorithm)
+    units = _SIZES[: _SIZES.index(unit) + 1]
+    if objective in RATIO_OF_SEVERAL_TOKENS:
+        units = tuple(size for size in units if size != "token")
+    mends = [f"algorithm.ratio={units[-1]}"] if units else []
+    mends += ["algorithm.objective=gspo_token"] if ratio != "token" else []
+    mends += (
+        ["algorithm.contrast.level=turn"] if (unit, ratio, algorithm.token_credit) == _GCPO_OF_TURNS else []
+    )
+    require(
+        ratio in units,
+        "algorithm.ratio",
+        ratio,
+        f"{' | '.join(units) or 'no ratio'} with {source} and algorithm.objective={objective}, because the tokens "
+        f"that share a ratio would share the mean of different advantages; set {' or '.join(mends)}",
+    )
+
+
+_GCPO_OF_TURNS = ("token", "turn", "gcpo")
+
+
+def _unit_of_advantages(algorithm: AlgorithmConfig) -> tuple[str, str]:
+    """Return the largest unit in which all advantages are equal, and the setting that makes it so.
+
+    A function of the user may return any advantages for its turns, so the user is trusted to choose the ratio.
+    """
+    if algorithm.token_credit == "gcpo" and algorithm.contrast.level == "turn":
+        return "turn", "algorithm.token_credit=gcpo"
+    if algorithm.token_credit != NO_CREDIT:
+        return "token", f"algorithm.token_credit={algorithm.token_credit}"
+    source = f"algorithm.advantage={algorithm.advantage}"
+    is_one = algorithm.advantage in ONE_ADVANTAGE_PER_TRAJECTORY or is_user_code(algorithm.advantage)
+    return ("sequence" if is_one else "turn"), source
+
+
+def _check_clipping(algorithm: AlgorithmConfig) -> None:
+    """Check that clip scales have a clipping range to scale, and gains to depend on."""
+    beta = algorithm.clip_beta
+    require(
+        beta == 0 or algorithm.objective != "sapo",
+        "algorithm.clip_beta",
+        beta,
+        "0 with algorithm.objective=sapo, which has no clipping range; set algorithm.clip_beta=0",
+    )
+    require(
+        beta == 0 or algorithm.advantage not in WITHOUT_NORMALIZED_GAINS,
+        "algorithm.clip_beta",
+        beta,
+        f"0 with algorithm.advantage={algorithm.advantage}, which normalises no gains that the clipping range could "
+        "follow; set algorithm.clip_beta=0",
+    )
