@@ -366,7 +366,9 @@ def own_task(path, work) -> Path:
     *files, typed = re.findall(r"^```\w*\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     folder = work.parent / "my_task"
     folder.mkdir()
-    for name, text in zip(("questions.jsonl", "notes.py", "rewards.py", "task.yaml"), files, strict=True):
+    for name, text in zip(
+        ("questions.jsonl", "notes.py", "rewards.py", "loss.py", "task.yaml"), files, strict=True
+    ):
         (folder / name).write_text(text)
     for words in commands(typed):
         path.clone(words)
@@ -381,6 +383,7 @@ def test_a_task_of_the_users_own_files_trains_with_their_reward_tool_and_scores(
     assert all(record["tools/open_sessions"] == 0 for record in steps)
     assert sum(record.get("tools/search_calls", 0) for record in steps) > 0
     assert any(record.get("turn_score/turn_1_mean", 0) != 0 for record in steps)
+    assert all(0.5 < record["credit/mean_factor"] < 1 for record in steps)
     report = json.loads((work / "runs/my_task/evaluation/step_3/report.json").read_text())
     assert report["average"]["num_questions"] == 4
 

@@ -1,25 +1,32 @@
+import math
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import a2tgpo.advantage.methods
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import build_turn_table
 from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
 from a2tgpo.config.load import load_config
+from a2tgpo.config.method_part import OBJECTIVE, TOKEN_CREDIT
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.loss.credit import credit_tokens
+from a2tgpo.loss.inputs import LossInputs
+from a2tgpo.loss.policy_loss import policy_loss
 from a2tgpo.trajectory import Call, Trajectory, Turn
 
 ROOT = Path(__file__).parents[3]
 DOCS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
-def code_block(language: str) -> str:
-    """Return the only block of `language` in docs/methods.md."""
-    (block,) = re.findall(rf"^```{language}\n(.*?)^```", DOCS, flags=re.MULTILINE | re.DOTALL)
+def code_block(language: str, heading: str = "### An advantage") -> str:
+    """Return the only block of `language` under the heading in docs/methods.md."""
+    section = re.split(r"^###? ", DOCS.split(f"{heading}\n")[1], flags=re.MULTILINE)[0]
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL)
     return block
 
 
@@ -80,6 +87,61 @@ def test_the_documented_way_to_add_a_method_works_as_it_stands(new_method, tmp_p
     assert compute_advantages(empty, config.algorithm, dp_group=None).advantages.shape == (0, 4)
 
 
+def written(folder: Path, heading: str) -> Path:
+    """The documented example under the heading, in a file of the user."""
+    path = folder / "mine.py"
+    path.write_text(code_block("python", heading), encoding="utf-8")
+    return path
+
+
+def inputs_of(old: torch.Tensor) -> LossInputs:
+    n = len(old)
+    return LossInputs(
+        old_logprobs=old,
+        advantages=torch.arange(1.0, n + 1).double(),
+        clip_scale=torch.ones(n),
+        weights=torch.full((n,), 0.5).double(),
+        turn_ids=torch.zeros(n, dtype=torch.int64),
+        sequence_ids=torch.zeros(n, dtype=torch.int64),
+        num_turns=1,
+        num_sequences=1,
+    )
+
+
+def test_the_documented_advantage_works_as_a_file_of_the_user_too(tmp_path):
+    path = written(tmp_path, "### An advantage")
+    table = build_turn_table([trajectory(0, 1.0, 1), trajectory(0, 0.0, 0)], num_prompts=1, max_turns=3)
+    config = AlgorithmConfig(advantage=f"{path}:advantages")
+    found = compute_advantages(table, config, dp_group=None).advantages
+    assert found.tolist() == [[1.0, 1.0, 0.0, 0.0], [-1.0, 0.0, 0.0, 0.0]]
+    path.with_name("broken.py").write_text(
+        "def advantages(table, config, *, dp_group):\n    return table.gone\n"
+    )
+    broken = AlgorithmConfig(advantage=f"{path.with_name('broken.py')}:advantages")
+    with pytest.raises(ConfigError, match=r"broken\.py:2 advantages: AttributeError.*; mend the file"):
+        compute_advantages(table, broken, dp_group=None)
+
+
+def test_the_documented_objective_works_as_it_stands(tmp_path):
+    config = AlgorithmConfig(objective=f"{written(tmp_path, '### An objective')}:token_losses")
+    old = torch.tensor([-1.0, -2.0, -0.5]).double()
+    logprobs = (old + 0.1).requires_grad_()
+    inputs = inputs_of(old)
+    result = policy_loss(logprobs, inputs, config)
+    result.loss.backward()
+    assert logprobs.grad.tolist() == [-0.5, -1.0, -1.5]
+    assert result.ratio.tolist() == pytest.approx([math.exp(0.1)] * 3) and not result.is_clipped.any()
+
+
+def test_the_documented_token_credit_works_as_it_stands(tmp_path):
+    config = AlgorithmConfig(token_credit=f"{written(tmp_path, '### A token credit')}:token_credit")
+    logprobs = torch.tensor([0.0, -1.0]).double()
+    credited, measured = credit_tokens(logprobs, inputs_of(logprobs), config)
+    expected = [1.0, 2 * (0.3 * math.exp(-1) + 0.7)]
+    assert credited.advantages.tolist() == pytest.approx(expected, rel=1e-12)
+    assert measured["mean_factor"].tolist() == pytest.approx([1.0, expected[1] / 2])
+
+
 def test_the_new_method_is_gone_after_the_test():
     assert "rloo" not in advantage_names()
 
@@ -92,7 +154,7 @@ def test_naming_a_method_does_not_run_its_file(new_method):
 
 
 def test_the_documentation_names_every_method_and_every_preset():
-    for name in advantage_names():
+    for name in (*advantage_names(), *OBJECTIVE.names(), *TOKEN_CREDIT.names()):
         assert f"`{name}`" in DOCS, name
     for preset in (ROOT / "configs" / "algorithm").glob("*.yaml"):
         assert f"`{preset.name}`" in DOCS, preset.name
