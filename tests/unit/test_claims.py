@@ -1,4 +1,4 @@
-"""How tests are written: each name is a claim that one reads at a glance; no verdict hangs on the wall clock."""
+"""Rules for tests: names are short, and no assertion reads the wall clock."""
 
 import ast
 from pathlib import Path
@@ -9,7 +9,7 @@ CLOCKS = {"time.monotonic", "time.perf_counter", "time.time"}
 
 
 def nodes_of(kind):
-    """(file, node) of each syntax node of one kind in the tests."""
+    """Yield (file, node) for each syntax node of one kind in the tests."""
     for path in sorted(TESTS.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, kind):
@@ -23,7 +23,7 @@ def test_the_name_of_a_test_has_at_most_80_characters():
 
 
 def test_no_assertion_reads_the_wall_clock():
-    """A busy machine is no fault: a test counts events, or moves a clock of its own."""
+    """Tests must not fail on a busy machine, so they count events or move their own clock."""
     assert not [
         (path, node.lineno)
         for path, node in nodes_of(ast.Assert)

@@ -1,6 +1,6 @@
-"""`make setup-gpu` and the image of slurm/Dockerfile: what is installed, in which order, in which environment.
+"""What `make setup-gpu` and slurm/Dockerfile install, in which order and in which environment.
 
-Nothing is installed here: the commands are those that `make -n` prints.
+Nothing is installed here. The tests read the commands that `make -n` prints.
 """
 
 import json
@@ -18,11 +18,11 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHONS = {"cpu": "3.11", "gpu": "3.12"}
-"""By the set of setup.py that a constraints file pins."""
+"""The Python version for each extra of setup.py that a constraints file pins."""
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    # The variables of a `make test` around this one would be taken over.
+    # An outer `make test` would pass its variables to this make.
     mine = {
         key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
     }
@@ -40,7 +40,7 @@ def pins(kind: str = "gpu") -> dict[str, str]:
 
 
 def requirements(kind: str, monkeypatch) -> list[Requirement]:
-    """What setup.py asks for with its extras `kind` and dev."""
+    """Return the requirements of setup.py with its extras `kind` and dev."""
     told: dict = {}
     monkeypatch.setattr("setuptools.setup", told.update)
     runpy.run_path(str(ROOT / "setup.py"))
@@ -54,7 +54,7 @@ def requirements(kind: str, monkeypatch) -> list[Requirement]:
 def test_every_version_of_the_constraints_is_one_that_setup_py_allows(kind, monkeypatch):
     pinned = pins(kind)
     wanted = requirements(kind, monkeypatch)
-    if kind == "cpu":  # setup.py names its version for each Python
+    if kind == "cpu":  # setup.py names a version of it for each Python version
         wanted = [each for each in wanted if each.name != "megatron-core"]
         assert "megatron-core" not in pinned
     assert len(wanted) > 30
@@ -119,7 +119,7 @@ def test_without_a_python_3_12_one_line_says_what_to_do(tmp_path, python):
 
 def test_neither_environment_is_installed_over_the_other(tmp_path):
     (tmp_path / ".ready").touch()
-    # Any Python will do as a Python 3.12 that is not used.
+    # Any command can stand in for Python 3.12, because it is not used.
     done = make("setup-gpu", f"VENV={tmp_path}", "PYTHON312=true")
     assert done.returncode == 2 and f"{tmp_path} holds the CPU packages: remove it" in done.stderr
     (tmp_path / ".ready").unlink()

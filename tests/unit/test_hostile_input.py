@@ -1,6 +1,6 @@
-"""Input that someone broke on purpose, from seeded generators: it is used or refused in one line, never a crash.
+"""Input that seeded generators have damaged is used or refused in one line. It never crashes the program.
 
-Counts: CASES inputs of each kind. A refusal is a ConfigError, SearchError or ValueError of one line, as documented.
+Each kind has CASES inputs. A refusal is a ConfigError, SearchError or ValueError of one line, as documented.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SCRAPS = [
 
 
 def broken(draw: random.Random, good: bytes) -> bytes:
-    """`good` with a few bytes changed, cut, doubled, moved, or replaced by scraps."""
+    """Return `good` with some bytes changed, cut, doubled, moved or replaced by scraps."""
     content = bytearray(good)
     for _ in range(draw.choice([1, 1, 1, 2, 4, 8])):
         place = draw.randrange(len(content) + 1)
@@ -84,7 +84,7 @@ def broken(draw: random.Random, good: bytes) -> bytes:
 
 
 def survives(function: Callable[[bytes], object], goods: list[bytes], *refusals: type[Exception]) -> int:
-    """Feed CASES broken inputs; the number that were refused, each in one line."""
+    """Feed CASES damaged inputs to `function`. Return how many were refused, each in one line."""
     draw, refused = random.Random(7), 0
     for number in range(CASES):
         content = broken(draw, draw.choice(goods))
@@ -150,7 +150,7 @@ def test_answers_of_a_search_server():
     hits = [{"document": {"id": "1", "contents": '"T"\ntext'}, "score": 1.5}, {"id": 2, "contents": "plain"}]
     good = json.dumps({"result": [hits]}).encode()
 
-    # OverflowError: an integer score past the range of floats; `HttpSearch` turns both into a failed search.
+    # OverflowError comes from an integer score too large for a float. `HttpSearch` turns both into a failed search.
     def read(body: bytes) -> object:
         return http_client._parse_answer(body, 1)
 

@@ -1,4 +1,4 @@
-"""The shape of the package: which room may import which, and where the big libraries may appear."""
+"""Which folders of the package may import which, and where large libraries may be imported."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ ORDER = (
     *("model", "memory", "plan", "rollout", "record", "update", "refit", "checkpoint"),
     *("evaluate", "collect", "run", "warmstart", "assemble", "trainer", "serve", "launch"),
 )
-"""Rooms, and the modules beside them: each imports itself and what stands before it, for types too."""
+"""Folders and modules of the package. Each may import only itself and earlier entries, also for types."""
 ALLOWED_IN = {
     "vllm": {"rollout/vllm_engine.py"},
     "transformer_engine": {"model/precision.py"},
@@ -28,7 +28,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imports_of(path: Path) -> list[str]:
-    """Modules imported anywhere in the file, also for type checking only."""
+    """Return the modules that the file imports anywhere, including imports only for type checking."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -62,7 +62,7 @@ def test_a_trajectory_comes_back_with_every_bit(again):
 
 
 def as_before_calls(turn: dict) -> dict:
-    """A turn's record of the versions in which a turn had one call, and the first of them no `tool`."""
+    """Return a turn's record as in earlier versions: with one call, and in the first version without `tool`."""
     calls = turn.pop("calls")
     turn |= {"query": calls[0]["arguments"] if calls else None, "tool_failed": bool(calls)}
     del turn["tool"]

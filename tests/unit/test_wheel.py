@@ -1,4 +1,4 @@
-"""The package as a wheel, away from its checkout."""
+"""The package, installed from a wheel outside its checkout."""
 
 import email
 import os
@@ -21,7 +21,7 @@ print(a2tgpo.__path__[0], commit())
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds what the wheel installs, inside somebody's git repository."""
+    """Return a folder with the wheel's files, inside another git repository."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()

@@ -44,7 +44,7 @@ def test_an_answer_that_takes_for_ever_is_wrong_and_blocks_no_other(math):
 
 
 def printed_by_a_helper_that_waits(*, longest_s: int) -> str:
-    """What a helper prints about an equal answer, if its comparison waits for 2 s without work."""
+    """Return what a helper prints about an equal answer if its comparison sleeps for 2 s."""
     program = f"""
 import time
 from a2tgpo.lifecycle.helper_process import serve

@@ -1,4 +1,4 @@
-"""Two starts in one folder: the second is refused while the first lives, on whatever machine, and no longer."""
+"""A second start in a run folder is refused only while the first process lives, on this or another machine."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def test_a_killed_process_keeps_no_folder_nor_does_one_that_is_not_buried(
     first.send_signal(signal.SIGKILL)
     while Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
-    monkeypatch.setattr(folder_lock, "SILENCE_S", 9999.0)  # it would wait so long for a process that lives
-    lock = FolderLock(tmp_path)  # the zombie is still there
+    monkeypatch.setattr(folder_lock, "SILENCE_S", 9999.0)  # a live process would be waited for this long
+    lock = FolderLock(tmp_path)  # the zombie process still exists
     assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
     lock.release()
     first.communicate()
@@ -81,7 +81,7 @@ def test_a_process_may_hold_its_folder_again_and_numbers_of_processes_come_round
     locks = [FolderLock(tmp_path), FolderLock(tmp_path)]
     for lock in locks:
         lock.release()
-    write_holder(tmp_path, pid=os.getppid(), started=1)  # another one has that number now
+    write_holder(tmp_path, pid=os.getppid(), started=1)  # another process has this number now
     lock = FolderLock(tmp_path)
     assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
     lock.release()
@@ -95,7 +95,7 @@ def test_a_requeued_job_is_not_locked_out_by_its_predecessor(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     monkeypatch.setattr(folder_lock, "SILENCE_S", 9999.0)
     FolderLock(tmp_path).release()
-    # Two steps of one job, neither requeued, are two starts.
+    # Two steps of one job that was not requeued are two starts.
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     monkeypatch.setattr(folder_lock, "SILENCE_S", 2.0)
     write_holder(tmp_path, host="node7", boot="of node7", slurm_job="88", slurm_restarts=1)
@@ -107,7 +107,7 @@ def test_a_requeued_job_is_not_locked_out_by_its_predecessor(
 
 
 class beating:
-    """A holder on another machine that lives."""
+    """A live holder of the folder on another machine."""
 
     def __init__(self, folder: Path, **changes: object):
         self._folder, self._changes, self._end = folder, changes, threading.Event()
@@ -132,7 +132,7 @@ def test_a_holder_on_another_machine_is_refused_while_it_shows_that_it_lives(tmp
     refused = pytest.raises(ConfigError, match="in use by process 4711 on node7, which has held it for 0 min")
     with beating(tmp_path, host="node7", boot="of node7", pid=4711), refused:
         FolderLock(tmp_path)
-    lock = FolderLock(tmp_path)  # it shows nothing any more
+    lock = FolderLock(tmp_path)  # it shows no sign of life any more
     assert "waiting 2 s for a sign of life" in caplog.text
     assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
     lock.release()

@@ -1,4 +1,4 @@
-"""What a run that goes on follows, says and refuses when its questions or settings are other ones than before."""
+"""What a resumed run does, reports and refuses if its questions or settings have changed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_fingerprint_of_questions_is_that_of_ids_and_texts_in_order() -> Non
 @pytest.mark.parametrize("saved", ["other", "same", "", None])
 def test_other_questions_of_the_same_number_are_refused_in_one_line(saved: str | None) -> None:
     state = PromptSampler(10, 2, 0, fingerprint=saved or "").state_dict()
-    if saved is None:  # of an earlier version
+    if saved is None:  # a state of an earlier version
         del state["fingerprint"]
     sampler = PromptSampler(10, 2, 0, fingerprint="same")
     if saved != "other":
@@ -80,7 +80,7 @@ def test_a_run_that_has_trained_goes_on_with_other_settings_only_if_that_is_acce
     world, tmp_path, caplog
 ) -> None:
     Run(world, tmp_path, max_turns=6)
-    Run(world, tmp_path, max_turns=5).save(3)  # nothing was trained before
+    Run(world, tmp_path, max_turns=5).save(3)  # allowed, because nothing was trained before
     with pytest.raises(ConfigError, match=r"at step 3; .* rollout\.max_turns 5 -> 4\. .*--accept-changes"):
         Run(world, tmp_path, max_turns=4)
     assert "since its last start" not in caplog.text

@@ -1,4 +1,4 @@
-"""The date of a run: taken at its first start, kept in its folder, the same for whoever plays the run again."""
+"""The date of a run is set at its first start and stored in its folder, and every later replay uses it."""
 
 import datetime
 
@@ -16,7 +16,7 @@ FIRST_DAY, LATER = datetime.date(2024, 2, 29), datetime.date(2024, 3, 1)
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Sets the date of today."""
+    """Return a function that sets today's date."""
 
     def set_to(date: datetime.date) -> None:
         monkeypatch.setattr(run_folder, "today", lambda: date)

@@ -1,4 +1,4 @@
-"""What a start is compared in with the one before it, what it is refused for, and what a job goes on with."""
+"""How a start is compared with the previous one, why it is refused, and what a job continues with."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ CLEAN, DIRTY = "1" * 40, "1" * 40 + versions.UNCOMMITTED
 
 
 def started(folder: Path, *overrides: str, **environment: str) -> Path:
-    """`folder` after a start with these overrides; `environment` is laid over what it wrote of its own."""
+    """Record a start with these overrides in `folder`, replace recorded values by those of `environment`, return
+    `folder`.
+    """
     record_start(folder, load_config(QUICKSTART, overrides))
     path = max(folder.glob("env.*.txt"))
     told = parse_environment(path.read_text()) | environment
@@ -159,7 +161,7 @@ def test_a_record_that_is_damaged_is_one_line(tmp_path) -> None:
         ({}, {}, [], []),
         ({"torch": "2.13"}, {"torch": "2.14"}, ["torch"], []),
         ({"host": "n1", "date": "1"}, {"host": "n2", "date": "2"}, [], []),
-        ({"commit": CLEAN}, {"commit": "2" * 40}, [], []),  # the code is the same
+        ({"commit": CLEAN}, {"commit": "2" * 40}, [], []),  # the same code
         ({"commit": CLEAN, "code": "a"}, {"commit": "2" * 40, "code": "b"}, ["code"], []),
         ({"commit": CLEAN, "code": "a"}, {"commit": DIRTY, "code": "b"}, ["code"], []),
         ({"commit": DIRTY, "code": "a"}, {"commit": DIRTY, "code": "b"}, [], ["code"]),

@@ -8,11 +8,13 @@ from a2tgpo.search.answer_cache import AnswerCache
 from a2tgpo.search.passage import Passage
 
 MADE_HERE = [tracemalloc.Filter(True, name) for name in (__file__, answer_cache.__file__, "<string>")]
-"""What threads of other tests take meanwhile does not count. A dataclass's fields are set in a "<string>"."""
+"""Counts only memory allocated by these files, not by threads of other tests. "<string>" is the generated code of
+dataclasses.
+"""
 
 
 def answer(number, *, passages=3, length=500):
-    """As from a corpus on disk: no two share a text."""
+    """Return passages as from a corpus on disk: no two share a text object."""
     return [
         (Passage(f"{number} {i}", f"title {number}", "é" * length + str(number)), 1.0 / (i + 1))
         for i in range(passages)

@@ -1,4 +1,4 @@
-"""Whether a server keeps up: measured on a real one that takes its time over every query."""
+"""Whether a server keeps up, measured on a real server that is slow for every query."""
 
 import json
 import threading

@@ -72,7 +72,7 @@ def test_bad_passage_is_refused_with_its_line(tmp_path, bad, says):
 def test_a_byte_order_mark_is_no_part_of_the_first_passage(tmp_path):
     path = tmp_path / "marked.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"id": "7", "contents": "one"}\n{"id": "8", "contents": "two"}\n')
-    assert load_corpus(str(path)) == list(CorpusFile(path, scan(path)))  # in memory and on disk alike
+    assert load_corpus(str(path)) == list(CorpusFile(path, scan(path)))  # the same in memory and on disk
 
 
 def test_empty_and_missing_corpora_are_refused(tmp_path):

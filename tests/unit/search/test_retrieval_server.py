@@ -82,7 +82,9 @@ def test_both_backends_return_the_same_passages(corpus, url):
 
 
 class SearchR1Client:
-    """Asks as Search-R1's trainer does: `requests`, one body for all queries, titles off the first line."""
+    """Sends requests like Search-R1's trainer: with `requests`, all queries in one body. Titles are the first
+    lines.
+    """
 
     def __init__(self, url, top_k):
         self.url, self.top_k = url, top_k
@@ -99,7 +101,7 @@ class SearchR1Client:
 
 
 def test_a_search_r1_client_gets_the_right_passages(corpus, url):
-    """Right by counting: what names a number asks for the one passage with it in its title."""
+    """A query with a number asks for the only passage with this number in its title."""
     client = SearchR1Client(url, 3)
     with open(corpus, encoding="utf-8") as handle:
         contents = [json.loads(line)["contents"] for line in handle]
@@ -168,7 +170,7 @@ def test_bad_corpus_and_taken_port_end_in_one_line(tmp_path, corpus, url):
 
 
 def test_who_connects_when_it_says_so_is_answered(corpus):
-    """The line that names the address is the sign that launch scripts wait for."""
+    """Launch scripts wait for the line with the address and then connect."""
     command = [sys.executable, str(SERVER), "--corpus", corpus, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -181,7 +183,7 @@ def test_who_connects_when_it_says_so_is_answered(corpus):
 def test_a_port_that_is_none_is_refused(corpus, monkeypatch, capsys):
     from retrieval_server import main
 
-    # The system would take it modulo 65536.
+    # The system would use this number modulo 65536.
     monkeypatch.setattr(sys, "argv", ["retrieval_server.py", "--corpus", corpus, "--port", "99999"])
     with pytest.raises(SystemExit) as caught:
         main()
@@ -200,7 +202,7 @@ def test_a_host_that_is_none_is_one_line(corpus, host, monkeypatch, capsys):
 
 @pytest.fixture
 def guarded(corpus, tmp_path):
-    """A server that asks for a token and bounds the rate: (its app's client, the token's file)."""
+    """Return (client, token file) of a server that requires a token and limits the rate."""
     token_file = tmp_path / "token"
     token_file.write_text("s3cret-token\n")
     from a2tgpo.search.http_server import build_app

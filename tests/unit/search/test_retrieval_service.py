@@ -1,4 +1,4 @@
-"""The retrieval service under load, in parts, and against its own description."""
+"""The retrieval service under load and in parts, and compared with its own OpenAPI description."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def corpus(tmp_path_factory):
 
 @contextmanager
 def served(*arguments):
-    """A server's process and endpoint."""
+    """Start a server, and yield its process and endpoint."""
     command = [sys.executable, "tools/retrieval_server.py", "--port", "0", *map(str, arguments)]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
@@ -66,7 +66,7 @@ def served(*arguments):
 def url(corpus):
     with served("--corpus", corpus) as (process, url):
         yield url
-        process.send_signal(signal.SIGUSR1)  # as a job's time is over
+        process.send_signal(signal.SIGUSR1)  # as at the end of a job's time
         assert process.wait(timeout=30) == 75
 
 
@@ -163,7 +163,7 @@ def test_an_index_over_another_corpus_is_refused(corpus, tmp_path):
 
 
 class SlowIndex:
-    """Answers with the query itself; remembers what it was asked together."""
+    """A slow index that answers with the query itself and records its batches."""
 
     kind = "bm25"
 
@@ -190,7 +190,7 @@ def test_waiting_queries_are_searched_together_and_equal_ones_once():
     futures = [batcher.submit(f"q{i % 5}", 2) for i in range(10)]
     assert [future.result()[0][0].id for future in futures] == [f"q{i % 5}" for i in range(10)]
     assert all(len(batch) == len(set(batch)) <= 4 for batch in index.batches) and len(index.batches) <= 4
-    # Three are remembered; another top_k is another answer.
+    # The cache keeps three answers. Another top_k is another answer.
     assert batcher.submit("q4", 2).result() == index.answer("q4", 2) and batcher.num_hits == 1
     assert batcher.submit("q4", 3).result() == index.answer("q4", 3) and batcher.num_hits == 1
     with pytest.raises(SearchError, match="no answer"):
@@ -202,7 +202,7 @@ def test_waiting_queries_are_searched_together_and_equal_ones_once():
 
 
 def test_the_interface_is_as_it_describes_itself(corpus):
-    """Requests made up from the OpenAPI description: no crash, no answer that the description does not know."""
+    """Requests are generated from the OpenAPI description. None crashes the server or gets an undescribed answer."""
     import schemathesis
     from hypothesis import HealthCheck, given, settings
     from schemathesis.checks import not_a_server_error

@@ -1,4 +1,4 @@
-"""Words in scripts with and without spaces, and what BM25 finds by them."""
+"""Words in scripts with and without spaces, and the passages that BM25 finds with them."""
 
 import pytest
 
@@ -16,7 +16,7 @@ from a2tgpo.search.words import words_of
         ("山", ["山"]),
         ("iPhone手机15", ["iphone", "手机", "15"]),
         ("パリ", ["パリ"]),
-        ("ﾊﾟﾘ", ["パリ"]),  # half width
+        ("ﾊﾟﾘ", ["パリ"]),  # half-width characters
         ("スーパー", ["スー", "ーパ", "パー"]),
         ("파리는", ["파리", "리는"]),
         ("กรุงเทพ", ["กรุ", "รุง", "งเ", "เท", "ทพ"]),

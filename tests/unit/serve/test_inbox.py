@@ -1,4 +1,4 @@
-"""The queue between the threads that take questions and the one that plays them."""
+"""The queue between the threads that receive questions and the thread that plays them."""
 
 import threading
 

@@ -1,9 +1,9 @@
-"""Takes what launch/local.sh takes and leaves what a run leaves, in a second: scores without training.
+"""Stands in for launch/local.sh: writes a run's files with made-up scores in a second, without training.
 
     python ablation_launcher.py -n RANKS CONFIG [FILE.yaml | section.field=value ...]
 
-A run that the variable FAILS names (NAME:STEP) ends behind that step, with an error. MEETS names two runs: each
-waits for the other to have begun.
+The run that the variable FAILS names (NAME:STEP) ends with an error after this step. MEETS names two runs, each of
+which waits until the other has started.
 """
 
 import json

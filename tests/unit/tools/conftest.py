@@ -1,4 +1,4 @@
-"""One small worldqa, made as a user makes it, for all tests of this folder."""
+"""A small worldqa data set for all tests of this folder, made like a user makes it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The comparison of methods: statistics by hand, reports of known runs, what is played again and what is not."""
+"""The comparison of methods: statistics by hand, reports of known runs, and which runs are repeated."""
 
 import csv
 import dataclasses
@@ -60,7 +60,9 @@ def test_paired_difference_takes_the_seeds_that_both_have():
 def write_run(
     run: Run, scores: dict[int, float], *, steps: int, trained: dict[str, float] | None = None
 ) -> None:
-    """A run's folder: `scores` by step, `trained` in every training step up to the last score."""
+    """Write a run's folder with `scores` by step, and metrics `trained` in every training step up to the last
+    score.
+    """
     arguments = [
         str(PRESETS / f"{run.method}.yaml"),
         f"run.name={run.name}",
@@ -84,7 +86,9 @@ def write_run(
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory) -> Path:
-    """grpo twice, a2tgpo once with the other run failed, dapo once, igpo without its last evaluation."""
+    """Runs: two of grpo, one finished and one failed of a2tgpo, one of dapo, one of igpo without its last
+    evaluation.
+    """
     out = tmp_path_factory.mktemp("compared")
     trained = {"speed/sampled_tokens": 100.0, "reward/mean": 0.5, "entropy/mean": 1.0}
     scores = {
@@ -131,7 +135,7 @@ def test_report_states_intervals_differences_budgets_and_faults(compared):
     lines = {
         line.split(" | ")[0].strip("| "): line for line in report.split("## Last evaluation")[0].splitlines()
     }
-    half = 12.7062 * 0.125 / 2  # of 0.75 and 0.5: standard deviation 0.25 / sqrt 2
+    half = 12.7062 * 0.125 / 2  # 0.75 and 0.5: standard deviation 0.25 / sqrt 2
     best = f"0.625 ± {2 * half:.3f}"
     assert lines["grpo"] == f"| grpo | 2 | 0.250 ± 0.000 | 0.500 ± 0.000 | {best} | 0.500 ± 0.000 |  |"
     assert lines["a2tgpo"].endswith("| 0.750 ± ? | +0.250 ± ? (n = 1) |")
@@ -179,7 +183,9 @@ def rollout(prompt: int, sample: int, gains: list[float], *, reward: float) -> T
 
 
 def known_rollouts() -> list[Trajectory]:
-    """2 prompts x 16 rollouts x 2 calls: gains 0 +- 0.1, then 1 +- 0.1, in all combinations; rewards all 0.5."""
+    """Return 2 prompts x 16 rollouts x 2 calls. Gains are all combinations of 0 +- 0.1 and then 1 +- 0.1; all rewards
+    are 0.5.
+    """
     signs = [(a, b) for a in (-0.1, 0.1) for b in (-0.1, 0.1)] * 4
     return [
         rollout(prompt, sample, [first, 1 + second], reward=0.5)
@@ -190,7 +196,7 @@ def known_rollouts() -> list[Trajectory]:
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Path:
-    """Two methods with the same known rollouts in their one step."""
+    """Two methods with a single step and the same known rollouts."""
     out = tmp_path_factory.mktemp("drawn")
     for method in ("a2tgpo", "grpo"):
         run = Run(method=method, seed=0, out=out)
@@ -204,7 +210,7 @@ def drawn(tmp_path_factory) -> Path:
 
 def test_figure_4_measures_the_known_drift(drawn):
     drift = {row["signal"]: row for row in read_csv(drawn / "figure4_drift.csv")}
-    # IGPO's pool of a prompt: 16 gains around 0, 16 around 1, 16 rewards of 0.5: mean 0.5, variance 0.52 / 3.
+    # IGPO's pool of a prompt has 16 gains around 0, 16 around 1 and 16 rewards of 0.5: mean 0.5, variance 0.52 / 3.
     std = math.sqrt(0.52 / 3)
     assert float(drift["raw gain"]["drift"]) == pytest.approx(1.0)
     assert float(drift["IGPO gain"]["drift"]) == pytest.approx(1 / std, rel=1e-5)
@@ -220,7 +226,7 @@ def test_figure_4_measures_the_known_drift(drawn):
 
 def test_figure_5_measures_the_known_spread(drawn):
     std = {(row["signal"], row["remaining"]): float(row["std"]) for row in read_csv(drawn / "figure5.csv")}
-    # Independent normalised gains of spread 1, and no spread in the outcome.
+    # Normalised gains are independent with standard deviation 1, and outcomes do not vary.
     spread = [std[name, remaining] for name in ("sum", "rescaled") for remaining in "012"]
     assert spread == pytest.approx([0.0, 1.0, math.sqrt(2), 0.0, 1.0, 1.0], rel=1e-4, abs=1e-9)
 
@@ -228,7 +234,7 @@ def test_figure_5_measures_the_known_spread(drawn):
 def test_needless_searches_lower_the_advantage_of_pooled_gains_not_of_grouped_turns(
     tmp_path,
 ):
-    """Right answers to one-hop questions; every second rollout searches again, for nothing."""
+    """All answers to these one-hop questions are right, but every second rollout makes a needless second search."""
     batch = [
         dataclasses.replace(rollout(prompt, sample, [1.0, 0.0][: 1 + sample % 2], reward=1.0), hops=1)
         for prompt in (0, 1)
@@ -240,8 +246,8 @@ def test_needless_searches_lower_the_advantage_of_pooled_gains_not_of_grouped_tu
     def mean(name: str, needless: int) -> float:
         return float(columns[name][columns["needless"] == needless].mean())
 
-    # The pool of a prompt: 32 gains of 1, 16 of 0 and 32 rewards of 1: mean 0.8, standard deviation 0.4.
-    # So a gain or reward of 1 counts 0.5 and a gain of 0 counts -2; each turn has the sum of what follows.
+    # A prompt's pool has 32 gains of 1, 16 of 0 and 32 rewards of 1: mean 0.8, standard deviation 0.4. So a gain or
+    # reward of 1 becomes 0.5 and a gain of 0 becomes -2. Each turn has the sum of its own and all later values.
     assert mean("IGPO", 0) == pytest.approx((1.0 + 0.5) / 2, rel=1e-5)
     assert mean("IGPO", 1) == pytest.approx((-1.0 - 1.5 + 0.5) / 3, rel=1e-5)
     assert mean("A2TGPO", 1) == pytest.approx(mean("A2TGPO", 0), abs=1e-6)
@@ -288,7 +294,7 @@ def test_finished_runs_are_left_alone_and_failed_ones_go_on(tmp_path, monkeypatc
     assert compare(tmp_path) == 0
     assert (attempts(tmp_path, "grpo-seed0"), attempts(tmp_path, "a2tgpo-seed0")) == (2, 1)
     assert [float(row["final_em"]) for row in read_csv(tmp_path / "results.csv")] == [0.5, 0.5]
-    # Another call with one more seed: the first ones stay in the report.
+    # Another call with one more seed keeps the first runs in the report.
     assert compare(tmp_path, "--seeds", "1", "--methods", "grpo") == 0
     assert (attempts(tmp_path, "grpo-seed0"), attempts(tmp_path, "grpo-seed1")) == (2, 1)
     finished = [
@@ -318,7 +324,7 @@ def test_tuned_values_go_to_their_method_only(tmp_path):
 
 
 def test_jobs_are_played_side_by_side(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEETS", "grpo-seed0,a2tgpo-seed0")  # each waits for the other
+    monkeypatch.setenv("MEETS", "grpo-seed0,a2tgpo-seed0")  # each run waits for the other
     assert compare(tmp_path, "--jobs", "2") == 0
 
 

@@ -1,4 +1,4 @@
-"""Tuning, with a real program in the launcher's place whose best setting is known."""
+"""Tuning with a real program in place of the launcher. Its best setting is known."""
 
 import csv
 import sys
@@ -40,7 +40,7 @@ def test_the_peak_of_the_second_half_is_chosen_and_every_trial_is_written_down(t
     rows = list(csv.DictReader((tmp_path / "tuned" / "tuning.csv").open()))
     assert (
         len(rows) == len(starts(tmp_path)) == 10
-    )  # three rates and two more ranges, for each of two methods
+    )  # three rates and two further clip ranges for each of two methods
     assert max(rows, key=lambda row: float(row["train_reward"]))["clip_low"] == "0.1"
 
 
@@ -63,7 +63,7 @@ def test_what_the_file_of_a_method_says_besides_is_used_and_kept(tune, tmp_path)
     (tmp_path / "tuned" / "dapo.yaml").write_text("reward: {overlong_buffer_tokens: 96}\n")
     assert (
         tune(methods="dapo") == 0
-    )  # the preset's own 1024 tokens are more than this configuration's responses
+    )  # the preset's 1024 tokens are longer than this configuration's responses
     kept = choice(tmp_path, "dapo")
     assert kept["reward"] == {"overlong_buffer_tokens": 96} and kept["update"] == {"lr": 2e-4}
     assert kept["algorithm"] == {"clip_low": 0.07, "clip_high": 0.098}

@@ -1,4 +1,4 @@
-"""The frame of the benches: rows, their table in a page, memory of a variant."""
+"""The shared code of the benches: rows, their table in a page, and a variant's memory."""
 
 import os
 import subprocess
@@ -49,7 +49,7 @@ def test_numbers_have_three_digits_however_small_or_large():
     assert measure.number(0) == "0"
 
 
-# In a process of its own: one with a heap that earlier tests have made large may not be allowed to fork.
+# A separate process runs this code. A process whose heap earlier tests have enlarged may be unable to fork.
 PEAK = """
 import measure
 

@@ -59,7 +59,9 @@ def test_a_mistake_is_one_line(tmp_path, arguments, message):
 
 def test_exact_says_what_two_runs_computed_differently_and_ends_with_1(tmp_path):
     one = make_run(tmp_path / "one", [0.0, 0.8], lr=1)
-    two = make_run(tmp_path / "two", [0.0, 0.8, 0.9], lr=2)  # a step more, and other times, are no difference
+    two = make_run(
+        tmp_path / "two", [0.0, 0.8, 0.9], lr=2
+    )  # one more step and other times are not differences
     lines = (two / "metrics.jsonl").read_text().splitlines()
     lines[1] = json.dumps(json.loads(lines[1]) | {"time/step_s": 3.0})
     (two / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -70,7 +72,7 @@ def test_exact_says_what_two_runs_computed_differently_and_ends_with_1(tmp_path)
         (run / "checkpoints" / "step_1").mkdir(parents=True)
         files = {"files": {"sharded/__0_0.distcp": [5, 1], "state.json": [len(str(run)), 2]}}
         marker = run / "checkpoints" / "step_1" / "complete.json"
-        if run == one:  # of which two has kept the weights alone
+        if run == one:  # run two has only kept this checkpoint's weights
             marker.write_text(json.dumps({"files": files["files"] | {"optimizer/__0_0.distcp": [7, 3]}}))
         else:
             marker.write_text(json.dumps(files | {"weights_only": True}))

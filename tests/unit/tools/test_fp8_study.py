@@ -1,4 +1,4 @@
-"""tools/fp8_study/emulation.py against torch's own FP8 numbers; tools/fp8_study/study.py on a tiny model."""
+"""tools/fp8_study/emulation.py compared with torch's FP8 numbers, and tools/fp8_study/study.py on a tiny model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ FORMATS = [(E4M3, torch.float8_e4m3fn), (E5M2, torch.float8_e5m2)]
 
 
 def every_bfloat16() -> Tensor:
-    """All finite bfloat16 values as float32: subnormals of FP8, ties, both zeros, far beyond its range."""
+    """Return all finite bfloat16 values as float32. They include FP8's subnormals, ties, both zeros and values out of
+    range.
+    """
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     values = bits.view(torch.bfloat16).float()
     return values[values.isfinite()]
@@ -75,7 +77,7 @@ def test_one_scale_per_tensor_is_the_current_scaling_formula(
 def test_a_block_is_quantised_as_if_it_were_alone(
     rows: int, channels: int, block: tuple[int, int], power_of_two: bool, seed: int
 ) -> None:
-    """Whatever is in the others, blocks cut off at the edges included."""
+    """Other blocks have no influence, also on incomplete blocks at the edges."""
     torch.manual_seed(seed)
     values = torch.randn(rows, channels) * 10.0 ** torch.randint(-4, 5, (rows, channels))
     whole = quantise(values, E4M3, block, power_of_two=power_of_two)
@@ -121,14 +123,14 @@ def some_sequences(count: int = 4, length: int = 40) -> list[Written]:
 
 def test_a_format_with_enough_bits_makes_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RECIPES, "wide", Recipe(WIDE, (1, 128), (128, 128), power_of_two=True))
-    model = build_model("qwen3")  # float32, so that bfloat16 makes no noise either
+    model = build_model("qwen3")  # float32, to avoid bfloat16's noise
     sequences = some_sequences()
     results = measure(model, build_model("qwen3"), sequences, ["wide", "e4m3-blockwise"])
     rows = noise_rows(results, results)
     assert {row["format"] for row in rows} >= {"wide", "e4m3-blockwise"}
     for row in rows:
         if row["format"] == "wide":
-            assert row["std"] < 1e-6 and row["p95_abs"] < 1e-6  # order of summation at most
+            assert row["std"] < 1e-6 and row["p95_abs"] < 1e-6  # only from the order of summation
         elif row["format"] == "e4m3-blockwise" and row["question"] != "ratio":
             assert row["p95_abs"] > EPSILON
     assert all(row["p95_abs"] == 0 for row in rows if row["question"] == "ratio")  # the weights did not move

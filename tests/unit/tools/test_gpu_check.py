@@ -1,4 +1,4 @@
-"""The check of a new cluster, where there is no GPU: what it finds, and that it finds what is wrong."""
+"""The check of a new cluster, without a GPU: its results, and the faults that it finds."""
 
 import json
 import math
@@ -36,7 +36,7 @@ NEEDS_GPU = {
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
-    """As from a terminal: a process group that another test formed in this process may have left its variables."""
+    """Run a command as from a terminal, without variables that a process group of another test may have left."""
     mine = {key: value for key, value in os.environ.items() if key not in LAUNCHER_NAMES}
     return subprocess.run(
         command, env=mine | environment, capture_output=True, text=True, timeout=850, check=False
@@ -55,7 +55,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """All checks on this machine's CPUs, once: the file and the terminal's text."""
+    """Run all checks once on this machine's CPUs. Return the folder of the results and the terminal's text."""
     folder = tmp_path_factory.mktemp("rehearsal")
     options = ["--lengths", "1,17,130", "--vllm-logging", "INFO", "--keep-logs", str(folder / "logs")]
     done = run([sys.executable, *TOOL, "--json", str(folder / "found.json"), *options])
@@ -71,7 +71,7 @@ def test_on_a_cpu_what_has_a_meaning_passes_and_the_rest_says_why_not(rehearsal)
     assert all(found[name]["note"].startswith("needs a GPU: ") for name in NEEDS_GPU)
     assert {row["status"] for row in found.values()} == {"PASS", "INFO", "SKIP"}
     assert f"0 failed, {len(NEEDS_GPU)} skipped" in text.splitlines()[-1]
-    # Two ways of computing: equal to the bit would mean that one was compared with itself.
+    # These checks compare two ways of computing. No difference at all would mean that one was compared with itself.
     for name in ("packed attention", "wide heads", "slice in bfloat16", "context parallel"):
         assert found[f"{name}, log-probs"]["measured"] > 0, name
     assert "lengths 1,17,130" in found["wide heads, log-probs"]["note"]
@@ -114,7 +114,7 @@ def test_a_plan_refuses_a_cpus_figures_and_takes_a_cards(rehearsal, tmp_path, ca
     file = rehearsal[0] / "found.json"
     assert plan.main([config, "--model", "qwen3-8b", "--measured", str(file)]) == 2
     assert "was measured without a GPU" in capsys.readouterr().err
-    content = json.loads(file.read_text())  # the rows of this machine, as if a card had written them
+    content = json.loads(file.read_text())  # this machine's rows, presented as a GPU's
     content["machine"] |= {"gpu_name": "NVIDIA H100 80GB HBM3", "gpu_memory_gib": 79.25}
     tflops = results_in(file)["slice in bf16, forward and backward"]["measured"]
     (tmp_path / "card.json").write_text(json.dumps(content))
@@ -146,7 +146,7 @@ def test_under_torchrun_one_rank_tells_and_all_end_with_its_verdict(tmp_path):
     assert (slow["status"], slow["relation"], slow["limit"]) == ("FAIL", ">=", 1e6)
     assert 0 < slow["measured"] < 1e6
     assert found["memory"]["note"] == "still running after 0.5 s (--timeout-s)"
-    # The others ran all the same.
+    # The other checks still ran.
     assert found["context parallel, gradients"]["status"] == "PASS" and found["fp8"]["status"] == "SKIP"
     assert done.stdout.count("context parallel, log-probs") == 1
     assert "2 passed, 2 failed, 1 skipped, 2 measured" in done.stdout
@@ -290,7 +290,7 @@ def test_what_srun_started_checks_as_one_rank_at_ports_of_its_own(monkeypatch):
     launched = launched_environment()
     (environment,) = rank_environments(launched, num_ranks=0, alone=False, index=3)
     assert [environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == ["9", "16", "1"]
-    # 29500 may be the launcher's own, the next one is where the copies meet.
+    # The launcher may use 29500, and the copies use 29501 for rendezvous.
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("node-0", "29505")
     assert rank_environments(launched, num_ranks=0, alone=True, index=0) == []
 

@@ -1,4 +1,4 @@
-"""tools/plan.py as a user runs it."""
+"""tools/plan.py, run like a user runs it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_plan_that_fits(capsys, tmp_path):
 
 def test_the_example_in_the_documentation_is_what_the_tool_prints(capsys):
     main([CONFIG_70B, "--gpus", "64", "--model", "qwen2.5-72b"])
-    _, plan = capsys.readouterr().out.split("\n", 1)  # the first line says where the dimensions are from
+    _, plan = capsys.readouterr().out.split("\n", 1)  # the first line names the source of the dimensions
     assert plan in (ROOT / "docs/parallelism.md").read_text()
 
 
@@ -98,7 +98,7 @@ def test_dimensions_come_from_the_checkpoint_where_there_is_one(capsys, tmp_path
     model = build_model("qwen3", vocab_size=250, tied=False)
     model.save_pretrained(tmp_path)
     assert checkpoint_parameters(read_dimensions(str(tmp_path))) == model.num_parameters()
-    # Its channels are too few for FP8.
+    # It has too few channels for FP8.
     assert main([CONFIG_70B, f"model.path={tmp_path}", "parallel.tensor=2", "parallel.pipeline=2",
                  "rollout.tensor_parallel=1", "--gpus", "4"]) == 0  # fmt: skip
     assert f"{tmp_path}/config.json" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The tiny model and its tokenizer, built as a user builds them."""
+"""The tiny model and its tokenizer, built like a user builds them."""
 
 import zipfile
 from pathlib import Path
@@ -109,7 +109,9 @@ def test_the_chat_models_demonstrations_are_short_and_right_unless_made_wrong(wo
 
 
 def test_cold_model_already_copies_the_token_after_an_earlier_occurrence(tokenizer):
-    """The induction heads: in  A B C ... A, the second A looks at B. Chance finds it once in 40."""
+    """It has induction heads: in A B C ... A, the second A attends to B. By chance it would do so once in 40
+    times.
+    """
     model = build_model(len(tokenizer), seed=0)
     model.config._attn_implementation = "eager"
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Every program answers --help at once: it parses its arguments before it imports what computes."""
+"""Every program answers --help quickly, because it parses its arguments before it imports large libraries."""
 
 import re
 import subprocess

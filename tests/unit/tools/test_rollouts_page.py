@@ -21,7 +21,7 @@ HOSTILE = "</script><script>document.title='broken'</script><img src=x onerror=a
 
 
 def byte_tokenizer(path: Path) -> Tokenizer:
-    """One token a byte, ids by the alphabet's order."""
+    """Save a tokenizer with one token per byte and ids in the alphabet's order."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -108,7 +108,7 @@ def test_the_page_shows_the_group_and_every_turn_as_text(run, tmp_path):
     )
     if CHROMIUM is None:
         pytest.skip("no chromium here: the page was written but not opened")
-    # A script that a user's clicks stand for: the first step, the second question, wrong answers, by gain.
+    # A script stands in for a user's clicks: the first step, the second question, wrong answers, by gain.
     driven = page.with_name("driven.html")
     clicks = """<script>setTimeout(() => {
       const set = (id, value) => {
@@ -133,14 +133,14 @@ def test_the_page_shows_the_group_and_every_turn_as_text(run, tmp_path):
     assert "What of 0, step 7?" in first and "P(gold | question) 0.2000" in first
     shown = dom.split('<main id="main">')[1].split("</main>")[0]
     assert "What of 1, step 1?" in shown
-    # Of the wrong ones sample 1 gained 0 and sample 0 nothing: one turn column, two rows, two articles. The
-    # column's mean and deviation are the group's all the same: of gains 0 and 0.1.
+    # Of the wrong samples, sample 1 has gain 0 and sample 0 has none: one turn column, two rows, two articles. The
+    # column's mean and deviation are still those of the whole group, with gains 0 and 0.1.
     assert shown.count("<article") == 2 and shown.count("<th>turn") == 1
     assert "mean +0.050, sd 0.050, n 2" in shown and "A +1.25" in shown and "c 0.90" in shown
     assert shown.count("<dt>ratio</dt><dd>1.00123</dd>") == 3
     assert "2 of 3 rollouts, 2 questions in step 1" in dom
     assert 'title="log p -0.250, p 0.779"' in shown
-    # ü is two tokens and one piece, with the sum of their log-probs.
+    # ü consists of two tokens. It is shown as one piece with the sum of their log-probs.
     assert re.search(r'title="log p -[\d.]+, p [\d.]+"[^>]*>ü</span>', shown)
 
 

@@ -1,4 +1,4 @@
-"""What a terminal is shown."""
+"""Text for a terminal."""
 
 from a2tgpo.io.terminal import indented
 

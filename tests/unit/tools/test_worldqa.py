@@ -1,4 +1,4 @@
-"""The worldqa data set: what it promises, read back from its files."""
+"""The files of the worldqa data set have the promised properties."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_nothing_asked_in_test_is_asked_or_demonstrated_in_training(worldqa: Pat
     trained |= {subject_of(demonstration.question.id) for demonstration in shown}
     assert not trained & {subject_of(question.id) for question in test}
     assert not {question.question for question in train} & {question.question for question in test}
-    # Nor does a demonstrated search on the way to the answer ask about a test question's subject.
+    # Demonstrated searches do not ask about a test question's subject either, not even between question and answer.
     queries = {
         SEARCH_CALLS.find_query(text, "search") for demonstration in shown for text, _ in demonstration.turns
     }
@@ -87,7 +87,7 @@ def test_every_demonstrated_hop_is_answered_by_the_first_hit_of_its_query(good, 
         for text, observation in searches:
             hits = [passage for passage, _ in index.search(SEARCH_CALLS.find_query(text, "search"), 1)]
             assert observation == SEARCH_CALLS.format_result([format_passage(1, hits[0])])
-        # Each next query names something that the result before it says, and so does the answer.
+        # Each later query, and the answer, contains a name from the previous result.
         found = [observation for _, observation in searches]
         wanted = [SEARCH_CALLS.find_query(text, "search").partition(" of ")[2] for text, _ in searches[1:]]
         wanted.append(demonstration.question.answers[0])
@@ -184,7 +184,7 @@ def test_too_few_questions_are_refused_in_one_line(tmp_path: Path):
 
 
 def test_few_questions_are_demonstrated_or_refused_in_one_line(tmp_path: Path):
-    """Of few questions no other may ask for the same kind of thing: a wrong answer is found all the same."""
+    """Among few questions no second one may ask for the same kind of thing, but a wrong answer is still found."""
     sizes = ["--test-questions", "60", "--demonstrations", "90"]
     prepare(["worldqa", "--out", str(tmp_path / "few"), "--train-questions", "30", *sizes])
     shown = load_demonstrations(str(tmp_path / "few" / "demonstrations.jsonl"))

@@ -1,9 +1,9 @@
-"""Takes what launch/local.sh takes and leaves a run's metrics: the reward has its peak at a known setting.
+"""Stands in for launch/local.sh: writes a run's metrics, whose reward has its peak at a known setting.
 
     python tuning_launcher.py -n RANKS CONFIG [FILE.yaml | section.field=value ...]
 
-The reward falls with the distance of lr from 2e-4 and of clip_low from 0.1, in the second half of the run only. Every
-start adds a line to starts.txt. Runs whose name has the text in the variable FAILS end with an error.
+Only in the second half of the run does the reward fall with the distance of lr from 2e-4 and of clip_low from 0.1.
+Every start adds a line to starts.txt. Runs whose name contains the text in the variable FAILS end with an error.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Mini-batches of a played step, with advantages and clip scales that belong to the trajectory, not to its row."""
+"""Mini-batches of a played step. Advantages and clip scales depend on the trajectory, not on its row."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def minibatches_of(
     contrast_prompts: dict[str, list[int]] | None = None,
     **algorithm,
 ) -> list[Minibatch]:
-    """Of micro-batches of at most `max_tokens`; `algorithm`: fields of that section."""
+    """Return mini-batches with micro-batches of at most `max_tokens`. `algorithm` has fields of that section."""
     config = RunConfig(
         run=RunSettings(name="r"),
         model=ModelConfig(path="unused"),
@@ -70,7 +70,7 @@ def minibatches_of(
 def correct_rollouts(
     minibatches: list[Minibatch], config: CorrectionConfig, groups: ParallelGroups
 ) -> tuple[list[list[LossInputs]], dict[str, float]]:
-    """The loss's inputs of every micro-batch with importance weights, and the metrics of these."""
+    """Return the loss's inputs with importance weights for every micro-batch, and the metrics of the weights."""
     weights, corrected = [], []
     for minibatch in minibatches:
         inputs = [microbatch.loss_inputs() for microbatch in minibatch]

@@ -1,4 +1,4 @@
-"""From trajectories to the loss: packing and micro-batches leave every mini-batch's loss and gradients alone."""
+"""Packing and micro-batches do not change any mini-batch's loss or gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from a2tgpo.update.minibatch import Minibatch
 
 
 def made_up_logprobs(batch: PackedBatch, shift: float) -> torch.Tensor:
-    """[T], fixed by the token and its place in its trajectory."""
+    """Return log-probs [T] that depend only on the token and its place in its trajectory."""
     return -2.0 + torch.sin(0.3 * batch.targets[0] + 0.7 * batch.positions[0] + shift)
 
 
@@ -30,7 +30,7 @@ def loss_and_token_gradients(
     trajectories: list[Trajectory],
     config: AlgorithmConfig,
 ) -> tuple[float, dict[tuple[int, int, int], float]]:
-    """Gradients by (prompt, sample, position in the trajectory)."""
+    """Return the loss, and gradients by (prompt, sample, position in the trajectory)."""
     total, gradients = 0.0, {}
     for microbatch, inputs in zip(minibatch, corrected, strict=True):
         batch = microbatch.batch
@@ -49,7 +49,7 @@ def loss_and_token_gradients(
 def outcome(
     trajectories: list[Trajectory], groups, max_tokens: int, config: AlgorithmConfig
 ) -> list[tuple[float, dict]]:
-    """Per mini-batch."""
+    """Return loss and gradients per mini-batch."""
     minibatches = minibatches_of(
         trajectories, groups, max_tokens=max_tokens, ratio=config.ratio, aggregation=config.aggregation
     )
@@ -74,7 +74,7 @@ def outcome(
 def test_packing_and_order_change_neither_loss_nor_gradients(
     policy, trajectories, level, aggregation
 ) -> None:
-    """Micro-batches of one trajectory, of a few, of all; a trajectory without tokens might as well be absent."""
+    """Micro-batches have one trajectory, a few, or all. Trajectories without tokens make no difference."""
     config = AlgorithmConfig(
         ratio=level,
         aggregation=aggregation,

@@ -58,6 +58,6 @@ def test_a_resumed_schedule_goes_on_with_this_runs_rates() -> None:
     expected = rates(optimizer, saved, 3)
     optimizer, resumed = schedule_of(lr_schedule="linear")
     for group in optimizer.param_groups:
-        group["max_lr"] = 99.0  # what loading the optimizer's state brings along
+        group["max_lr"] = 99.0  # loading the optimizer's state changes this
     resumed.load_state_dict(state)
     assert rates(optimizer, resumed, 3) == expected

@@ -1,4 +1,4 @@
-"""The output layer runs where a log-prob is asked for, and nowhere else; losses and gradients do not notice."""
+"""The output layer runs only for positions whose log-prob is needed. Losses and gradients stay the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from a2tgpo.warmstart.batches import cross_entropy, token_weights
 
 @contextlib.contextmanager
 def counted_rows(policy: Policy) -> Iterator[list[int]]:
-    """Within, how many rows each call of the output layer gives."""
+    """Record how many rows each call of the output layer computes in this context."""
     rows: list[int] = []
     hook = policy.gpt_models[0].output_layer.register_forward_hook(
         lambda _layer, _inputs, output: rows.append(output[0].size(0))
@@ -38,12 +38,12 @@ def packed(trajectories: list[Trajectory]) -> list[PackedBatch]:
 
 
 def wholly(batches: list[PackedBatch]) -> list[PackedBatch]:
-    """The same with every position asked for."""
+    """Return the batches with every position requested."""
     return [dataclasses.replace(batch, loss_mask=torch.ones_like(batch.loss_mask)) for batch in batches]
 
 
 def weighted(batches: list[PackedBatch]) -> LossFunction:
-    """A different weight for each sampled token's log-prob and for the entropy where it was sampled."""
+    """Return a loss with a different weight for each sampled token's log-prob and for the entropy at its position."""
 
     def loss(number: int, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, dict]:
         mask = batches[number].loss_mask[0]

@@ -1,4 +1,4 @@
-"""Scoring and updating a real policy on one process: what the metrics say and what the correction changes."""
+"""Scoring and updating a real policy on one process: the values of metrics, and the effect of the correction."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def scored(
 
 
 def by_trajectory(minibatches: list[Minibatch]) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Per trajectory its tokens' turns, the trainer's log-probs and the engine's, float64."""
+    """Return for each trajectory the turns of its tokens and the log-probs of trainer and engine in float64."""
     found = {}
     for minibatch in minibatches:
         for batch, old in ((m.batch, m.old_logprobs) for m in minibatch):
@@ -83,7 +83,7 @@ def test_the_gap_is_over_tokens_with_two_finite_log_probs_and_counts_the_others(
 
 
 def test_a_step_without_a_finite_engine_log_prob_has_no_gap_and_no_mean_weight(policy, trajectories) -> None:
-    """But one that guards notice, which read the count where there is no mean."""
+    """Guards notice such a step, because they read the count if there is no mean."""
     for turn in (turn for trajectory in trajectories for turn in trajectory.turns):
         turn.rollout_logprobs = [math.nan] * len(turn.tokens)
     minibatches, gaps = scored(trajectories, policy)
@@ -96,7 +96,7 @@ def test_a_step_without_a_finite_engine_log_prob_has_no_gap_and_no_mean_weight(p
 
 @pytest.mark.parametrize("level", ["token", "turn", "sequence"])
 def test_correction_metrics_and_weights_are_those_of_the_whole_step(policy, trajectories, level) -> None:
-    """However it is cut into mini-batches and micro-batches; one engine log-prob is not finite."""
+    """They do not depend on the division into mini-batches and micro-batches. One engine log-prob is not finite."""
     final = next(t for t in trajectories if len(t.turns) == 3).turns[-1]
     final.rollout_logprobs[0] = -math.inf
     config = CorrectionConfig(kind="truncate", level=level, upper=1.5)
@@ -131,7 +131,7 @@ def test_correction_metrics_and_weights_are_those_of_the_whole_step(policy, traj
 def weights_by_hand(
     turns: torch.Tensor, old: torch.Tensor, rollout: torch.Tensor, level: str
 ) -> torch.Tensor:
-    """NaN where the engine's log-prob, or one that shares the weight, is not finite."""
+    """Return weights, NaN if the engine's log-prob of the token, or of one that shares its weight, is not finite."""
     log_ratio = (old - rollout).where(rollout.isfinite(), torch.nan)
     if level == "sequence":
         log_ratio = log_ratio.mean().expand_as(log_ratio)
@@ -175,7 +175,7 @@ def test_a_log_prob_of_the_trainer_that_is_not_finite_skips_the_update_at_any_we
 
 
 def test_an_update_trains_on_the_corrected_loss(policy, trajectories) -> None:
-    """At the first mini-batch every ratio is 1, so the loss is minus the weighted sum of w A."""
+    """In the first mini-batch every ratio is 1, so the loss is minus the weighted sum of w A."""
     next(t for t in trajectories if t.turns).turns[0].rollout_logprobs[0] = math.nan
     config = AlgorithmConfig(correction=CorrectionConfig(kind="truncate", level="token"))
     minibatches, _ = scored(trajectories, policy)
@@ -230,7 +230,7 @@ def one_update(
     entropy_weight: float = 0.0,
     **algorithm,
 ) -> tuple[dict[str, float], dict[str, torch.Tensor], int]:
-    """Metrics, weights and needless passes over a micro-batch, of a fresh policy's single mini-batch."""
+    """Train a fresh policy on a single mini-batch. Return metrics, weights and the number of additional passes."""
     update = UpdateConfig(lr=1e-3)
     model = ModelConfig(path=policy.path, dtype="float32")
     fresh = build_policy(model, ParallelConfig(), policy.groups, update=update)
@@ -239,7 +239,7 @@ def one_update(
     assert len(minibatch) > 2
     passes: list[int] = []
     fresh.gpt_models[0].decoder.register_forward_hook(lambda *_: passes.append(1))
-    step = [minibatch, []] if scoring else [minibatch]  # as in a step that has another one behind it
+    step = [minibatch, []] if scoring else [minibatch]  # as in a step with another mini-batch after this one
     step, metrics = compute_old_logprobs(fresh, step, distribution=MODEL_DISTRIBUTION)
     of_update, _ = update_policy(
         fresh,
@@ -260,7 +260,7 @@ def one_update(
 def test_the_training_pass_of_a_single_mini_batch_gives_what_scoring_gives(
     policy, trajectories, level, kind
 ) -> None:
-    """The same metrics and the same weights, with no other pass than that of the update."""
+    """Metrics and weights are the same without any pass except that of the update."""
     next(t for t in trajectories if t.turns).turns[0].rollout_logprobs[0] = math.nan
     config = {"ratio": level, "correction": CorrectionConfig(kind=kind, level=level, upper=1.5)}
     scored, of_scored, passes = one_update(policy, trajectories, scoring=True, **config)
@@ -275,7 +275,7 @@ def test_the_training_pass_of_a_single_mini_batch_gives_what_scoring_gives(
 
 
 def test_an_entropy_term_lowers_the_loss_by_the_mean_entropy(policy, trajectories) -> None:
-    """A weight of 0 leaves the gradients as they are without the term, to the bit."""
+    """With a weight of 0 the gradients equal those without the term to the bit."""
     config = {"aggregation": "token-mean"}
     adapted = config | {"entropy_coef": 0.5, "entropy_target": 1.0}
     plain, of_plain, _ = one_update(policy, trajectories, scoring=False, **config)

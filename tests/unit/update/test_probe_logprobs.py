@@ -1,4 +1,4 @@
-"""Answers scored along a tree are those of every prefix run in full; the tree runs a trajectory once."""
+"""Scores of answers along a tree equal those of every prefix run in full. The tree runs a trajectory only once."""
 
 import copy
 import dataclasses
@@ -26,7 +26,7 @@ def tokens(count, seed):
 
 
 def alone(policy, prefix, probe):
-    """The same by the usual way: prefix, scaffold and answer as one trajectory, run in full."""
+    """Return the log-probs in the usual way: prefix, scaffold and answer run in full as one trajectory."""
     turn = Turn(tokens=list(probe.answer), rollout_logprobs=[0.0] * len(probe.answer))
     trajectory = Trajectory(
         prompt_index=0,
@@ -88,7 +88,7 @@ def test_layers_are_as_before_after_a_tree(policy, sequences):
 
 
 class NumberTokens:
-    """Answers written as numbers are their own token ids."""
+    """Answers written as numbers are read as token ids."""
 
     def scaffold(self, trajectory, num_turns):
         return [7, 9]
@@ -108,7 +108,7 @@ def scorer(*, max_model_len=1000):
 
 @pytest.fixture
 def played():
-    """Two searches and an answer; contexts of 6, 18 and 30 tokens."""
+    """A trajectory of two searches and an answer, with contexts of 6, 18 and 30 tokens."""
     return Trajectory(
         prompt_index=0,
         prompt_id="q",
@@ -129,7 +129,7 @@ def played():
 
 
 def in_full(policy, trajectory, length):
-    """Log-probs of all aliases after the first `length` tokens."""
+    """Return log-probs of all aliases after the first `length` tokens."""
     return [
         alone(
             policy, trajectory.tokens[:length], Probe(prefix_length=length, scaffold=(7, 9), answer=tuple(a))
@@ -139,7 +139,7 @@ def in_full(policy, trajectory, length):
 
 
 def test_the_gap_is_what_the_engine_was_off(policy, played):
-    """Engine scores made from prefixes run in full, one of them wrong by 0.3 nats a token."""
+    """The engine's scores come from prefixes run in full. One of them is wrong by 0.3 nats per token."""
 
     def best(length):
         return max(sum(values) / len(values) for values in in_full(policy, played, length))
@@ -149,7 +149,7 @@ def test_the_gap_is_what_the_engine_was_off(policy, played):
     played.turns[1].answer_prob = math.exp(best(30) - 0.3)
     check = GainCheck(policy, GainConfig(verify_every=2), scorer())
     assert check.run(1, [played]).values() == {}
-    finished_before = copy.deepcopy(played)  # by weights that are gone
+    finished_before = copy.deepcopy(played)  # with weights that no longer exist
     finished_before.turns[-1].version, finished_before.baseline_prob = 1, 0.01
     found = check.run(2, [finished_before, played]).values()
     assert found["gain/engine_trainer_gap"] == pytest.approx(0.15, abs=1e-4)
@@ -169,7 +169,9 @@ def test_contexts_score_as_their_prefixes_run_in_full(policy, played):
 
 
 def test_a_context_with_no_room_for_the_answers_has_no_score_and_no_gain(policy, played):
-    """The longest answer and its scaffold take 5 tokens; the engine's sequences end before `max_model_len`."""
+    """The longest answer and its scaffold have 5 tokens. The engine's sequences must be shorter than
+    `max_model_len`.
+    """
     (fitting,) = scorer(max_model_len=30 + 5 + 1).score(policy, [played])
     assert all(fitting)
     (cut,) = scorer(max_model_len=30 + 5).score(policy, [played])

@@ -1,4 +1,4 @@
-"""What a mini-batch tells of how far its ratios are from 1: by hand, and by the turns' own ratios."""
+"""How far the ratios of a mini-batch are from 1: by hand, and from the ratios of turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What is trained on is what was sampled from: softmax(logits / temperature) over the tokenizer's ids."""
+"""Training uses the distribution that tokens were sampled from: softmax(logits / temperature) over the tokenizer's
+ids.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,13 @@ from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.policy_update import compute_old_logprobs, compute_ref_logprobs, update_policy
 
 NUM_IDS = 200
-"""Of a vocabulary of 250; the rest is padding that the engine never samples."""
+"""The vocabulary has 250 ids. The other 50 are padding that the engine never samples."""
 COOL = TokenDistribution(temperature=0.7, num_ids=NUM_IDS)
 
 
 @pytest.fixture
 def sampled(trajectories: list[Trajectory]) -> list[Trajectory]:
-    """The step's trajectories without tokens that no engine could have sampled."""
+    """Return the step's trajectories without tokens that no engine could have sampled."""
     for trajectory in trajectories:
         for turn in trajectory.turns:
             turn.tokens = [token % NUM_IDS for token in turn.tokens]
@@ -33,7 +35,7 @@ def sampled(trajectories: list[Trajectory]) -> list[Trajectory]:
 
 
 def expected_scores(path: str, trajectory: Trajectory) -> list[tuple[float, float]]:
-    """(log-prob, entropy) of each sampled token by transformers, in float64."""
+    """Return (log-prob, entropy) of each sampled token from transformers in float64."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
     with torch.no_grad():
         logits = model(torch.tensor([trajectory.tokens])).logits[0, :, :NUM_IDS] / COOL.temperature
@@ -87,13 +89,15 @@ def test_the_training_pass_sees_the_distribution_that_scoring_saw(policy, sample
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.4])
 def test_a_decision_that_does_not_matter_has_an_expected_gradient_of_0(policy, temperature) -> None:
-    """Two decisions: the first is the reward, the second changes nothing. All four trajectories, none sampled."""
+    """The first of two decisions is the reward, the second has no effect. All four trajectories are listed, not
+    sampled.
+    """
     start = torch.tensor([[0.0, -1.0], [0.0, 0.5], [0.0, 0.5]], dtype=torch.float64)
     gradients = {}
     for trained_at in {temperature, 1.0}:
-        logits = start.clone().requires_grad_()  # of the first decision, and of the second after either first
+        logits = start.clone().requires_grad_()  # first decision, then the second after either first
         sampled_logprobs = (start / temperature).log_softmax(-1)
-        share = sampled_logprobs[0].exp()  # of first decision 0 and 1
+        share = sampled_logprobs[0].exp()  # probabilities of first decision 0 and 1
         rows, targets, advantages, weights = [], [], [], []
         for first, second in itertools.product((0, 1), (0, 1)):
             probability = (sampled_logprobs[0, first] + sampled_logprobs[1 + first, second]).exp()

@@ -34,7 +34,7 @@ def test_an_index_cannot_reach_other_modules_through_those_it_may_name(tmp_path,
 
 
 def test_an_index_that_has_bytes_for_a_tensor_is_refused(tmp_path) -> None:
-    """Torch would unpickle them."""
+    """Torch would unpickle these bytes."""
     index = Metadata(state_dict_metadata={"model.weight": BytesStorageMetadata()})
     (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
     with pytest.raises(ValueError, match=r"no tensor for 'model.weight'"):
@@ -42,7 +42,7 @@ def test_an_index_that_has_bytes_for_a_tensor_is_refused(tmp_path) -> None:
 
 
 def test_one_changed_byte_of_an_index_does_not_take_all_memory(tmp_path) -> None:
-    """Unpickling this one would fill a table of 32 GiB, and end the process where there is less."""
+    """Unpickling this index would fill a table of 32 GiB, and end the process if memory is smaller."""
     index = tmp_path / ".metadata"
     index.write_bytes(
         pickle.PROTO + b"\x04" + pickle.NONE + pickle.LONG_BINPUT + b"\x00\x00\x00\x80" + pickle.STOP

@@ -1,4 +1,4 @@
-"""The examples of a warm start, and which changes of them a resumed warm start refuses."""
+"""The examples of a warm start, and the changes of them that a resumed warm start refuses."""
 
 import datetime
 import json
@@ -31,7 +31,7 @@ class search:
 
 @pytest.fixture
 def examples(tmp_path):
-    """Loads the examples of a model in the chat protocol, with a tool of the user."""
+    """Return a function that loads a model's examples in the chat protocol, with a user's tool."""
     tokenizer = qwen_tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
     size = {"hidden_size": 8, "intermediate_size": 8, "head_dim": 8, "num_hidden_layers": 1}

@@ -1,4 +1,4 @@
-"""Which rollouts become demonstrations, and what of them is kept."""
+"""Which rollouts become demonstrations, and which parts are kept."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def rollout(question: int = 0, sample: int = 0, *, calls: int = 1, tokens: int =
 
 
 def write_run(run: Path, *steps: list[dict], replicas: int = 1) -> Path:
-    """A run's folder with the rollouts of steps 1, 2, ... of so many replicas."""
+    """Write a run's folder with rollouts of steps 1, 2, ... from `replicas` replicas."""
     for step, records in enumerate(steps, 1):
         for replica in range(replicas):
             path = part_path(run, step, replica=replica, num_replicas=replicas)

@@ -1,4 +1,4 @@
-"""What a warm start makes of a configuration for training: rates, number formats, what it takes of the machines."""
+"""How a warm start changes a configuration for training: rates, number formats and use of machines."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_warm_start_is_in_bfloat16_unless_it_is_asked_for_fp8(tmp_path) -> Non
 
 
 def test_a_warm_start_is_planned_without_the_engine_that_it_never_builds(tmp_path) -> None:
-    """The engine's layout divides nothing, and its cache would fill several cards."""
+    """The engine's layout is invalid, and its cache would fill several GPUs."""
     engine = ["rollout.tensor_parallel=7", "rollout.kv_cache_gib=500", "rollout.quantization=none"]
     config = config_of(tmp_path, QWEN_72B, *engine)
     dimensions, gpu = source_dimensions(config), GPUS["h100-80gb"]

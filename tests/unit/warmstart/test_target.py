@@ -1,4 +1,4 @@
-"""What a warm start may write over: nothing but what a warm start has written."""
+"""A warm start may overwrite only files that a warm start has written."""
 
 from __future__ import annotations
 
