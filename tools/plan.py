@@ -152,7 +152,7 @@ def _share(text: str) -> float:
 
 
 def _number(text: str) -> float:
-    """Return the number that `text` spells. Return NaN, which every caller rejects, if `text` is not a number."""
+    """Return `text` as a number. Return NaN, which every caller rejects, if `text` is not a number."""
     try:
         return float(text)
     except ValueError:

@@ -1,10 +1,10 @@
 """Read question sets in their published formats, item by item.
 
-hotpotqa: hotpot_*_v1*.json is a JSON list. Some answers are yes or no. The number of titles gives the hops. 2wiki:
-{train,dev}.json is a JSON list. id_aliases.json has aliases for the Wikidata id of an answer. musique:
-musique_{ans,full}_v1.0_*.jsonl has aliases. The `full` files also have unanswerable items. bamboogle: The CSV file
-has the columns Question and Answer. nq: NQ-open.*.jsonl and v1.0-simplified_*.jsonl(.gz) have short answers, yes/no
-answers and unanswerable items. The
+hotpotqa: hotpot_*_v1*.json is a JSON list. Some answers are yes or no. The number of titles is the number of hops.
+2wiki: {train,dev}.json is a JSON list. id_aliases.json has aliases for the Wikidata id of an answer.
+musique: musique_{ans,full}_v1.0_*.jsonl has aliases. The `full` files also have unanswerable items.
+bamboogle: The CSV file has the columns Question and Answer.
+nq: NQ-open.*.jsonl and v1.0-simplified_*.jsonl(.gz) have short answers, yes/no answers and unanswerable items. The
     development file v1.0-simplified_* in fact has the full format, which is also supported.
 triviaqa: {wikipedia,web,unfiltered-web}-*.json has its items in the list `Data`, with aliases.
 popqa: The column possible_answers of the TSV file contains a JSON list.

@@ -188,7 +188,7 @@ def question_of(record: dict, where: str) -> str:
     """Return the text of the field `question`, or of the last user message in `prompt` if there is no such field.
 
     Raises:
-        ConfigError: with a message that starts with `where`, if the record has no question or the question is no
+        ConfigError: with a message that starts with `where`, if the record has no question or the question is not a
             text.
     """
     messages = record.get("prompt")

@@ -68,7 +68,7 @@ class PromptSampler:
         """Return the indices of the next questions, all different: [count] in [0, num_questions).
 
         Args:
-            count: number of questions; None: `per_step`.
+            count: number of questions. The default is `per_step`.
             excluded: indices that must not be returned, because their questions are already in the step or, with
                 partial rollouts, were carried over (see `PartialConfig.check_questions`). Their number plus `count`
                 is at most the number of questions.

@@ -99,7 +99,11 @@ def fetch(
             return _read(url, response, deadline, timeout_s=timeout_s, max_bytes=max_bytes)
     except httpx.TimeoutException:
         raise _late(url, timeout_s) from None
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # a host may be no domain name
+    except (
+        httpx.HTTPError,
+        httpx.InvalidURL,
+        UnicodeError,
+    ) as error:  # the host may be an invalid domain name
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PostError(f"{url} cannot be reached ({reason:.120})") from None
 

@@ -111,7 +111,9 @@ def update_volume(given: PlanInputs) -> Volume:
 
 
 def _update_passes(config: RunConfig) -> int:
-    """Return how many forward passes equal a layer's work in an update. A backward pass equals 2, recomputation 1."""
+    """Return how many forward passes equal a layer's work in an update. A backward pass counts
+    as two, and recomputation as one.
+    """
     return 4 if config.model.recompute == "full" else 3
 
 

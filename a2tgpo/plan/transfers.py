@@ -15,7 +15,7 @@ STEP = ("refit", "rollout", "score", "update", "refit")
 def transfer_bytes(given: PlanInputs) -> float:
     """Return the bytes that one rank copies to or from its host in a step.
 
-    The rank is one of the pipeline stage that copies the most. Gradients are not copied: they come back as zeros.
+    The rank belongs to the pipeline stage that copies the most. Gradients are not copied: they come back as zeros.
     """
     replicas = given.geometry.data_parallel
     return max(

@@ -44,7 +44,7 @@ def gather_summaries(
 def best_and_worst(summaries: Sequence[RolloutSummary], count: int) -> dict[str, RolloutSummary]:
     """Choose the best and the worst rollouts, `count` in total, and return them by name: best_0, ..., worst_0, ...
 
-    Rollouts are compared by reward, and at equal reward by the sum of their gains. No rollout is chosen twice.
+    Rollouts are compared by reward, and if rewards are equal, by the sum of their gains. No rollout is chosen twice.
     """
     ordered = sorted(summaries, key=lambda summary: summary.worth, reverse=True)
     num_best = min((count + 1) // 2, len(ordered))

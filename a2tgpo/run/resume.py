@@ -107,7 +107,7 @@ def changed_settings(state: dict[str, Any], settings: Mapping[str, Any]) -> Chan
 def changed_files(path: Path, config: RunConfig) -> list[str]:
     """Return a line for each of the user's files that has changed since the run that wrote the checkpoint `path`.
 
-    A reward or tool of another content may give the weights other scores than the run had.
+    A changed reward or tool may give the same weights other scores.
     """
     try:
         state = checkpoint.read_record(path)["state"]

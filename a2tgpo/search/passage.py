@@ -11,7 +11,7 @@ class Passage:
 
     @property
     def contents(self) -> str:
-        """The title in double quotes on the first line, and the text below it. Without a title, only the text."""
+        """The title in double quotes on the first line, and the text below it. Only the text if there is no title."""
         return f'"{self.title}"\n{self.text}' if self.title else self.text
 
 

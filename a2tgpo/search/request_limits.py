@@ -24,7 +24,7 @@ class RequestLimits:
 
     Args:
         token: bearer token; None: no token is required.
-        max_requests_per_s: most requests per second, and most requests in a burst, from one client address. 0: no
+        max_requests_per_s: largest number of requests from one client address, per second and in a burst. 0: no
             limit.
     """
 

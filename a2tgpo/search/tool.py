@@ -93,7 +93,7 @@ def build_search(
     """Return the search tool that `config` describes; every rank builds its own tool.
 
     Args:
-        max_connections: most concurrent requests.
+        max_connections: largest number of concurrent requests.
         tells_outages: as in `CachedSearch`; has an effect only with search.backend=http.
         probe: with search.backend=http, send one query first, so that a wrong address is found at the start.
 

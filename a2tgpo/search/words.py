@@ -47,7 +47,9 @@ def words_of(text: str) -> list[str]:
 
 
 def _without_accents(text: str) -> str:
-    """Return `text` in NFKC form without accents, as on "é". Marks that change the spelling, as in "パ", stay."""
+    """Return `text` in NFKC form without accents such as that of "é". Marks that change the spelling, as in "パ",
+    stay.
+    """
     taken_apart = unicodedata.normalize("NFKD", text)
     kept = (c for c in taken_apart if unicodedata.combining(c) in _SPELLING and c != _ZERO_WIDTH_JOINER)
     return unicodedata.normalize("NFC", "".join(kept))

@@ -69,7 +69,7 @@ def build_app(
         protocol: renders a question as the tokens of a prompt, and finds the answer in a response.
         name: the name of the model.
         temperature: the temperature of training (`rollout.temperature`).
-        max_prompt_tokens: most tokens in a prompt (`data.max_prompt_tokens`).
+        max_prompt_tokens: largest number of tokens in a prompt (`data.max_prompt_tokens`).
         token: the bearer token that clients must send. None: clients need no token.
     """
     app = FastAPI(title="a2tgpo agent", version="1")

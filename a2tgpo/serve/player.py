@@ -1,4 +1,4 @@
-"""What a trained policy needs to play: the engine, the tools and the rollout, without the trainer."""
+"""The parts with which a trained policy plays: the engine, the tools and the rollout, without the trainer."""
 
 from __future__ import annotations
 

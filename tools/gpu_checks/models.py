@@ -48,7 +48,8 @@ STAND_IN = ModelDimensions(
     tied=False,
 )
 """A small model for machines without a GPU. As in Qwen2.5-72B, the number of feed-forward channels on one of 8 ranks,
-here 464, is no multiple of 128."""
+here 464, is not a multiple of 128.
+"""
 DEFAULT_LIKE = "qwen2.5-72b"
 
 
