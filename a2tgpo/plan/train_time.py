@@ -111,8 +111,8 @@ def update_volume(given: PlanInputs) -> Volume:
 
 
 def _update_passes(config: RunConfig) -> int:
-    """Return how many forward passes equal a layer's work in an update. A backward pass counts
-    as two, and recomputation as one.
+    """Return how many forward passes equal a layer's work in an update. A backward pass equals two
+    forward passes, and recomputation equals one.
     """
     return 4 if config.model.recompute == "full" else 3
 
