@@ -57,7 +57,9 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = program_parser(__doc__)
     parser.add_argument("--model", type=path_argument, required=True, help="exported folder")
-    parser.add_argument("--config", help="agent file; default: agent.json in the folder")
+    parser.add_argument(
+        "--config", help="agent file; default: agent.json in the folder, if it names no code and no secrets"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses")
     parser.add_argument("--port", type=int, default=8100, help="0: any free one (printed)")
     parser.add_argument("--queue", type=int, default=256, help="questions that may wait; more are refused")
@@ -70,15 +72,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def serve(args: argparse.Namespace) -> None:
     """Answer requests until SIGTERM or Ctrl-C. Every rank must call this. Rank 0 listens."""
+    from a2tgpo.config.load import overridden_keys
     from a2tgpo.parallel.initialize import shutdown
     from a2tgpo.search.bound_socket import bind
-    from a2tgpo.serve.agent_file import AGENT_FILE
+    from a2tgpo.serve.agent_file import AGENT_FILE, require_harmless
     from a2tgpo.serve.player import load_saved, open_player
 
     file = args.config or args.model / AGENT_FILE
     # Report a failed search to the client instead of making it wait for the search server.
     given = [f"model.path={escape(str(args.model))}", "tools.on_outage=continue", *args.overrides]
     config, model = load_saved(file, given, args.model, key="--model")
+    if args.config is None:
+        require_harmless(file, config, overridden=overridden_keys(args.overrides))
     require(model.is_hf, "--model", str(args.model), "a folder written by tools/convert.py megatron-to-hf")
     groups = meet_ranks(config)
     is_first = groups.rank == 0

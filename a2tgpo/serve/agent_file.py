@@ -1,7 +1,9 @@
-"""Write the file that describes an exported agent. The file is in the folder of the agent's weights."""
+"""The file that describes an exported agent. The file is in the folder of the agent's weights."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from a2tgpo.config.expand import escape
 from a2tgpo.config.load import dump_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.io.atomic_file import write_json
+from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.user_code import is_user_code
 
 AGENT_FILE = "agent.json"
 _WHOLE_SECTIONS = ("tools", "search", "calculator", "python", "web", "visit", "mcp")
@@ -37,6 +41,8 @@ _FIELDS = {
     "parallel": ("timeout_s", "start_timeout_s"),
     "algorithm": ("correction",),
 }
+_VARIABLE = re.compile(r"(?<!\$)\$(?:\$\$)*(?!\$)")
+"""A $ that begins the name of an environment variable. `write_agent_file` doubles every other $."""
 
 
 def write_agent_file(folder: Path, config: RunConfig) -> None:
@@ -56,3 +62,30 @@ def write_agent_file(folder: Path, config: RunConfig) -> None:
     kept["model"]["path"] = escape(str(folder))
     kept["data"] |= {"train": "", "test": ""}
     write_json(folder / AGENT_FILE, kept)
+
+
+def require_harmless(path: Path, config: RunConfig, *, overridden: Collection[str]) -> None:
+    """Raise `ConfigError` if the agent file `path` names code to run or secrets to send, or opens private addresses.
+
+    A stranger may have written the agent file in a model's folder. So a program calls this if the user named only the
+    folder, and not the file itself.
+
+    Args:
+        config: the configuration in `path`, with overrides.
+        overridden: the keys of the settings that the user gave (`overridden_keys`).
+    """
+    found = {
+        "tools.names": [name for name in config.tools.names if is_user_code(name)],
+        "mcp.command": list(config.mcp.command) if "mcp" in config.tools.names else [],
+        "search.token_file": config.search.token_file,
+        "web.token_file": config.web.token_file,
+        "visit.allow_private": "visit" in config.tools.names and config.visit.allow_private,
+    }
+    harmful = [f"{key} is {value!r:.80}" for key, value in found.items() if value and key not in overridden]
+    if _VARIABLE.search(path.read_text(encoding="utf-8")):
+        harmful.append("it has environment variables")
+    if harmful:
+        raise ConfigError(
+            f"{path} may run code, send secrets or reach private addresses ({'; '.join(harmful)}); read the file, "
+            f"then name it: --config {path}"
+        )
