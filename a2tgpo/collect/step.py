@@ -5,8 +5,9 @@ By default, a step plays one draw of prompts. With partial rollouts, the step ta
 drops the other groups.
 
 A group is informative if the outcome rewards of its trajectories, before a length penalty, are not all equal (DAPO,
-arXiv 2503.14476, Eq. 11). Informative groups are a biased sample of the policy's rollouts, so some of these metrics
-cover all groups that were played:
+arXiv 2503.14476, Eq. 11). The share of the other groups in a step is the metric `reward/equal_groups_share`.
+Informative groups are a biased sample of the policy's rollouts, so some metrics of dynamic sampling cover all groups
+that were played:
 
     sampling/draws                  number of draws in the step
     sampling/groups_played          number of groups in all draws
@@ -99,6 +100,10 @@ class StepRollout:
         if not self._engine_group.is_leader:
             return PlayedStep(trajectories=[], metrics=metrics)
         add_rollout_counts(metrics, counts)
+        informative = informative_groups(trajectories)
+        metrics.add(
+            "reward/equal_groups_share", len(informative) - sum(informative.values()), len(informative)
+        )
         if self._startup is not None:
             for name, seconds in self._startup.items():
                 metrics.add_max(name, seconds)

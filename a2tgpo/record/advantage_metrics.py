@@ -15,8 +15,9 @@ def add_advantage_metrics(
     """Add to `metrics` the extremes and means of advantages and clip scales over all turns of this replica's
     trajectories.
 
-    `advantage/narrow_signal_share` is the sum of |normalised gain| over all narrow turn groups, divided by this sum
-    over all turn groups.
+    `advantage/process_mean` is the mean over process turns alone. It is near 0 if a method compares a turn only with
+    similar turns. `advantage/narrow_signal_share` is the sum of |normalised gain| over all narrow turn groups, divided
+    by this sum over all turn groups.
     """
     columns = torch.arange(table.max_turns + 1)
     present = columns <= table.num_process_turns[:, None]  # [N, T + 1]
@@ -28,6 +29,8 @@ def add_advantage_metrics(
         if values.numel():
             metrics.add_max(f"{prefix}max", values.max().item())
             metrics.add_min(f"{prefix}min", values.min().item())
+    process = advantages.advantages[columns < table.num_process_turns[:, None]]
+    metrics.add("advantage/process_mean", process.sum().item(), process.numel())
     if advantages.gain_spread is not None:
         signal = advantages.normalized_gain.abs()
         narrow = signal[advantages.gain_spread < NARROW_SPREAD]

@@ -1,14 +1,16 @@
 """Compare methods: train every method with every seed on one experiment, then write tables and figures.
 
     python tools/ablation/compare.py CONFIG --methods grpo,dapo,igpo,a2tgpo --seeds 0,1,2 --out DIR [--ranks R]
-                             [--jobs J] [--tuned DIR] [section.field=value ...]
+                             [--jobs J] [--presets FOLDER] [--warm-starts] [--contrasts METHOD-BASE,...]
+                             [section.field=value ...]
     python tools/ablation/compare.py --report DIR
 
-A run of the method NAME reads CONFIG, configs/algorithm/NAME.yaml and, if it exists, NAME.yaml in the folder --tuned,
-in this order. Later files override earlier ones. Runs with the same seed draw the same questions, and sample with the
-same random seeds. If you start the same command again, it skips finished runs and resumes the other runs. A failed
-run does not stop the other runs. DIR contains runs/ and logs/. Whenever a run ends, the program rewrites results.csv,
-curves.csv, report.md, the figures and tensorboard/ in DIR. --report DIR only rewrites these files.
+A run of the method NAME reads CONFIG and FOLDER/NAME.yaml, which overrides CONFIG. Runs with the same seed draw the
+same questions, and sample with the same random seeds. With --warm-starts, they also have the same initial policy,
+which no other seed has: the program makes it before the seed's first run. If you start the same command again, it
+skips finished runs and resumes the other runs. A failed run does not stop the other runs. DIR contains runs/ and
+logs/, and warm_starts/ if there are any. Whenever a run ends, the program rewrites results.csv, curves.csv,
+report.md, the figures and tensorboard/ in DIR. --report DIR only rewrites these files.
 """
 
 from __future__ import annotations
@@ -26,19 +28,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
+from warm_starts import WarmStart
 
 from a2tgpo.config.expand import path_argument
 from a2tgpo.config.load import config_to_dict, load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.io.program import add_overrides
-from runs import ATTEMPT_MARK, CONFIG_FILE, PLAN_FILE, Plan, Run, RunResult, load_plan, read_result
+from runs import (
+    ATTEMPT_MARK,
+    CONFIG_FILE,
+    PLAN_FILE,
+    Plan,
+    Run,
+    RunResult,
+    last_words,
+    load_plan,
+    read_result,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = (str(ROOT / "launch" / "local.sh"),)
 PRESETS = ROOT / "configs" / "algorithm"
 OWN_KEYS = ("run.name", "run.root", "run.seed")
 """Settings that this program sets for every run. The command line must not set them."""
+WARM_START_KEYS = ("model.path", "warmstart.source")
+"""Settings that --warm-starts sets."""
 POLL_S = 0.25
 
 
@@ -49,21 +64,28 @@ class Experiment:
     config: str
     overrides: Sequence[str]
     presets: Path
-    tuned: Path | None
+    has_warm_starts: bool
+    """Whether every seed has an initial policy of its own. If not, all runs start from `model.path`."""
     ranks: int
     launcher: Sequence[str]
     """The command that starts a run. It takes the same arguments as launch/local.sh."""
 
-    def arguments(self, run: Run) -> list[str]:
-        """Return the arguments after CONFIG. YAML files come first, then `section.field=value` settings."""
-        files = [self.presets / f"{run.method}.yaml"]
-        if self.tuned is not None and (self.tuned / f"{run.method}.yaml").exists():
-            files.append(self.tuned / f"{run.method}.yaml")
-        own = [f"run.name={run.name}", f"run.root={run.folder.parent}", f"run.seed={run.seed}"]
-        return [*map(str, files), *own, *self.overrides]
+    def warm_start(self, run: Run) -> WarmStart | None:
+        """Return the warm start that `run` needs, or None if it needs none."""
+        return WarmStart(seed=run.seed, out=run.out) if self.has_warm_starts else None
 
-    def command(self, run: Run) -> list[str]:
-        return [*self.launcher, "-n", str(self.ranks), self.config, *self.arguments(run)]
+    def arguments(self, run: Run) -> list[str]:
+        """Return the arguments after CONFIG. The method's file comes first, then `section.field=value` settings."""
+        own = [f"run.name={run.name}", f"run.root={run.folder.parent}", f"run.seed={run.seed}"]
+        if warm_start := self.warm_start(run):
+            own.append(f"model.path={warm_start.model}")
+        return [str(self.presets / f"{run.method}.yaml"), *own, *self.overrides]
+
+    def command(self, task: Run | WarmStart) -> list[str]:
+        if isinstance(task, WarmStart):
+            data = Path(next(iter(load_config(self.config).data.train_files))).parent
+            return task.command(self.launcher, self.config, data=data, overrides=self.overrides)
+        return [*self.launcher, "-n", str(self.ranks), self.config, *self.arguments(task)]
 
     def check(self, run: Run) -> RunConfig:
         """Return the configuration for `run`. Raise ConfigError if the run was started with another configuration."""
@@ -98,9 +120,9 @@ def leaves(mapping: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 @dataclass(kw_only=True)
 class Job:
-    """A run whose processes have been started."""
+    """A run or a warm start whose processes have been started."""
 
-    run: Run
+    task: Run | WarmStart
     slot: int
     process: subprocess.Popen
 
@@ -126,17 +148,17 @@ class Progress:
 
     def look(self, jobs: Sequence[Job]) -> None:
         """Add to the bar the steps that `jobs` have completed since the last call."""
-        for job in jobs:
-            changed, steps = self._seen[job.run.name]
+        for run in [job.task for job in jobs if isinstance(job.task, Run)]:
+            changed, steps = self._seen[run.name]
             with contextlib.suppress(
                 OSError, ValueError
             ):  # the file is just being written, or does not exist yet
-                if (now := job.run.metrics_file.stat().st_mtime) != changed:
-                    step = job.run.step()
-                    self._seen[job.run.name] = (now, step)
+                if (now := run.metrics_file.stat().st_mtime) != changed:
+                    step = run.step()
+                    self._seen[run.name] = (now, step)
                     self._done += step - steps
                     self._bar.update(step - steps)
-        self._bar.set_postfix_str(", ".join(job.run.name for job in jobs), refresh=False)
+        self._bar.set_postfix_str(", ".join(job.task.name for job in jobs), refresh=False)
 
     def end(self, result: RunResult) -> None:
         """Print a line that says how a run ended."""
@@ -188,29 +210,75 @@ def play(
     experiment: Experiment, plan: Plan, runs: Sequence[Run], progress: Progress, *, jobs: int
 ) -> list[RunResult]:
     """Train `runs` in order, `jobs` at a time, and rewrite the report when a run ends. Return the results of failed
-    runs."""
-    waiting, running, failed = list(runs), list[Job](), list[RunResult]()
+    runs.
+
+    A warm start comes before the first run that needs it. While it lasts, runs of other seeds may start.
+    """
+    waiting, running, failed = with_warm_starts(experiment, runs), list[Job](), list[RunResult]()
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
+            while len(running) < jobs and (task := next_task(experiment, waiting)) is not None:
+                waiting.remove(task)
                 slot = min(set(range(jobs)) - {job.slot for job in running})
-                running.append(start(experiment, waiting.pop(0), slot=slot, jobs=jobs))
+                running.append(start(experiment, task, slot=slot, jobs=jobs))
             time.sleep(POLL_S)
             progress.look(running)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
-                plan.exit_codes[job.run.name] = job.process.returncode
-                plan.save(job.run.out)
-                result = read_result(job.run, job.process.returncode)
-                progress.end(result)
-                failed += [] if result.is_finished else [result]
-                report_so_far(job.run.out)
+                ended = [job.task]
+                if isinstance(job.task, WarmStart) and not job.task.is_finished:
+                    ended += without_policy(experiment, job.task, waiting)
+                    waiting = [task for task in waiting if task not in ended]
+                for run in ended:
+                    if isinstance(run, Run):
+                        failed += end(plan, run, job.process.returncode, progress)
     finally:
         for job in running:
             job.process.terminate()  # torchrun ends its ranks on SIGTERM
         for job in running:
             job.process.wait()
     return failed
+
+
+def without_policy(
+    experiment: Experiment, warm_start: WarmStart, waiting: Sequence[Run | WarmStart]
+) -> list[Run]:
+    """Return the runs of `waiting` that need the failed `warm_start`, and write the reason into their logs."""
+    runs = [task for task in waiting if isinstance(task, Run) and experiment.warm_start(task) == warm_start]
+    for run in runs:
+        with run.log.open("a", encoding="utf-8") as log:
+            log.write(f"{ATTEMPT_MARK}{warm_start.name}\n{last_words(warm_start.log)}\n")
+    return runs
+
+
+def end(plan: Plan, run: Run, exit_code: int, progress: Progress) -> list[RunResult]:
+    """Record that `run` ended, or that its warm start failed. Return its result in a list if the run failed."""
+    plan.exit_codes[run.name] = exit_code
+    plan.save(run.out)
+    result = read_result(run, exit_code)
+    progress.end(result)
+    report_so_far(run.out)
+    return [] if result.is_finished else [result]
+
+
+def with_warm_starts(experiment: Experiment, runs: Sequence[Run]) -> list[Run | WarmStart]:
+    """Return `runs` with each unfinished warm start before the first run that needs it."""
+    tasks: list[Run | WarmStart] = []
+    for run in runs:
+        warm_start = experiment.warm_start(run)
+        if warm_start is not None and not warm_start.is_finished and warm_start not in tasks:
+            tasks.append(warm_start)
+        tasks.append(run)
+    return tasks
+
+
+def next_task(experiment: Experiment, waiting: Sequence[Run | WarmStart]) -> Run | WarmStart | None:
+    """Return the first task that can start, or None if all runs wait for warm starts."""
+    for task in waiting:
+        warm_start = experiment.warm_start(task) if isinstance(task, Run) else None
+        if warm_start is None or warm_start.is_finished:
+            return task
+    return None
 
 
 def report_so_far(out: Path) -> None:
@@ -223,11 +291,11 @@ def report_so_far(out: Path) -> None:
         tqdm.write(f"ablation: could not write the report: {error}", file=sys.stderr)
 
 
-def start(experiment: Experiment, run: Run, *, slot: int, jobs: int) -> Job:
-    """Start `run`, and append its output to its log. If there are enough cores, each run gets its own cores."""
-    command = experiment.command(run)
-    run.log.parent.mkdir(parents=True, exist_ok=True)
-    with run.log.open("a", encoding="utf-8") as log:
+def start(experiment: Experiment, task: Run | WarmStart, *, slot: int, jobs: int) -> Job:
+    """Start `task`, and append its output to its log. If there are enough cores, each task gets its own cores."""
+    command = experiment.command(task)
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    with task.log.open("a", encoding="utf-8") as log:
         log.write(f"{ATTEMPT_MARK}{shlex.join(command)}\n")
         log.flush()
         process = subprocess.Popen(
@@ -242,7 +310,7 @@ def start(experiment: Experiment, run: Run, *, slot: int, jobs: int) -> Job:
     if jobs > 1 and len(share) >= experiment.ranks:
         with contextlib.suppress(ProcessLookupError):  # the process may have ended already
             os.sched_setaffinity(process.pid, share)
-    return Job(run=run, slot=slot, process=process)
+    return Job(task=task, slot=slot, process=process)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -256,7 +324,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: %(default)s)")
     parser.add_argument(
-        "--tuned", type=path_argument, help="folder with NAME.yaml for methods that need other values here"
+        "--warm-starts", action="store_true", help="make an initial policy for each seed (tiny models only)"
+    )
+    parser.add_argument(
+        "--contrasts", default="", help="differences that the report tests: METHOD-BASE, comma-separated"
     )
     parser.add_argument(
         "--presets", type=path_argument, default=PRESETS, help="folder of the methods (default: %(default)s)"
@@ -275,16 +346,15 @@ def parse_plan(options: argparse.Namespace) -> Plan:
         require(getattr(options, name) is not None, f"--{name}".replace("--config", "CONFIG"), None, "given")
     require(options.ranks >= 1, "--ranks", options.ranks, ">= 1")
     require(options.jobs >= 1, "--jobs", options.jobs, ">= 1")
-    for name in ("tuned", "presets"):
-        folder = getattr(options, name)
-        require(folder is None or folder.is_dir(), f"--{name}", str(folder), "an existing folder")
+    require(options.presets.is_dir(), "--presets", str(options.presets), "an existing folder")
+    own_keys = OWN_KEYS + (WARM_START_KEYS if options.warm_starts else ())
     for override in options.overrides:
         key = override.partition("=")[0].strip()
         require(
-            key not in OWN_KEYS,
+            key not in own_keys,
             "command line",
             override,
-            f"any key but {', '.join(OWN_KEYS)}, which this program sets",
+            f"any key but {', '.join(own_keys)}, which this program sets",
         )
     methods = list(dict.fromkeys(options.methods.split(",")))
     known = sorted(path.stem for path in options.presets.glob("*.yaml"))
@@ -292,7 +362,12 @@ def parse_plan(options: argparse.Namespace) -> Plan:
         require(method in known, "--methods", method, " | ".join(known) or f"*.yaml in {options.presets}")
     seeds = options.seeds.split(",")
     require(all(seed.isdecimal() for seed in seeds), "--seeds", options.seeds, "integers >= 0, like 0,1,2")
-    return Plan(methods=methods, seeds=sorted({int(seed) for seed in seeds}))
+    contrasts = [text for text in options.contrasts.split(",") if text]
+    for contrast in contrasts:
+        pair = contrast.split("-")
+        is_known = len(pair) == 2 and set(pair) <= set(methods)
+        require(is_known, "--contrasts", contrast, f"METHOD-BASE with two of {', '.join(methods)}")
+    return Plan(methods=methods, seeds=sorted({int(seed) for seed in seeds}), contrasts=contrasts)
 
 
 def main(argv: Sequence[str] | None = None, *, launcher: Sequence[str] = LAUNCHER) -> int:
@@ -308,7 +383,7 @@ def main(argv: Sequence[str] | None = None, *, launcher: Sequence[str] = LAUNCHE
             config=options.config,
             overrides=options.overrides,
             presets=options.presets,
-            tuned=options.tuned,
+            has_warm_starts=options.warm_starts,
             ranks=options.ranks,
             launcher=launcher,
         )

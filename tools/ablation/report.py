@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from contrasts import area, areas, contrasts_text
 from figures import write_figures
 from seed_statistics import Estimate, estimate, paired_difference
 
@@ -45,7 +46,8 @@ def write_report(out: Path) -> str:
     write_csv(out / "curves.csv", list(curve_rows(finished)))
     figures = write_figures(finished, out)
     write_boards(finished, out / "tensorboard")
-    text = report_text(plan.methods, results, rows) + figure_text(figures)
+    contrasts = contrasts_text(plan.contrasts, areas(finished)) if plan.contrasts else ""
+    text = report_text(plan.methods, results, rows, contrasts) + figure_text(figures)
     write_text(out / "report.md", text)
     return f"{len(finished)} of {len(results)} runs finished; report: {out / 'report.md'}"
 
@@ -66,6 +68,7 @@ def result_row(result: RunResult) -> Row:
         "first_em": start.get("evaluation/em"),
         "final_em": last.get("evaluation/em"),
         "best_em": max(trained, default=None),
+        "area_em": area(result) if evaluations else None,
         "last3_em": estimate(trained[-LAST_EVALUATIONS:]).mean if trained else None,
         **{name: last[f"evaluation/{name}"] for name in hops},
         "em_format_gated": last.get("evaluation/em_format_gated"),
@@ -128,12 +131,16 @@ def write_boards(results: Sequence[RunResult], folder: Path) -> None:
         board.close()
 
 
-def report_text(methods: Sequence[str], results: Sequence[RunResult], rows: Sequence[Row]) -> str:
+def report_text(
+    methods: Sequence[str], results: Sequence[RunResult], rows: Sequence[Row], contrasts: str
+) -> str:
     """Return the tables and texts of report.md. The caller adds the figures."""
     finished = [row for row in rows if row["status"] == "finished"]
     by_method = {method: [row for row in finished if row["method"] == method] for method in methods}
     by_method = {method: own for method, own in by_method.items() if own}
     parts = ["# Comparison of methods", setting_text(results)]
+    if contrasts:
+        parts += ["## Contrasts fixed before the runs", contrasts]
     if by_method:
         parts += ["## Held-out exact match", em_table(by_method, base=methods[0])]
         parts += ["## Last evaluation", last_table(by_method)]

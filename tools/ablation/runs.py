@@ -1,6 +1,6 @@
 """The runs of a comparison, their files, and their results.
 
-`DIR/ablation.json` has the methods, the seeds, and the exit codes of runs that have ended.
+`DIR/ablation.json` has the methods, the seeds, the contrasts, and the exit codes of runs that have ended.
 `DIR/runs/NAME-seedS/` is the folder of a run.
 `DIR/logs/NAME-seedS.log` has the output of all attempts to train a run.
 """
@@ -66,6 +66,8 @@ class Plan:
     methods: list[str]
     """Names of the methods. The first method is the base that the other methods are compared with."""
     seeds: list[int]
+    contrasts: list[str] = field(default_factory=list)
+    """Differences that the report tests, as METHOD-BASE."""
     exit_codes: dict[str, int] = field(default_factory=dict)
     """{name of the run: exit code of its last attempt}, for runs whose last attempt has ended."""
 
@@ -74,9 +76,10 @@ class Plan:
         return [Run(method=method, seed=seed, out=out) for seed in self.seeds for method in self.methods]
 
     def widen(self, earlier: Plan) -> None:
-        """Add the methods, seeds and exit codes of an earlier plan. This plan's methods come first."""
+        """Add what an earlier plan has and this plan lacks. This plan's methods and contrasts come first."""
         self.methods += [method for method in earlier.methods if method not in self.methods]
         self.seeds = sorted({*self.seeds, *earlier.seeds})
+        self.contrasts += [contrast for contrast in earlier.contrasts if contrast not in self.contrasts]
         self.exit_codes = earlier.exit_codes | self.exit_codes
 
     def save(self, out: Path) -> None:

@@ -23,6 +23,16 @@ class Estimate:
     def excludes_zero(self) -> bool:
         return self.half_width is not None and abs(self.mean) > self.half_width
 
+    @property
+    def p_value(self) -> float | None:
+        """Two-sided p-value of Student's t-test that the mean is 0, or None for fewer than two values."""
+        if self.half_width is None:
+            return None
+        if self.half_width == 0:
+            return 0.0 if self.mean else 1.0
+        degrees = self.count - 1
+        return 1 - t_coverage(abs(self.mean) * t_quantile(degrees) / self.half_width, degrees)
+
     def text(self, spec: str = ".3f") -> str:
         """Return a text such as "0.512 ± 0.034", or "0.512 ± ?" if the interval is unknown."""
         if self.count == 0:

@@ -123,6 +123,7 @@ RUN_BY = {
     "launch/train.py": USER_PATH,
     "launch/warmstart.py": USER_PATH,
     "tools/ablation/compare.py": "tests/unit/tools/test_ablation.py",
+    "tools/ablation/method_facts.py": "tests/unit/tools/test_ablation.py",
     "tools/bench/large_corpus.py": "tests/unit/search/test_retrieval_service.py",
     "tools/bench/retrieval.py": "tests/unit/search/test_retrieval_service.py",
     "tools/bench/run.py": "tests/unit/tools/test_bench.py",

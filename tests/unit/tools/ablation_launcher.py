@@ -1,9 +1,9 @@
 """Stands in for launch/local.sh: writes a run's files with made-up scores in a second, without training.
 
-    python ablation_launcher.py -n RANKS CONFIG [FILE.yaml | section.field=value ...]
+    python ablation_launcher.py -n RANKS [--script PROGRAM] CONFIG [FILE.yaml | section.field=value ...]
 
-The run that the variable FAILS names (NAME:STEP) ends with an error after this step. MEETS names two runs, each of
-which waits until the other has started.
+With --script it writes a model's folder, as launch/warmstart.py does. The run that the variable FAILS names (NAME:STEP)
+ends with an error after this step. MEETS names two runs, each of which waits until the other has started.
 """
 
 import json
@@ -18,7 +18,15 @@ from a2tgpo.metrics.writer import read_metrics
 
 def main(arguments: list[str]) -> int:
     assert arguments[0] == "-n"
+    if arguments[2] == "--script":
+        config = load_config(arguments[4], arguments[5:])
+        assert Path(config.warmstart.source, "config.json").exists()
+        Path(config.model.path).mkdir()
+        (Path(config.model.path) / "config.json").write_text("{}")
+        return 0
     config = load_config(arguments[2], arguments[3:])
+    if Path(config.model.path).name == "model":
+        assert Path(config.model.path, "config.json").exists(), "a run begins before its warm start has ended"
     folder = Path(config.run.root) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config))

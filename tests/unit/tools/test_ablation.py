@@ -4,11 +4,15 @@ import csv
 import dataclasses
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
+import method_facts
 import pytest
 from compare import PRESETS, main
+from contrasts import contrasts_text, holm
+from method_facts import METHODS, equal_groups, facts, facts_text
 from needless import write_needless
 from report import write_report
 from seed_statistics import estimate, paired_difference, t_quantile
@@ -52,6 +56,18 @@ def test_paired_difference_takes_the_seeds_that_both_have():
     assert result.count == 2  # 0.1 and 0.2: standard deviation 0.1 / sqrt 2
     assert result.mean == pytest.approx(0.15)
     assert result.half_width == pytest.approx(12.7062 * 0.05, rel=1e-5)
+
+
+def test_p_values_and_the_correction_by_holm_by_hand():
+    # Two values 1 and 3: mean 2, standard error 1, t = 2 with one degree of freedom: 1 - 2/pi arctan 2.
+    assert estimate([1.0, 3.0]).p_value == pytest.approx(1 - 2 / math.pi * math.atan(2.0))
+    assert (estimate([1.0]).p_value, estimate([0.0, 0.0]).p_value, estimate([1.0, 1.0]).p_value) == (
+        None,
+        1,
+        0,
+    )
+    assert holm([0.03, 0.01, 0.04]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.6]) == [1.0, 1.0] and holm([]) == []
 
 
 # reports of runs with known numbers
@@ -106,7 +122,10 @@ def compared(tmp_path_factory) -> Path:
     failed.log.parent.mkdir()
     failed.log.write_text("$ old\nerror: long mended\n$ new\nstep 1/4\nerror: no memory left\nbye\n\n")
     codes = {failed.name: 3, "igpo-seed0": 0}
-    Plan(methods=["grpo", "a2tgpo", "dapo", "igpo"], seeds=[0, 1], exit_codes=codes).save(out)
+    contrasts = ["dapo-grpo", "a2tgpo-grpo"]
+    Plan(
+        methods=["grpo", "a2tgpo", "dapo", "igpo"], seeds=[0, 1], contrasts=contrasts, exit_codes=codes
+    ).save(out)
     write_report(out)
     return out
 
@@ -147,6 +166,23 @@ def test_report_states_intervals_differences_budgets_and_faults(compared):
     )
     assert "- igpo-seed0 failed: step 3 of 4, exit code 0: no log" in report
     assert "- igpo-seed1 unfinished: not started" in report
+
+
+def test_contrasts_compare_the_areas_under_the_curves_seed_by_seed(compared):
+    report = (compared / "report.md").read_text().split("## Held-out exact match")[0]
+    # grpo, seed 0: (0.25/2 + 0.5 + 0.25 + 0.75 + 0.5/2) / 4; a2tgpo: (0.25/2 + 0.5 + 0.625 + 0.75 + 0.875/2) / 4
+    assert f"| a2tgpo - grpo | 1 | {2.4375 / 4 - 1.875 / 4:+.4f} ± ? | ? | ? |" in report
+    assert f"| dapo - grpo | 1 | {0.375 - 1.875 / 4:+.4f} ± ? | ? | ? |" in report
+    rows = {(row["method"], row["seed"]): row["area_em"] for row in read_csv(compared / "results.csv")}
+    assert float(rows["grpo", "0"]) == 1.875 / 4 and rows["igpo", "0"] == ""
+
+
+def test_contrasts_of_several_seeds_have_an_interval_and_corrected_p_values():
+    scores = {"a": {0: 0.1, 1: 0.3, 2: 9.0}, "b": {0: 0.0, 1: 0.1}, "c": {0: 0.1, 1: 0.1}}
+    first, second = contrasts_text(["a-b", "c-b"], scores).splitlines()[2:4]
+    p = 1 - 2 / math.pi * math.atan(3.0)  # differences 0.1 and 0.2: mean 0.15, standard error 0.05
+    assert first == f"| a - b | 2 | +0.1500 ± 0.6353 | {p:.3f} | {2 * p:.3f} |"
+    assert second.startswith("| c - b | 2 | +0.0500 ± 0.6353 | 0.500 | 0.500 |")
 
 
 def test_a_report_can_be_made_of_what_is_there(compared, tmp_path, capsys):
@@ -258,6 +294,33 @@ def test_needless_searches_lower_the_advantage_of_pooled_gains_not_of_grouped_tu
     assert rows["IGPO", "1"]["outcome"] == "right" and rows["IGPO", "1"]["count"] == "32"
 
 
+def test_facts_of_methods_by_hand():
+    """A group of two right answers; the first has a gain of 1, the second a gain of 0."""
+    batch = [rollout(0, sample, [1.0 - sample], reward=1.0) for sample in (0, 1)]
+    assert equal_groups([batch]) == (1, 1)
+    names = ("grpo", "igpo", "igpo_separate", "a2tgpo")
+    found = {name: facts([batch], METHODS[name]) for name in names}
+    for name in names:
+        # IGPO's pool has 1, 0, 1, 1: mean 3/4, deviation sqrt(3)/4, so an outcome of 1 counts 1 / sqrt 3.
+        outcome = 1 / math.sqrt(3) if name == "igpo" else 0.0
+        assert found[name]["all right"] == pytest.approx(outcome, abs=1e-4)
+        gain = -1 / math.sqrt(3) if name == "igpo" else 0.0  # the mean of (1 and -3) / sqrt 3
+        assert found[name]["process turns"] == pytest.approx(gain + outcome, abs=1e-4)
+    assert found["a2tgpo"]["narrow"] == 0 and "narrow" not in found["grpo"]
+    assert facts_text([batch]).startswith("In 1 of 1 groups (100%) all rollouts earned the same reward.")
+
+
+def test_facts_of_recorded_rollouts_are_printed(drawn, tmp_path, capsys):
+    program = str(ROOT / "tools" / "ablation" / "method_facts.py")
+    assert method_facts.main([str(drawn / "runs" / "a2tgpo-seed0")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "In 2 of 2 groups (100%) all rollouts earned the same reward." and len(lines) == 10
+    done = subprocess.run(
+        [sys.executable, program, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and str(tmp_path) in done.stderr
+
+
 def test_all_figures_are_drawn_and_named_in_the_report(drawn):
     report = (drawn / "report.md").read_text()
     for name in ("learning_curves", "figure4", "figure5", "figure10"):
@@ -311,16 +374,37 @@ def test_a_run_begun_with_other_values_is_refused_before_anything_starts(tmp_pat
     assert not (tmp_path / "logs").exists()
 
 
-def test_tuned_values_go_to_their_method_only(tmp_path):
-    tuned = tmp_path / "tuned"
-    tuned.mkdir()
-    (tuned / "grpo.yaml").write_text("update:\n  lr: 0.125\n")
-    out = tmp_path / "out"
-    assert compare(out, "--tuned", str(tuned), "algorithm.gamma=0.5") == 0
-    configs = [load_config(out / "runs" / name / "config.yaml") for name in ("grpo-seed0", "a2tgpo-seed0")]
-    assert [config.update.lr for config in configs] == [0.125, 2e-4]
-    assert [config.algorithm.advantage for config in configs] == ["grpo", "turn_group"]
-    assert [config.algorithm.gamma for config in configs] == [0.5, 0.5]
+def test_each_seed_has_a_warm_start_of_its_own_before_its_runs(tmp_path, capsys):
+    for seed in (0, 1):
+        source = tmp_path / "warm_starts" / f"seed{seed}" / "source"
+        source.mkdir(parents=True)
+        (source / "config.json").write_text("{}")  # an interrupted warm start goes on from its source
+    more = ["--warm-starts", "--seeds", "0,1", "--jobs", "2"]
+    assert compare(tmp_path, *more) == 0
+    for seed in (0, 1):
+        configs = [
+            load_config(tmp_path / "runs" / f"{method}-seed{seed}" / "config.yaml")
+            for method in ("grpo", "a2tgpo")
+        ]
+        assert {config.model.path for config in configs} == {
+            str(tmp_path / "warm_starts" / f"seed{seed}" / "model")
+        }
+    assert compare(tmp_path, *more) == 0
+    assert attempts(tmp_path, "warm-start-seed0") == attempts(tmp_path, "grpo-seed0") == 1
+
+
+def test_a_failed_warm_start_fails_its_runs_alone(tmp_path, capsys):
+    source = tmp_path / "out" / "warm_starts" / "seed1" / "source"
+    source.mkdir(parents=True)
+    (source / "config.json").write_text("{}")
+    data = tmp_path / "empty" / "train.jsonl"  # of which no tokenizer can be made
+    config = tmp_path / "config.yaml"
+    config.write_text(f"base: {CONFIG}\ndata:\n  train: {data}\n")
+    arguments = [str(config), "--methods", "grpo", "--seeds", "0,1", "--warm-starts", "--out"]
+    assert main([*arguments, str(tmp_path / "out"), "run.steps=2"], launcher=LAUNCHER) == 1
+    err = capsys.readouterr().err
+    assert "grpo-seed0 failed: not started, exit code 2: error: " in err and str(data.parent) in err
+    assert "grpo-seed1 finished" in err
 
 
 def test_jobs_are_played_side_by_side(tmp_path, monkeypatch):
@@ -334,6 +418,11 @@ def test_jobs_are_played_side_by_side(tmp_path, monkeypatch):
         (["--methods", "grpo,ppo"], "--methods is 'ppo'; allowed: a2tgpo | "),
         (["--seeds", "0,x"], "--seeds is '0,x'; allowed: integers"),
         (["--jobs", "0"], "--jobs is 0; allowed: >= 1"),
+        (
+            ["--contrasts", "a2tgpo-igpo"],
+            "--contrasts is 'a2tgpo-igpo'; allowed: METHOD-BASE with two of grpo",
+        ),
+        (["--warm-starts", "model.path=x"], "allowed: any key but run.name, run.root, run.seed, model.path"),
         (["run.seed=3"], "command line is 'run.seed=3'; allowed: any key but run.name, run.root, run.seed"),
         (["update.rl=1"], "unknown key update.rl"),
     ],
