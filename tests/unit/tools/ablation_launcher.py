@@ -2,8 +2,8 @@
 
     python ablation_launcher.py -n RANKS [--script PROGRAM] CONFIG [FILE.yaml | section.field=value ...]
 
-With --script it writes a model's folder, as launch/warmstart.py does. The run that the variable FAILS names (NAME:STEP)
-ends with an error after this step. MEETS names two runs, each of which waits until the other has started.
+With --script it writes a model's folder, as launch/warmstart.py does. The run that the variable FAILS names
+(NAME:STEP) ends with an error after this step. MEETS names two runs, each of which waits until the other has started.
 """
 
 import json
