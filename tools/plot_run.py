@@ -18,6 +18,7 @@ import numpy as np
 from a2tgpo.config.expand import path_argument
 from a2tgpo.io.atomic_file import atomic_file
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.program import exit_code
 from a2tgpo.metrics.figure_style import (
     BLUE,
     GREEN,
@@ -280,30 +281,23 @@ def time_lines(history: History) -> list[str]:
     return lines
 
 
-def main() -> int:
+def plot() -> None:
+    """Read the command line, draw the run's curves, and print its summary."""
     parser = argparse.ArgumentParser(description="Curves of a run as one PNG, and its closing summary.")
     parser.add_argument("run", type=path_argument, help="folder of the run, e.g. runs/quickstart")
     parser.add_argument("--out", type=path_argument, help="the picture; default: RUN/curves.png")
     options = parser.parse_args()
     out = options.out or options.run / "curves.png"
-    try:
-        records = read_metrics(options.run / METRICS_FILE)
-        if not records:
-            raise ConfigError(f"{options.run} has no {METRICS_FILE} with a step; give the folder of a run")
-        history = History(records)
-        figure = draw_run(history, f"{options.run.resolve().name}: {history.last_step} steps")
-        with atomic_file(out) as stream:
-            figure.savefig(stream, dpi=110, format="png")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: --out: cannot write {out} ({error.strerror}); choose another file", file=sys.stderr)
-        return 2
+    records = read_metrics(options.run / METRICS_FILE)
+    if not records:
+        raise ConfigError(f"{options.run} has no {METRICS_FILE} with a step; give the folder of a run")
+    history = History(records)
+    figure = draw_run(history, f"{options.run.resolve().name}: {history.last_step} steps")
+    with atomic_file(out) as stream:
+        figure.savefig(stream, dpi=110, format="png")
     print(summary(history))
     print(f"curves: {out}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(plot))

@@ -33,6 +33,7 @@ import uvicorn
 from a2tgpo.config.expand import path_argument, text_argument
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.exit_codes import START_AGAIN
+from a2tgpo.io.program import exit_code
 from a2tgpo.net.token import read_token
 from a2tgpo.search.bm25 import Bm25Index
 from a2tgpo.search.bound_socket import bind
@@ -178,14 +179,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    return exit_code(serve, out="--url-file")
+
+
+def serve() -> int:
+    """Read the command line, and answer searches until a signal ends the server. Return the exit code."""
     options = parse_arguments()
-    try:
-        token = read_token(options.token_file, key="--token-file", variable=TOKEN_VARIABLE)
-        bound = bind(options.host, options.port)
-        index, num_passages = open_index(options, token)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    token = read_token(options.token_file, key="--token-file", variable=TOKEN_VARIABLE)
+    bound = bind(options.host, options.port)
+    index, num_passages = open_index(options, token)
     app = build_app(
         index,
         num_passages=num_passages,

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from a2tgpo.config.expand import path_argument
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.program import exit_code
 from a2tgpo.io.terminal import Painter, end_with_reader, indented, painter_for
 from a2tgpo.record.rollout_files import read_records, recorded_steps, step_ranges
 from a2tgpo.record.rollouts_page import Decode, chosen_steps, write_page
@@ -142,10 +143,7 @@ def page(run_dir: Path, out: Path, *, step: int | None, prompt: str | None) -> s
         newest = read_records(files[max(files)])
         chosen = chosen_steps(dict.fromkeys(files, len(newest)))
         steps = {number: select(run_dir, step=number, prompt=prompt, order="index")[1] for number in chosen}
-    try:
-        write_page(out, run_dir.resolve().name, steps, decoder(run_dir))
-    except OSError as error:
-        raise ConfigError(f"--html: cannot write {out} ({error.strerror}); choose another file") from None
+    write_page(out, run_dir.resolve().name, steps, decoder(run_dir))
     shown = ", ".join(str(number) for number in steps)
     return f"wrote {out}: steps {shown}; open it in a browser"
 
@@ -179,7 +177,8 @@ ORDERS: dict[str, Callable[[dict], tuple]] = {
 }
 
 
-def main() -> int:
+def view() -> None:
+    """Read the command line, and print the chosen rollouts or write them as a page."""
     parser = argparse.ArgumentParser(description="Read a run's rollouts in the terminal, or as a page.")
     parser.add_argument("run", type=path_argument, help="folder of the run, e.g. runs/quickstart")
     parser.add_argument("--step", type=int, help="default: the newest")
@@ -192,14 +191,10 @@ def main() -> int:
         "--html", type=path_argument, metavar="FILE", help="write a page for the browser instead"
     )
     options = parser.parse_args()
-    try:
-        if options.html is not None:
-            print(page(options.run, options.html, step=options.step, prompt=options.prompt))
-            return 0
-        step, records = select(options.run, step=options.step, prompt=options.prompt, order=options.order)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.html is not None:
+        print(page(options.run, options.html, step=options.step, prompt=options.prompt))
+        return
+    step, records = select(options.run, step=options.step, prompt=options.prompt, order=options.order)
     paint = painter_for(sys.stdout)
     shown = records[: options.limit] if options.limit > 0 else records
     try:
@@ -210,9 +205,8 @@ def main() -> int:
         print(paint(f"step {step}: {len(shown)} of {len(records)} trajectories shown", "dim"), flush=True)
     except BrokenPipeError:  # `| head` has ended; without this, Python would print an error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 if __name__ == "__main__":
     end_with_reader()
-    sys.exit(main())
+    sys.exit(exit_code(view, out="--html"))

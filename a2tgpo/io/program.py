@@ -27,10 +27,13 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def exit_code(work: Callable[[], int | None]) -> int:
+def exit_code(work: Callable[[], int | None], *, out: str = "--out") -> int:
     """Run `work`, and return its result as an exit code. None means 0.
 
     After a ConfigError or OSError, print one line and return 2.
+
+    Args:
+        out: the option that says where the program writes. The line after an OSError names it.
     """
     try:
         return work() or 0
@@ -39,7 +42,7 @@ def exit_code(work: Callable[[], int | None]) -> int:
     except OSError as error:
         reason = error.strerror or error
         print(
-            f"error: --out: cannot write {error.filename or 'there'} ({reason}); choose another",
+            f"error: {out}: cannot write {error.filename or 'there'} ({reason}); choose another",
             file=sys.stderr,
         )
     return BAD_CONFIG

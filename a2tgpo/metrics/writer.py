@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from a2tgpo.io.atomic_file import naming, write_text
+from a2tgpo.io.errors import ConfigError
 from a2tgpo.metrics.layout import TENSORBOARD_LAYOUT
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def read_metrics(path: str | Path) -> list[dict]:
     A malformed last line is ignored, because a crash may have truncated it.
 
     Raises:
-        ValueError: if another line is malformed.
+        ConfigError: if another line is malformed.
     """
     path = Path(path)
     if not path.exists():
@@ -233,7 +234,7 @@ def read_metrics(path: str | Path) -> list[dict]:
         if not _is_record(record):
             if number == len(lines):
                 break
-            raise ValueError(f"{path} line {number}: not a record of a step; remove the line")
+            raise ConfigError(f"{path} line {number}: not a record of a step; remove the line")
         records.append(record)
     return records
 

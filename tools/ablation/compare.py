@@ -34,7 +34,7 @@ from a2tgpo.config.expand import path_argument
 from a2tgpo.config.load import config_to_dict, load_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.io.errors import ConfigError, require
-from a2tgpo.io.program import add_overrides
+from a2tgpo.io.program import add_overrides, exit_code
 from runs import (
     ATTEMPT_MARK,
     CONFIG_FILE,
@@ -372,29 +372,31 @@ def parse_plan(options: argparse.Namespace) -> Plan:
 
 def main(argv: Sequence[str] | None = None, *, launcher: Sequence[str] = LAUNCHER) -> int:
     options = parse_arguments(argv)
-    from report import write_report
-
     try:
-        if options.report is not None:
-            print(write_report(options.report))
-            return 0
-        plan = parse_plan(options)
-        experiment = Experiment(
-            config=options.config,
-            overrides=options.overrides,
-            presets=options.presets,
-            has_warm_starts=options.warm_starts,
-            ranks=options.ranks,
-            launcher=launcher,
-        )
-        failed = compare(experiment, plan, options.out, jobs=options.jobs)
-        print(write_report(options.out))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_code(lambda: work(options, launcher))
     except KeyboardInterrupt:
         print("ablation: interrupted; the same command continues", file=sys.stderr)
         return 130
+
+
+def work(options: argparse.Namespace, launcher: Sequence[str]) -> int:
+    """Make the comparison, or only its report, and return 1 if a run failed."""
+    from report import write_report
+
+    if options.report is not None:
+        print(write_report(options.report))
+        return 0
+    plan = parse_plan(options)
+    experiment = Experiment(
+        config=options.config,
+        overrides=options.overrides,
+        presets=options.presets,
+        has_warm_starts=options.warm_starts,
+        ranks=options.ranks,
+        launcher=launcher,
+    )
+    failed = compare(experiment, plan, options.out, jobs=options.jobs)
+    print(write_report(options.out))
     return 1 if failed else 0
 
 

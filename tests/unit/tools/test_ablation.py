@@ -10,9 +10,9 @@ from pathlib import Path
 
 import method_facts
 import pytest
+from advantage_facts import METHODS, equal_groups, facts, facts_text
 from compare import PRESETS, main
 from contrasts import contrasts_text, holm
-from method_facts import METHODS, equal_groups, facts, facts_text
 from needless import write_needless
 from report import write_report
 from seed_statistics import estimate, paired_difference, t_quantile

@@ -156,7 +156,7 @@ def test_a_page_without_its_tokenizer_is_told_and_has_no_colours(run, tmp_path):
         (["none", "--html", "x.html"], "none has no rollouts"),
         (["RUN", "--html", "x.html", "--step", "3"], "no rollouts of step 3; recorded: 1, 7"),
         (["RUN", "--html", "x.html", "--prompt", "no"], "no rollouts of prompt 'no'"),
-        (["RUN", "--html", "/proc/no/x.html"], "--html: cannot write /proc/no/x.html"),
+        (["RUN", "--html", "/proc/no/x.html"], "--html: cannot write /proc/no"),
     ],
 )
 def test_a_mistake_is_one_line(run, arguments, message):
