@@ -75,7 +75,7 @@ class RewardPool:
         for named in self._rewards:
             try:
                 own: dict[str, int] = getattr(named.reward, "take_counts", dict)()
-                counts.update({f"{named.label}/{name}": int(number) for name, number in own.items()})
+                counts.update({f"{named.label}/{name}": number + 0 for name, number in own.items()})
             except Exception as error:
                 raise RewardFaultError(f"reward {fault_line(error, named.path)}") from None
         return dict(counts)
