@@ -105,6 +105,7 @@ setup(
             "schemathesis>=4.32,<5",  # fuzzes the retrieval server by its own description
             "gguf",  # SmolLM2 comes as GGUF
             "accelerate",
+            "peft>=0.21,<1",  # loads the adapters that a run writes
             "mkdocs-material==9.8.2",  # the last major line that builds with mkdocs 1.6
         ],
     },

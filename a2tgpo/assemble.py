@@ -69,7 +69,7 @@ class RunParts:
     state: RolloutState
     policy: Policy
     reference: Policy | None
-    """A frozen copy of the initial policy, or None if the run needs none."""
+    """The initial policy, or None if the run needs none. A frozen copy or, with adapters, `policy.base`."""
     optimizer: Any
     schedule: LearningRateSchedule
     entropy_weight: EntropyWeight
@@ -148,7 +148,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         policy = build_policy(
             config.model, config.parallel, groups, update=config.update, with_weights=resume_from is None
         )
-        reference = build_reference(config, groups)
+        reference = build_reference(config, groups, policy)
         minibatches = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
         optimizer, schedule = build_optimizer(
             policy, config.update, total_steps=config.run.steps * minibatches
@@ -191,10 +191,15 @@ def build_run_protocol(config: RunConfig, groups: ParallelGroups, toolset: Tools
     return protocol
 
 
-def build_reference(config: RunConfig, groups: ParallelGroups) -> Policy | None:
-    """Build the frozen initial policy; None if the run needs no reference. Every rank must call this."""
+def build_reference(config: RunConfig, groups: ParallelGroups, policy: Policy) -> Policy | None:
+    """Build the frozen initial policy; None if the run needs no reference. Every rank must call this.
+
+    If `policy` has adapters, the reference is `policy` without them.
+    """
     if not config.needs_reference:
         return None
+    if policy.adapters is not None:
+        return policy.base
     return build_policy(config.model, config.parallel, groups, update=None, trainable=False)
 
 

@@ -4,6 +4,8 @@ The folder `ROOT/step_N/` of a checkpoint contains
 - `sharded/` and `optimizer/`, which are Megatron's torch_dist checkpoints of model and optimizer;
 - `rng/rank_R.pt`, the random state of rank R;
 - `state.json`, with the learning rate schedule, the layout, the model's architecture and the caller's own values;
+- `adapter/`, if the policy has adapters: the adapters in PEFT's format. `sharded/` and `optimizer/` then contain only
+  adapters and their state;
 - files of the caller.
 
 The writer (`writer.py`) writes the files to `.step_N.unfinished`, adds `complete.json` with the sizes and checksums
@@ -31,14 +33,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers import PretrainedConfig
 
 from a2tgpo.checkpoint.checked_files import DamagedFileError, Piece, size_and_checksum, size_and_crc
-from a2tgpo.checkpoint.optimizer_shards import is_distributed
+from a2tgpo.checkpoint.origin import (
+    origin_of,
+    require_same_adapters,
+    require_same_base,
+    require_same_model,
+    require_same_optimizer,
+)
 from a2tgpo.checkpoint.sharded_state import WEIGHTS, load_sharded, load_sharded_weights
 from a2tgpo.io.atomic_file import folders_beside, put_folder_in_place, write_text
 from a2tgpo.io.errors import first_line
-from a2tgpo.model.hf_config import architecture_of
+from a2tgpo.model.adapter_files import ADAPTER_FOLDER
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object, world_group
 from a2tgpo.parallel.rng import set_rng_state
@@ -118,8 +125,10 @@ def load(
     record = read_record(path)
     rng = None
     require_same_model(path, record, policy.hf_config)
-    _require_same_optimizer(path, record, optimizer)
-    if record["layout"] == record_of(policy)["layout"]:
+    require_same_adapters(path, record, policy)
+    require_same_base(path, record, policy)
+    require_same_optimizer(path, record, optimizer)
+    if record["layout"] == origin_of(policy)["layout"]:
         try:
             rng = torch.load(path / rng_file(policy.groups.rank), weights_only=True)
         except (pickle.UnpicklingError, RuntimeError) as error:
@@ -142,41 +151,12 @@ def load_weights(path: str | Path, policy: Policy) -> None:
     """
     path = Path(path)
     _require_complete(path, weights_only=True)
-    require_same_model(path, read_record(path), policy.hf_config)
+    record = read_record(path)
+    require_same_model(path, record, policy.hf_config)
+    require_same_adapters(path, record, policy)
+    require_same_base(path, record, policy)
     with _in_one_line(path):
         load_sharded_weights(path, policy, pieces=_pieces_of(path))
-
-
-def require_same_model(path: Path, record: dict[str, Any], hf_config: PretrainedConfig) -> None:
-    """Raise a ValueError of one line if `record` describes another model than `hf_config`; one process may call this.
-
-    Shapes alone do not tell two models apart, because Megatron pads vocabularies and a load skips unknown keys. A
-    checkpoint that records no architecture is accepted.
-    """
-    mine = architecture_of(hf_config)
-    saved = record.get("model", mine)
-    differing = [
-        f"{name} {saved.get(name)} (here {mine.get(name)})"
-        for name in sorted(mine.keys() | saved.keys())
-        if saved.get(name) != mine.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"{path} does not fit the model at model.path: it was saved from a model with "
-            f"{', '.join(differing)}; give "
-            "the model.path of its run"
-        )
-
-
-def _require_same_optimizer(path: Path, record: dict[str, Any], optimizer: Any) -> None:
-    """Raise a ValueError of one line if exactly one of the saved optimizer and `optimizer` is distributed."""
-    mine = is_distributed(optimizer)
-    saved = record.get("distributed_optimizer", mine)  # an older checkpoint has no such record
-    if saved != mine:
-        raise ValueError(
-            f"{path} was saved with update.distributed_optimizer={str(saved).lower()}, which its optimizer state "
-            "requires; set it"
-        )
 
 
 @contextlib.contextmanager
@@ -204,6 +184,7 @@ def read_record(path: Path) -> dict[str, Any]:
             type(record["schedule"]["steps_done"]) is int
             and isinstance(record["layout"], dict)
             and isinstance(record.get("model", {}), dict)
+            and isinstance(record.get("lora", {}), dict)
             and type(record["state"]["step"]) is int
         )
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -248,8 +229,8 @@ def step_of(path: Path) -> int:
 
 
 def is_of_weights(name: str) -> bool:
-    """Return whether `load_weights` reads the file `name` of a checkpoint."""
-    return name == STATE or name.startswith(f"{WEIGHTS}/")
+    """Return whether the file `name` of a checkpoint belongs to the weights, which retention keeps."""
+    return name == STATE or name.startswith((f"{WEIGHTS}/", f"{ADAPTER_FOLDER}/"))
 
 
 def _require_complete(path: Path, *, weights_only: bool = False) -> None:
@@ -360,14 +341,6 @@ def put_in_place(final: Path, files: dict[str, tuple[int, int]], pieces: dict[st
     written, _ = folders_beside(final)
     write_text(written / MARKER, json.dumps({"files": files | sums, "pieces": pieces}))
     put_folder_in_place(final)
-
-
-def record_of(policy: Policy) -> dict[str, dict[str, Any]]:
-    """Return the layout of the ranks and the architecture of the model, as `state.json` records them."""
-    groups = policy.groups
-    sizes = {"tp": groups.tp_size, "cp": groups.cp_size, "pp": groups.pp_size}
-    sizes |= {"dp": groups.dp_size, "ep": groups.ep_size}
-    return {"layout": sizes, "model": architecture_of(policy.hf_config)}
 
 
 def rng_file(rank: int) -> str:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from a2tgpo.checkpoint.folder import MARKER, WEIGHTS_ONLY, has_weights_only, is_of_weights, steps_in
 from a2tgpo.checkpoint.sharded_state import OPTIMIZER, WEIGHTS
 from a2tgpo.io.atomic_file import write_text
+from a2tgpo.model.adapter_files import ADAPTER_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def reduce_to_weights(path: Path) -> None:
         # Write `complete.json` before the removal, so that it never lists a file that has been removed.
         write_text(path / MARKER, json.dumps(kept | {WEIGHTS_ONLY: True}))
     for entry in path.iterdir():
-        if entry.is_dir() and entry.name != WEIGHTS:
+        if entry.is_dir() and entry.name not in (WEIGHTS, ADAPTER_FOLDER):
             shutil.rmtree(entry)
 
 

@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from a2tgpo.checkpoint.checked_files import CheckedWriter, Piece, checked_reading
 from a2tgpo.checkpoint.optimizer_shards import PIECE_BYTES, UNCUT, is_distributed, owned_shards
 from a2tgpo.checkpoint.shared_read import send_shared, share_reads
+from a2tgpo.model.lora import is_adapter
 from a2tgpo.model.policy import Policy, gather_weights
 from a2tgpo.parallel.collectives import all_gather_object, world_group
 
@@ -186,7 +187,7 @@ def load_sharded(
             optimizer.load_state_dict(loaded["optimizer"])
     loaded = _read(path / WEIGHTS, models, pieces)
     for number, chunk in enumerate(policy.chunks):
-        # Not strict, because `loaded` lacks the modules' `_extra_state` and the weights that other ranks read.
+        # Not strict, because `loaded` lacks what is not saved, and the weights that other ranks read.
         chunk.load_state_dict(loaded.get(_model_key(policy, number), {}), strict=False)
     send_shared(shared)
 
@@ -202,7 +203,9 @@ def load_sharded_weights(
     _check_index(folder / ".metadata")
     metadata = sharding_metadata(policy)
     state = {
-        _model_key(policy, number): _tensors_of(model.sharded_state_dict(_WRAPPED, metadata=metadata))
+        _model_key(policy, number): _saved_tensors(
+            policy, model.sharded_state_dict(_WRAPPED, metadata=metadata)
+        )
         for number, model in enumerate(policy.gpt_models)
     }
     shared = share_reads(state, policy.groups)
@@ -267,10 +270,13 @@ def _settings(saved: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def model_shards(policy: Policy) -> dict[str, Any]:
-    """Return a map from the name of each model chunk in a checkpoint to the sharded state dict of the chunk."""
+    """Return a map from the name of each model chunk in a checkpoint to the chunk's saved tensors as shards."""
     metadata = sharding_metadata(policy)
     return {
-        _model_key(policy, number): _tensors_of(chunk.sharded_state_dict(metadata=metadata))  # type: ignore[operator]
+        _model_key(policy, number): _saved_tensors(
+            policy,
+            chunk.sharded_state_dict(metadata=metadata),  # type: ignore[operator]
+        )
         for number, chunk in enumerate(policy.chunks)
     }
 
@@ -344,9 +350,17 @@ def _to_host(value: Any) -> Any:
     return deepcopy(value)
 
 
-def _tensors_of(state: dict[str, Any]) -> dict[str, Any]:
-    """Return `state` without the modules' `_extra_state`, which only FP8 delayed scaling needs."""
-    return {name: value for name, value in state.items() if "_extra_state" not in name}
+def _saved_tensors(policy: Policy, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a chunk's `state` that a checkpoint has.
+
+    The modules' `_extra_state` is left out, because only FP8 delayed scaling needs it. If the policy has adapters,
+    the other weights are left out, because a start reads them from `model.path`.
+    """
+    return {
+        name: value
+        for name, value in state.items()
+        if "_extra_state" not in name and (policy.adapters is None or is_adapter(name))
+    }
 
 
 def _model_key(policy: Policy, number: int) -> str:

@@ -25,9 +25,11 @@ from a2tgpo.checkpoint import checked_files
 from a2tgpo.checkpoint import folder as checkpoint
 from a2tgpo.checkpoint.checked_files import Piece
 from a2tgpo.checkpoint.optimizer_shards import is_distributed
+from a2tgpo.checkpoint.origin import base_of, origin_of
 from a2tgpo.checkpoint.sharded_state import OPTIMIZER, WEIGHTS, ShardedCopy, copy_sharded, write_sharded
 from a2tgpo.io.atomic_file import folders_beside, naming
 from a2tgpo.io.errors import first_line
+from a2tgpo.model.adapter_files import adapter_files
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.rng import get_rng_state
@@ -75,6 +77,7 @@ class CheckpointWriter:
             state: the caller's own values, which must be equal on all ranks and have JSON types. A load returns
                 tuples as lists.
             own_files: files that only this rank adds, as a map from the path within the checkpoint to the content.
+                Rank 0 also adds the policy's adapters.
             on_complete: the thread of rank 0 calls this once the checkpoint is complete. If the call raises OSError,
                 the save fails.
 
@@ -85,7 +88,8 @@ class CheckpointWriter:
         assert self._thread is None, "one save at a time: wait() for the last one first"
         record = {
             "step": step,
-            **checkpoint.record_of(policy),
+            **origin_of(policy),
+            "base": base_of(policy),
             "distributed_optimizer": is_distributed(optimizer),
             "schedule": schedule.state_dict(),
             "state": state,
@@ -99,7 +103,7 @@ class CheckpointWriter:
             json.dumps(record),
             copy_sharded(policy, optimizer),
             checkpoint.to_plain(get_rng_state()),
-            dict(own_files),
+            {**own_files, **adapter_files(policy)},
             on_complete,
         )
         # The thread is not a daemon, so that the checkpoint is completed even if the program fails elsewhere.

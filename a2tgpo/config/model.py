@@ -5,6 +5,7 @@ from typing import Literal
 
 from a2tgpo.config.expand import Expanded
 from a2tgpo.config.fp8 import Fp8Config
+from a2tgpo.config.lora import LoraConfig
 from a2tgpo.io.errors import require
 
 Dtype = Literal["bfloat16", "float32"]
@@ -27,6 +28,7 @@ class ModelConfig:
     """Activations that are not stored, but computed again in the backward pass. selective: the activations of core
     attention. full: the activations of every layer."""
     fp8: Fp8Config = field(default_factory=Fp8Config)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         require(
@@ -40,4 +42,10 @@ class ModelConfig:
             "model.fp8.format",
             self.fp8.format,
             "none with model.layer_spec cpu; FP8 is Transformer Engine's",
+        )
+        require(
+            not self.fp8.enabled or not self.lora.enabled,
+            "model.lora.rank",
+            self.lora.rank,
+            f"0 with model.fp8.format {self.fp8.format}; adapters need model.fp8.format none",
         )

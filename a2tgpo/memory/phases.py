@@ -62,7 +62,8 @@ class MemoryPhases:
 
     Args:
         optimizer: None if nothing is trained.
-        reference: None if the run has no reference.
+        reference: None if the run has no reference. `policy.base` has no weights of its own, so it moves with
+            `policy`.
         engine: an engine that is asleep. None if the run has no engine, or if `build_engine` builds the engine later.
         offload: the setting `update.offload`.
     """
@@ -82,7 +83,7 @@ class MemoryPhases:
         }
         if optimizer is not None:
             self._parts["optimizer"] = MovablePart(partial(optimizer_tensors, policy, optimizer))
-        if reference is not None:
+        if reference is not None and not reference.is_base:
             self._parts["reference"] = MovablePart(partial(weight_tensors, reference))
         self._engine = engine
         self._offload = offload

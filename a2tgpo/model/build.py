@@ -24,6 +24,7 @@ from a2tgpo.model.expert_load import ExpertLoad
 from a2tgpo.model.experts import has_experts, is_expert, is_router
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.model.layer_spec import decoder_spec
+from a2tgpo.model.lora import attach_adapters
 from a2tgpo.model.policy import Policy
 from a2tgpo.model.precision import require_number_formats, spec_provider, uses_transformer_engine
 from a2tgpo.model.rope import rope_of
@@ -49,7 +50,8 @@ def build_policy(
         update: required if `trainable`.
         trainable: wrap the chunks in DistributedDataParallel, so that `get_megatron_optimizer` accepts them. If
             False, the parameters have no gradients.
-        with_weights: read the weights. If False, the weights stay as Megatron initialises them.
+        with_weights: read the weights. If False, the weights stay as Megatron initialises them. A model with adapters
+            always reads its weights, because its checkpoints have only the adapters.
 
     Raises:
         ConfigError: if the checkpoint is missing, malformed or unsupported, if the layout does not divide the model,
@@ -63,6 +65,9 @@ def build_policy(
     if transformer_engine:
         require_number_formats(model.dtype, model.fp8)
     gpt_models = _gpt_models(model, hf_config, config, groups)
+    adapters = None
+    if model.lora.enabled:
+        adapters = attach_adapters(gpt_models, model.lora, hf_config, config, groups)
     policy = Policy(
         chunks=[Float16Module(config, gpt) if config.bf16 else gpt for gpt in gpt_models],
         transformer_config=config,
@@ -74,9 +79,10 @@ def build_policy(
         vocab_size=hf_config.vocab_size,
         alignment=alignment(parallel, model.fp8),
         trainable=trainable,
+        adapters=adapters,
     )
     # Load before wrapping, because the distributed optimizer copies its float32 weights from the model.
-    if with_weights:
+    if with_weights or adapters is not None:
         load_hf_weights(policy)
     if update is not None and trainable:
         if update.freeze_router:

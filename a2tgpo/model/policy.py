@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers import PretrainedConfig
 
 from a2tgpo.batch.packing import Alignment
 from a2tgpo.model.expert_load import ExpertLoad
+from a2tgpo.model.lora import Adapters
 from a2tgpo.parallel.groups import ParallelGroups
 
 
@@ -41,6 +44,10 @@ class Policy:
     trainable: bool
     expert_load: ExpertLoad | None = None
     """Counts the tokens of each expert in training passes. None: the model has no experts or is not trainable."""
+    adapters: Adapters | None = None
+    """The low-rank adapters, if only these are trained."""
+    is_base: bool = False
+    """Whether passes and exports leave out the adapters (see `base`)."""
 
     @property
     def gpt_models(self) -> list[GPTModel]:
@@ -51,6 +58,18 @@ class Policy:
     def wrapped_chunks(self) -> list[DistributedDataParallel]:
         """The chunks of a trainable policy, whose wrappers own the gradient buffers. Other policies have none."""
         return [chunk for chunk in self.chunks if isinstance(chunk, DistributedDataParallel)]
+
+    @property
+    def base(self) -> Policy:
+        """The model without its adapters. It shares all weights with this policy, so it takes no memory."""
+        assert self.adapters is not None, "only a policy with adapters has a base"
+        return replace(self, is_base=True, trainable=False, expert_load=None)
+
+    def adapting(self) -> AbstractContextManager[None]:
+        """Return a context in which the chunks use the adapters as this policy does."""
+        if self.adapters is None:
+            return contextlib.nullcontext()
+        return self.adapters.switched(on=not self.is_base)
 
     @property
     def tied_embeddings(self) -> bool:

@@ -62,7 +62,7 @@ def buckets(
 def gather_ahead(
     policy: Policy,
     records: Sequence[ParameterRecord],
-    local: Mapping[str, torch.nn.Parameter],
+    local: Mapping[str, torch.Tensor],
     *,
     bucket_bytes: int,
 ) -> Iterator[tuple[ParameterRecord, list[torch.Tensor]]]:
@@ -74,7 +74,7 @@ def gather_ahead(
 
     Args:
         records: records of all stages, the same on all ranks.
-        local: this stage's parameters, by name.
+        local: this rank's parts of its stage's parameters, by name. A part is read when its bucket is started.
 
     Yields:
         (record, its parts in rank order). A part may be the model's own memory. This function keeps no reference to
@@ -106,7 +106,7 @@ class _Gather:
 def _start(
     policy: Policy,
     bucket: Sequence[ParameterRecord],
-    local: Mapping[str, torch.nn.Parameter],
+    local: Mapping[str, torch.Tensor],
     stream: torch.cuda.Stream | None,
 ) -> deque[_Gather]:
     """Start the collectives that bring the parameters of `bucket` to this rank.

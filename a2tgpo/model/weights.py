@@ -20,7 +20,9 @@ from transformers import PretrainedConfig
 from a2tgpo.data.weight_files import weight_files
 from a2tgpo.io.atomic_file import atomic_folder, write_json
 from a2tgpo.io.errors import ConfigError, first_line
+from a2tgpo.model.adapter_files import adapter_files
 from a2tgpo.model.experts import expert_names, is_expert
+from a2tgpo.model.lora import Adapters, is_adapter
 from a2tgpo.model.policy import Policy, gather_weights
 from a2tgpo.model.weight_gather import ParameterRecord, gather_ahead, record_of
 from a2tgpo.parallel.collectives import all_gather_object, broadcast_object, world_group
@@ -144,13 +146,31 @@ def _load_model(policy: Policy, model: GPTModel, tensors: dict[str, Any]) -> set
 
 
 def _named_parameters(policy: Policy, model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield this rank's parameters with their global names.
+    """Yield this rank's parameters, without those of adapters, with their global names.
 
     A global name has the layer's number in the whole model and the expert's number in the whole layer.
     """
     global_names = policy.bridge._weight_name_mapping_mcore_local_to_global(model)
     for name, parameter in model.named_parameters():
-        yield global_names[name], parameter
+        if not is_adapter(name):
+            yield global_names[name], parameter
+
+
+class _MergedWeights(Mapping[str, torch.Tensor]):
+    """This rank's parts of the weights by global name. An adapter is added to a part whenever the part is read."""
+
+    def __init__(self, weights: Mapping[str, torch.nn.Parameter], adapters: Adapters) -> None:
+        self._weights, self._adapters = weights, adapters.by_weight
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight, adapter = self._weights[name], self._adapters.get(name)
+        return weight if adapter is None else adapter.merged(weight)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 @torch.no_grad()
@@ -158,7 +178,8 @@ def iterate_hf_weights(policy: Policy, *, bucket_bytes: int = 0) -> Iterator[tup
     """Yield all weights in full with their Hugging Face names. Every rank must call this and exhaust the iterator.
 
     All ranks get the same tensors in the same order. A tensor may share memory with the model, so read it before you
-    request the next tensor, and do not write to it.
+    request the next tensor, and do not write to it. Adapters are merged: the tensors are the weights of a model
+    without adapters that computes the same.
 
     Args:
         bucket_bytes: largest size of a bucket, whose parameters are gathered together. A larger parameter has its own
@@ -177,7 +198,10 @@ def iterate_hf_weights(policy: Policy, *, bucket_bytes: int = 0) -> Iterator[tup
         for record in of_stage
         if not (record.name == _OUTPUT and policy.tied_embeddings)
     ]
-    for record, parts in gather_ahead(policy, records, local, bucket_bytes=bucket_bytes):
+    shards: Mapping[str, torch.Tensor] = local
+    if policy.adapters is not None and not policy.is_base:
+        shards = _MergedWeights(local, policy.adapters)
+    for record, parts in gather_ahead(policy, records, shards, bucket_bytes=bucket_bytes):
         named = _named_parts(policy, record, parts)
         del parts
         while named:
@@ -214,10 +238,11 @@ def save_hf(
     chat_template: str = "",
     records: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Write weights, config.json and tokenizer to `out_dir`. Every rank must call this.
+    """Write weights, config.json, tokenizer and adapters to `out_dir`. Every rank must call this.
 
     An existing `out_dir` is replaced. `out_dir` is never incomplete, because rank 0 writes to a temporary folder and
-    renames it at the end. The weights keep the training dtype.
+    renames it at the end. The weights keep the training dtype. They include the adapters, which are also written on
+    their own to the subfolder `ADAPTER_FOLDER`.
 
     Args:
         tokenizer_from: folder whose tokenizer files are copied. None: the policy's checkpoint.
@@ -228,6 +253,7 @@ def save_hf(
         RuntimeError: on every rank, if rank 0 could not write.
     """
     out, failure = Path(out_dir), None
+    files = adapter_files(policy)
     weights = iterate_hf_weights(policy)
     if policy.groups.rank == 0:
         try:
@@ -236,6 +262,9 @@ def save_hf(
                 _write_companions(policy, Path(tokenizer_from or policy.path), folder, chat_template)
                 for name, content in records.items():
                     write_json(folder / name, content)
+                for name, data in files.items():
+                    (folder / name).parent.mkdir(exist_ok=True)
+                    (folder / name).write_bytes(data)
         except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
             failure = f"could not write {out}: {first_line(error)}"
     for _ in weights:  # all ranks take part in the gathers, rank 0 also after a failure

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from a2tgpo.checkpoint import folder as checkpoint
+from a2tgpo.checkpoint.origin import require_same_model
 from a2tgpo.collect.carried_pool import Held
 from a2tgpo.config.renamed import with_new_names
 from a2tgpo.config.run import RunConfig
@@ -91,7 +92,7 @@ def require_same_run(
         sampler: the sampler of the present training questions.
     """
     try:
-        checkpoint.require_same_model(path, record, hf_config)
+        require_same_model(path, record, hf_config)
     except ValueError as error:
         raise ConfigError(f"--resume: {error}") from error
     # The checkpoint of a converted model has no sampler state.

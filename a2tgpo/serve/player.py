@@ -15,6 +15,7 @@ from a2tgpo.assemble import build_engine, build_rollout, build_run_protocol
 from a2tgpo.checkpoint import folder as checkpoint
 from a2tgpo.checkpoint.find import SavedModel, find_model
 from a2tgpo.config.load import load_config, overridden_keys
+from a2tgpo.config.lora import LoraConfig
 from a2tgpo.config.run import RunConfig
 from a2tgpo.environment.tool import Toolset, build_tools
 from a2tgpo.io.errors import ConfigError
@@ -121,7 +122,7 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
 def load_policy(config: RunConfig, groups: ParallelGroups, model: SavedModel) -> Policy:
     """Build the trainer's model with the weights of `model`, and freeze the weights; every rank must call this."""
     if model.is_hf:
-        hf = dataclasses.replace(config.model, path=str(model.path))
+        hf = dataclasses.replace(config.model, path=str(model.path), lora=LoraConfig())
         return build_policy(hf, config.parallel, groups, update=None, trainable=False)
     policy = build_policy(
         config.model, config.parallel, groups, update=None, trainable=False, with_weights=False

@@ -90,15 +90,16 @@ def run_pipeline(
         return output, partial(finish, number)
 
     iterators = [iter(range(count)) for _ in policy.chunks]
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators,
-        model=policy.chunks,
-        num_microbatches=count,
-        seq_length=max(batch.num_tokens for batch in batches),  # unused, since stages exchange shapes
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    with policy.adapting():
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators,
+            model=policy.chunks,
+            num_microbatches=count,
+            seq_length=max(batch.num_tokens for batch in batches),  # unused, since stages exchange shapes
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
 
 
 class _ScoredRows(NamedTuple):

@@ -36,6 +36,7 @@ from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.loss.entropy import EntropyWeight
 from a2tgpo.memory.phases import MemoryPhases
 from a2tgpo.metrics.guards import Guards
+from a2tgpo.model.build import build_policy
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.protocol.build import build_protocol
@@ -47,15 +48,17 @@ from a2tgpo.update.optimizer import build_optimizer
 
 
 def of_method(parts: RunParts, config: RunConfig) -> RunParts:
-    """Return `parts` as `assemble` would build them for `config`, but with the given policy, engine and tools.
+    """Return `parts` as `assemble` would build them for `config`, but with the given engine and, unless the run has
+    adapters, the given policy.
 
     Policy and engine are in the memory phase `build`.
     """
     minibatches = config.rollout.prompts_per_step // config.update.prompts_per_minibatch
-    optimizer, schedule = build_optimizer(
-        parts.policy, config.update, total_steps=config.run.steps * minibatches
-    )
-    reference = build_reference(config, parts.groups)
+    policy = parts.policy
+    if config.model.lora.enabled:
+        policy = build_policy(config.model, config.parallel, parts.groups, update=config.update)
+    optimizer, schedule = build_optimizer(policy, config.update, total_steps=config.run.steps * minibatches)
+    reference = build_reference(config, parts.groups, policy)
     protocol = build_protocol(
         config,
         parts.tokenizer,
@@ -65,12 +68,13 @@ def of_method(parts: RunParts, config: RunConfig) -> RunParts:
     return dataclasses.replace(
         parts,
         config=config,
+        policy=policy,
         optimizer=optimizer,
         schedule=schedule,
         entropy_weight=EntropyWeight(config.algorithm),
         reference=reference,
         phases=MemoryPhases(
-            parts.policy,
+            policy,
             optimizer=optimizer,
             reference=reference,
             engine=parts.engine,
@@ -143,7 +147,8 @@ def main() -> None:
         for weight, value in zip(weights(parts), start, strict=True):
             weight.copy_(value)
         method = of_method(parts, load_config(path, [*overrides, f"run.name={name}"]))
-        results[name] = train(method, start)
+        has_own_policy = method.policy is not parts.policy
+        results[name] = train(method, [w.clone() for w in weights(method)] if has_own_policy else start)
         method.rollout.close()
         method.reward_pool.close()
         if groups.rank == 0:

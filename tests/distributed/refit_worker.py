@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from adapters import fill_adapters
 from carried_checks import (
     SETTINGS,
     Run,
@@ -38,6 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a2tgpo.batch.packing import alignment, pack
 from a2tgpo.config.fp8 import Fp8Config
+from a2tgpo.config.lora import LoraConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import RolloutConfig
@@ -70,8 +72,8 @@ def make_engine(path, **settings):
     return config, VllmEngine(path, config=config, model_dtype="float32", max_model_len=256, seed=0)
 
 
-def make_policy(path, parallel, groups):
-    model = ModelConfig(path=path, dtype="float32")
+def make_policy(path, parallel, groups, **options):
+    model = ModelConfig(path=path, dtype="float32", **options)
     return build_policy(model, parallel, groups, update=UpdateConfig())
 
 
@@ -314,6 +316,18 @@ def check_one_bad_rank_stops_both(policy, parallel, engine, rank):
         raise AssertionError("rank 1 holds wrong weights and nobody noticed")
 
 
+def check_adapters(path, parallel, groups, engine, version):
+    """After a refit the engine's log-probs are those of the policy with its adapters, not those of the base."""
+    policy = make_policy(path, parallel, groups, lora=LoraConfig(rank=4))
+    fill_adapters(policy, spread=1.0)
+    assert not refit(policy, engine, version=version, bucket_mib=1).skipped
+    probe = probe_tokens(engine.num_token_ids, 64)
+    expected = trainer_logprobs(policy, parallel, [probe_trajectory(probe)])
+    verify_refit(engine, probe, expected, version=version, tolerance=2e-4, group=dist.group.WORLD)
+    base = trainer_logprobs(policy.base, parallel, [probe_trajectory(probe)])
+    assert (base - expected).abs().mean() > 0.1
+
+
 def check_world(groups):
     total = torch.ones(3)
     dist.all_reduce(total)
@@ -347,6 +361,7 @@ def run_replicas(claims, path):
     claims.check("one_engines_refusal_stops_both[tp2]", refusal, policy, engine, groups.rank, 30)
     claims.check("three_cycles[tp2]", check_three_cycles, policy, tensor_parallel, engine, groups.rank, 5)
     claims.check("one_bad_rank_stops_both[tp2]", bad_rank, policy, tensor_parallel, engine, groups.rank)
+    claims.check("adapters[tp2]", check_adapters, path, tensor_parallel, groups, engine, 50)
     claims.check("world[tp2]", check_world, groups)
     groups = lay_out(pipeline_parallel, seed=3)
     policy = make_policy(path, pipeline_parallel, groups)

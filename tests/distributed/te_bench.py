@@ -18,6 +18,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from a2tgpo.batch.packing import Alignment, PackedBatch, alignment, pack
 from a2tgpo.config.fp8 import Fp8Config
+from a2tgpo.config.lora import LoraConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
@@ -76,6 +77,7 @@ class Bench:
         recompute: str = "none",
         update: UpdateConfig | None = None,
         overlap: bool = False,
+        lora: LoraConfig | None = None,
     ) -> Policy:
         """Build a policy. With `overlap`, gradients are reduced in small buckets during the backward pass, as on
         GPUs.
@@ -86,6 +88,7 @@ class Bench:
             layer_spec="cpu" if twin else "transformer_engine",
             fp8=fp8,
             recompute=recompute,
+            lora=lora or LoraConfig(),
         )
         update = update or UpdateConfig(distributed_optimizer=False)
         if not overlap:
@@ -180,8 +183,8 @@ def run_scoring(policy: Policy, batches: list[PackedBatch]) -> Outcome:
 
 
 def gradients(policy: Policy) -> dict[str, Tensor]:
-    """Return copies of the gradients in the gradient buffers, by parameter."""
-    named = [item for gpt in policy.gpt_models for item in gpt.named_parameters()]
+    """Return copies of the gradients in the gradient buffers, by trained parameter."""
+    named = [item for gpt in policy.gpt_models for item in gpt.named_parameters() if item[1].requires_grad]
     return {name: parameter.main_grad.clone() for name, parameter in named}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformer_engine_torch as tex
+from adapters import fill_adapters
 from megatron.core.transformer.module import MegatronModule
 from te_bench import (
     RECIPES,
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from a2tgpo.batch.packing import Alignment
 from a2tgpo.config.fp8 import Fp8Config
+from a2tgpo.config.lora import LoraConfig
 from a2tgpo.model import forward
 from a2tgpo.model.forward import forward_packed
 from a2tgpo.model.policy import Policy
@@ -53,6 +55,19 @@ def check_float32_is_the_twin_with_experts(bench: Bench) -> None:
     expert-parallel ranks.
     """
     _assert_twin(bench, "experts", lengths=(5, 3))  # the interpreter is slow
+
+
+def check_float32_is_the_twin_with_adapters(bench: Bench) -> None:
+    """Adapters on Transformer Engine's modules equal those on the twins, and recomputation changes no bit."""
+    outcomes, batches = [], bench.batches()
+    for twin, recompute in ((False, "none"), (True, "none"), (False, "full")):
+        policy = bench.policy(twin=twin, recompute=recompute, dtype="float32", lora=LoraConfig(rank=4))
+        fill_adapters(policy, spread=0.1)
+        outcomes.append(run(policy, batches))
+    logits, gradient = errors(*outcomes[:2])
+    assert logits <= 2e-6 and gradient <= 5e-6, f"logits {logits:.1e}, gradients {gradient:.1e}"
+    assert_equal(outcomes[2], outcomes[0])
+    assert all("_lora." in name and value.abs().max() > 0 for name, value in outcomes[0].gradients.items())
 
 
 def _assert_twin(bench: Bench, model: str, lengths: tuple[int, ...] = (7, 20, 5, 1)) -> None:

@@ -65,7 +65,7 @@ GOLD = {
 }
 HOPS = {"capital": 1, "ruler": 2, "babble?": 0, "silent?": 0, "loop?": 0}
 LONG, LONG_STEPS, WARM_STEPS = "long", 24, 12
-JUDGED, SCORED = "judged", "scored"
+JUDGED, SCORED, ADAPTED = "judged", "scored", "adapted"
 LAST_REPLY = 2
 """Number of requests that the judge answers before it closes all connections."""
 
@@ -115,6 +115,7 @@ def launched(tmp_path_factory) -> dict[str, Run]:
         f"reward.names=[em, {root / 'progress.py'}:progress]",
         "algorithm.turn_signal=scores",
     ]
+    overrides[ADAPTED] = [str(PRESETS["grpo"]), "model.lora.rank=4", "update.lr=1e-2"]
     overrides[LONG] = [str(PRESETS["a2tgpo"]), f"run.steps={LONG_STEPS}"]
     (root / "overrides.json").write_text(json.dumps(overrides))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -497,3 +498,13 @@ def test_scores_of_turns_take_the_place_of_gains(launched):
         assert not any(name.startswith("gain/turn") for name in record) and record["gain/scored_tokens"] == 0
         assert record["reward/progress.calls_mean"] == pytest.approx(record["turns/process_turns"])
     assert run.trained["largest_change"] > 0
+
+
+def test_adapters_train_against_their_base_and_reach_the_engine(launched):
+    run = launched[ADAPTED]
+    assert run.trained["largest_change"] > 0 and run.trained["equal_on_all_ranks"]
+    first, second = run.steps
+    # The first of a step's two mini-batches of step 1 is trained by the base itself.
+    assert 0 < first["kl/reference"] < second["kl/reference"]
+    assert second["memory/score_trainer_gib"] == second["memory/refit_trainer_gib"], "a second model"
+    assert max(second["refit/probe_gap_max"], second["gap/train_engine_abs_max"]) < 1e-3

@@ -10,7 +10,7 @@ CLAIMS = {
     "replicas": [
         *(f"{check}[dp2]" for check in ("what_a_refit_moves", "three_cycles", "training_step", "world")),
         *(f"{check}[tp2]" for check in ("what_a_refit_moves", "one_engines_refusal_stops_both")),
-        *(f"{check}[tp2]" for check in ("three_cycles", "one_bad_rank_stops_both", "world")),
+        *(f"{check}[tp2]" for check in ("three_cycles", "one_bad_rank_stops_both", "adapters", "world")),
         *(f"{check}[pp2]" for check in ("what_a_refit_moves", "one_engines_refusal_stops_both", "world")),
     ],
     "shared": [

@@ -34,6 +34,7 @@ CHECKS_OF = {
         "float32_is_the_twin",
         "float32_is_the_twin_with_biases",
         "float32_is_the_twin_with_experts",
+        "float32_is_the_twin_with_adapters",
         "fp8_is_near_bfloat16",
         "fp8_blockwise_does_not_depend_on_tensor_parallelism",
         "fp8_tensorwise_depends_on_tensor_parallelism",

@@ -17,10 +17,12 @@ from a2tgpo.batch.balance import deal, microbatches
 from a2tgpo.batch.packing import PackedBatch, alignment, pack, packed_length
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.fp8 import Fp8Config
+from a2tgpo.config.lora import LoraConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.model.build import build_policy, wrap_for_training
+from a2tgpo.model.lora import is_adapter
 from a2tgpo.model.policy import Policy
 from a2tgpo.model.weights import iterate_hf_weights
 from a2tgpo.parallel.groups import ParallelGroups
@@ -185,6 +187,7 @@ class Bench:
         distributed_optimizer: bool = False,
         bucket_size: int | None = None,
         dtype: str = "float32",
+        lora: LoraConfig | None = None,
         **options: Any,
     ) -> tuple[Policy, UpdateConfig]:
         """Build a policy. With `bucket_size`, gradients are reduced in buckets during the backward pass, and weights
@@ -194,12 +197,14 @@ class Bench:
             distributed_optimizer=distributed_optimizer,
             **{"lr": 1e-2, "weight_decay": 0.1, "lr_schedule": "linear", **options},
         )
-        model = ModelConfig(path=str(self.folder / "model"), dtype=dtype)
+        model = ModelConfig(path=str(self.folder / "model"), dtype=dtype, lora=lora or LoraConfig())
         if bucket_size is None:
             return build_policy(model, self.parallel, self.groups, update=update), update
         policy = build_policy(model, self.parallel, self.groups, update=None, trainable=False)
         for chunk in policy.chunks:
-            chunk.requires_grad_(True).train()
+            chunk.train()
+            for name, parameter in chunk.named_parameters():
+                parameter.requires_grad_(lora is None or is_adapter(name))
         wrap_for_training(policy, update, overlap=True, bucket_size=bucket_size)
         assert len(policy.chunks[0].buffers[0].buckets) > 2
         return policy, update

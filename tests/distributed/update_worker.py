@@ -43,6 +43,14 @@ from layout_checks import (
     check_turn_ratios,
     check_update,
 )
+from lora_checks import (
+    check_adapter_update,
+    check_adapters,
+    check_fresh_adapters,
+    check_resume_adapters,
+    check_resume_adapters_elsewhere,
+    check_resume_adapters_with_buckets,
+)
 from torch import Tensor
 from update_bench import Bench, assert_close, hf_weights, make_model, make_reference, make_trajectories
 
@@ -50,6 +58,7 @@ from a2tgpo.collect.state import RolloutState
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.data import DataConfig
 from a2tgpo.config.guard import GuardConfig
+from a2tgpo.config.lora import LoraConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.run import RunConfig, RunSettings
@@ -123,6 +132,11 @@ def check_memory_phases(bench: Bench, **options: Any) -> None:
 def check_memory_phases_with_buckets(bench: Bench) -> None:
     """The same holds if weights are gathered bucket by bucket during the forward pass."""
     check_memory_phases(bench, bucket_size=3000)
+
+
+def check_memory_phases_with_adapters(bench: Bench) -> None:
+    """If frozen weights and adapters leave the card and come back, training is equal to the bit."""
+    check_memory_phases(bench, lora=LoraConfig(rank=4))
 
 
 def check_data_parallel_updates(bench: Bench) -> None:
@@ -223,9 +237,22 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_one_best,
         check_earlier_format,
         check_host_memory,
+        check_fresh_adapters,
+        check_adapters,
+        check_adapter_update,
+        check_resume_adapters,
+        check_resume_adapters_with_buckets,
     ],
-    "tp2": [check_gradients, check_output_rows, check_entropy],
-    "tp2_sequence": [check_gradients, check_output_rows, check_scores, check_probes],
+    "tp2": [check_gradients, check_output_rows, check_entropy, check_adapters, check_adapter_update],
+    "tp2_sequence": [
+        check_gradients,
+        check_output_rows,
+        check_scores,
+        check_probes,
+        check_fresh_adapters,
+        check_adapters,
+        check_adapter_update,
+    ],
     "pp2_vpp2": [
         check_gradients,
         check_probes,
@@ -237,6 +264,8 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_resume,
         check_another_layout,
         check_values_of_another_layout,
+        check_adapters,
+        check_memory_phases_with_adapters,
     ],
     "pp2": [check_gradients, check_output_rows, check_scores, check_nan_is_skipped, check_another_layout],
     "pp2_uneven": [check_gradients, check_scores, check_update],
@@ -280,6 +309,9 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_another_layout,
         check_values_of_another_layout,
         check_earlier_format_of_another_layout,
+        check_adapters,
+        check_resume_adapters,
+        check_resume_adapters_elsewhere,
     ],
 }
 
