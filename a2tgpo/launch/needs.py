@@ -11,7 +11,7 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.config.user_files import user_files
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.plan.dimensions import ModelDimensions, read_dimensions
-from a2tgpo.plan.storage import Kept, checkpoint_bytes, kept_bytes, most_kept, weights_bytes
+from a2tgpo.plan.storage import Kept, checkpoint_bytes, kept_bytes, model_bytes, most_kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def warm_start_needs(config: RunConfig, *, target: Path, root: Path) -> Needs:
     model = DiskNeed(
         key="model.path",
         folder=existing_folder(target),
-        num_bytes=weights_bytes(config, sizes) if sizes else 0.0,
+        num_bytes=model_bytes(config, sizes) if sizes else 0.0,
         what="the exported model",
         change="or choose another model.path",
     )

@@ -33,6 +33,8 @@ class MicrobatchShape:
     element_bytes: int
     fp8_bytes: float = 0.0
     """Bytes per value, scales included, of an input that a linear layer keeps in FP8. 0 means that FP8 is off."""
+    adapter_width: int = 0
+    """Values per token between A and B in all adapters of a layer."""
 
     @property
     def residual_bytes(self) -> int:
@@ -72,7 +74,9 @@ class MicrobatchShape:
             wide += self._input_bytes(self.tokens * d.query_width // tensor)
         # Each of the two norms saves its input. The linear layer after a norm saves the norm's output.
         norms = 2 * self.residual_bytes + 2 * self._input_bytes(self.residual_bytes // self.element_bytes)
-        return norms + wide + self.feed_forward_bytes + self.attention_statistics_bytes
+        # An adapter saves its layer's input, which a frozen layer does not save, and the values between A and B.
+        adapters = self.tokens * self.adapter_width * self.element_bytes
+        return norms + wide + self.feed_forward_bytes + self.attention_statistics_bytes + adapters
 
     @property
     def feed_forward_bytes(self) -> int:

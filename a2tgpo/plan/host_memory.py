@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, fields
 
 from a2tgpo.config.run import RunConfig
 from a2tgpo.plan.activations import FLOAT32_BYTES
+from a2tgpo.plan.adapters import all_adapters, trained_parameters
 from a2tgpo.plan.dimensions import ModelDimensions
 from a2tgpo.plan.engine import ELEMENT_BYTES
 from a2tgpo.plan.hardware import GIB
 from a2tgpo.plan.memory import trainer_memory
-from a2tgpo.plan.parameters import largest_tensor, optimizer_parameters, stage_parameters
+from a2tgpo.plan.parameters import largest_tensor, optimizer_parameters
 
 PROCESS_GIB = 4.0
 """GiB of a rank's process for Python, torch, and the host side of CUDA and NCCL. The value is a guess."""
@@ -48,7 +50,10 @@ def host_memory_by_rank(
         for stage in range(parallel.pipeline)
     ]
     ranks_of_stage = data_parallel * parallel.context * parallel.tensor
-    return [memory for memory in by_stage for _ in range(ranks_of_stage)]
+    first, *others = [memory for memory in by_stage for _ in range(ranks_of_stage)]
+    # Rank 0 holds PEFT's file of all adapters, and the tensors from which it makes the file.
+    files = 2 * all_adapters(config, dimensions) * ELEMENT_BYTES[config.model.dtype]
+    return [dataclasses.replace(first, saving=first.saving + files), *others]
 
 
 def fullest_node(by_rank: list[HostMemory], *, ranks_per_node: int) -> HostMemory:
@@ -71,9 +76,8 @@ def _of_stage(
     trainer = trainer_memory(config, dimensions, stage=stage, data_parallel=data_parallel)
     element_bytes = ELEMENT_BYTES[config.model.dtype]
     # A data-parallel rank writes only its own part of the optimizer's state and of the weights.
-    share = optimizer_parameters(
-        stage_parameters(dimensions, config.parallel, stage), config.parallel, data_parallel
-    )
+    trained = trained_parameters(config, dimensions, stage)
+    share = optimizer_parameters(trained, config.parallel, data_parallel)
     state_bytes = (3 if config.model.dtype == "bfloat16" else 2) * FLOAT32_BYTES
     return HostMemory(
         offloaded=trainer.offloaded if config.update.offload else 0.0,

@@ -12,6 +12,7 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.run import RunConfig
 from a2tgpo.memory.residency import resident
 from a2tgpo.plan.activations import FLOAT32_BYTES, MicrobatchShape
+from a2tgpo.plan.adapters import stage_adapters, trained_parameters
 from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import ModelDimensions
 from a2tgpo.plan.engine import ELEMENT_BYTES, EngineMemory, engine_memory
@@ -70,7 +71,7 @@ class TrainerMemory:
     fp8_copies: float
     """FP8 copies of the policy's and the reference's weights, which the first pass creates. 0 if FP8 is off."""
     reference: float
-    """Weights of the reference model. 0 if the run needs no reference."""
+    """Weights of the reference model. 0 if the run needs none, or if the reference is the policy without adapters."""
 
     def parts(self, phase: str, *, offload: bool) -> dict[str, float]:
         """Return the bytes of each part that is on the GPU in `phase`, by the part's name in printed plans.
@@ -101,18 +102,21 @@ def trainer_memory(
 ) -> TrainerMemory:
     """Return the trainer's memory on a rank of pipeline stage `stage`."""
     held = stage_parameters(dimensions, config.parallel, stage)
-    parameters, shard = held.total, float(held.total)
+    adapters = stage_adapters(config, dimensions, stage)
+    trained = trained_parameters(config, dimensions, stage)
+    shard = float(trained.total)
     if config.update.distributed_optimizer:
-        shard = optimizer_parameters(held, config.parallel, data_parallel)
-    weights = parameters * ELEMENT_BYTES[config.model.dtype]
+        shard = optimizer_parameters(trained, config.parallel, data_parallel)
+    weights = (held.total + adapters.total) * ELEMENT_BYTES[config.model.dtype]
+    has_reference = config.needs_reference and not config.model.lora.enabled
     copies = fp8_copy_bytes(config, dimensions, stage)
     return TrainerMemory(
         weights=weights,
-        gradients=parameters * FLOAT32_BYTES,
+        gradients=trained.total * FLOAT32_BYTES,
         master_weights=shard * FLOAT32_BYTES if config.model.dtype == "bfloat16" else 0,
         moments=2 * shard * FLOAT32_BYTES,
         fp8_copies=copies * (2 if config.needs_reference else 1),
-        reference=weights if config.needs_reference else 0,
+        reference=weights if has_reference else 0,
     )
 
 
@@ -176,6 +180,8 @@ def _shape(config: RunConfig, dimensions: ModelDimensions) -> MicrobatchShape:
         tokens=-(-tokens // config.parallel.context),
         element_bytes=ELEMENT_BYTES[config.model.dtype],
         fp8_bytes=VALUE_BYTES[config.model.fp8.recipe] if config.model.fp8.enabled else 0.0,
+        adapter_width=config.model.lora.rank
+        * len(config.model.lora.targets_of(has_experts=bool(dimensions.experts))),
     )
 
 
@@ -223,7 +229,10 @@ def chunks_in_flight(parallel: ParallelConfig, stage: int, microbatches: int) ->
 
 
 def _refit_bytes(config: RunConfig, dimensions: ModelDimensions) -> float:
-    """Return a refit's peak bytes: the bucket being loaded, the next bucket, and tensors for merging shards."""
+    """Return a refit's peak bytes: the bucket being loaded, the next bucket, and tensors for merging shards.
+
+    Adapters are merged in float32: the product exists twice while its projections are joined.
+    """
     element_bytes, tensor = ELEMENT_BYTES[config.model.dtype], config.parallel.tensor
     largest = largest_tensor(dimensions, tensor) * element_bytes
     # If one bucket holds the largest parameter (embedding or head), the other holds layer parameters.
@@ -235,4 +244,7 @@ def _refit_bytes(config: RunConfig, dimensions: ModelDimensions) -> float:
     # The engine first collects all experts of a layer, and then copies its own part of each expert.
     layer = layer_parameters(dimensions, 1).experts * element_bytes
     collected = layer * (1 + 1 / config.rollout.tensor_parallel)
-    return gathered + copies * largest + collected
+    merged = 0.0
+    if config.model.lora.enabled:
+        merged = 2 * FLOAT32_BYTES * largest_layer_tensor(dimensions) / tensor
+    return gathered + copies * largest + collected + merged

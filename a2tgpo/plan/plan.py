@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from a2tgpo.config.algorithm import WITH_CONTRAST
 from a2tgpo.config.run import RunConfig
 from a2tgpo.io.errors import ConfigError
+from a2tgpo.plan.adapters import adapter_fault, adapter_flops
 from a2tgpo.plan.assumptions import Assumptions
 from a2tgpo.plan.dimensions import ModelDimensions, layout_fault
 from a2tgpo.plan.engine import engine_fault, engine_memory
@@ -89,13 +90,19 @@ class Plan(PlanInputs):
     def token_flops(self) -> float:
         """Operations of one token's forward pass in the trainer, averaged over all tokens."""
         w = self.workload
-        return forward_flops(self.dimensions, context=w.tokens / 2, output_share=w.output_share).total
+        flops = forward_flops(self.dimensions, context=w.tokens / 2, output_share=w.output_share)
+        return flops.total + adapter_flops(self.config, self.dimensions)
 
     @property
     def stage_flops(self) -> dict[str, float]:
         """The model's operations in one step, by stage, without recomputed operations."""
-        once = self.token_flops * self.geometry.tokens
-        return {"score": self.score_passes * once, "update": 3 * once}
+        w, tokens = self.workload, self.geometry.tokens
+        once = self.token_flops * tokens
+        update = 3 * once
+        if self.config.model.lora.enabled:  # frozen weights get no gradients
+            flops = forward_flops(self.dimensions, context=w.tokens / 2, output_share=w.output_share)
+            update -= (flops.total - flops.attention) * tokens
+        return {"score": self.score_passes * once, "update": update}
 
     @property
     def update_mfu(self) -> float:
@@ -161,6 +168,7 @@ def make_plan(
         layout_fault(dimensions, config.parallel, gpus)
         or engine_fault(config, dimensions, gpus)
         or precision_fault(config, dimensions, gpu)
+        or adapter_fault(config.model.lora, dimensions)
     )
     if fault is not None:
         raise ConfigError(fault)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from a2tgpo.plan.activations import EXPERT_CROWDING
+from a2tgpo.plan.adapters import all_adapters
 from a2tgpo.plan.advice import cache_shortage, faults
 from a2tgpo.plan.engine import cache_gib_of_share
 from a2tgpo.plan.hardware import GIB
@@ -56,6 +57,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "gpus": plan.gpus,
         "parameters": checkpoint_parameters(plan.dimensions),
         "parameters_by_stage": _parameters_by_stage(plan),
+        "adapter_parameters": all_adapters(plan.config, plan.dimensions),
         "memory_bytes": {
             phase.name: {
                 "stage": phase.stage,
@@ -137,8 +139,24 @@ def _heading(plan: Plan, source: str) -> str:
         f"engine     {plan.geometry.engines} of tensor {config.rollout.tensor_parallel}"
         f"{_quantization_text(plan)}, {share_text(plan)}",
         f"a rank     {', '.join(_parameters_by_stage_text(plan))}",
+        *_adapter_lines(plan),
     ]
     return "\n".join(lines)
+
+
+def _adapter_lines(plan: Plan) -> list[str]:
+    lora = plan.config.model.lora
+    if not lora.enabled:
+        return []
+    trained, all_parameters = (
+        all_adapters(plan.config, plan.dimensions),
+        checkpoint_parameters(plan.dimensions),
+    )
+    targets = ", ".join(lora.targets_of(has_experts=bool(plan.dimensions.experts)))
+    return [
+        f"adapters   {trained:,} trained parameters of rank {lora.rank} in {targets}; the other "
+        f"{all_parameters:,} are frozen"
+    ]
 
 
 def _fp8_text(plan: Plan) -> str:

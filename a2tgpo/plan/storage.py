@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from a2tgpo.config.run import RunConfig
+from a2tgpo.plan.adapters import all_adapters, saved_parameters
 from a2tgpo.plan.dimensions import ModelDimensions
 from a2tgpo.plan.engine import ELEMENT_BYTES
 from a2tgpo.plan.parameters import checkpoint_parameters
@@ -39,12 +40,18 @@ def most_kept(config: RunConfig) -> Kept:
 
 def checkpoint_bytes(config: RunConfig, dimensions: ModelDimensions) -> int:
     """Return the bytes of one checkpoint: weights, two float32 moments and, for bfloat16, float32 master weights."""
-    element = ELEMENT_BYTES[config.model.dtype]
-    return checkpoint_parameters(dimensions) * (element + 8 + (4 if element < 4 else 0))
+    state = 8 + (4 if ELEMENT_BYTES[config.model.dtype] < 4 else 0)
+    return weights_bytes(config, dimensions) + saved_parameters(config, dimensions) * state
 
 
 def weights_bytes(config: RunConfig, dimensions: ModelDimensions) -> int:
-    """Return the bytes of a checkpoint that was reduced to its weights. A warm start's model has the same size."""
+    """Return the bytes of a checkpoint that was reduced to its weights. Adapters are in it twice, once for PEFT."""
+    num_saved = saved_parameters(config, dimensions) + all_adapters(config, dimensions)
+    return num_saved * ELEMENT_BYTES[config.model.dtype]
+
+
+def model_bytes(config: RunConfig, dimensions: ModelDimensions) -> int:
+    """Return the bytes of the whole model, which a warm start writes."""
     return checkpoint_parameters(dimensions) * ELEMENT_BYTES[config.model.dtype]
 
 
@@ -63,13 +70,13 @@ def kept_bytes(config: RunConfig, dimensions: ModelDimensions, kept: Kept) -> fl
 def restart_bytes(config: RunConfig, dimensions: ModelDimensions, *, gpus: int, gpus_per_node: int) -> int:
     """Return the bytes that all ranks together read when they start from a checkpoint.
 
-    All ranks together read the checkpoint once. If there is a reference model, each node reads the files of
-    `model.path` once. If engines quantise weights while loading, each engine and each node reads these files at least
-    once.
+    All ranks together read the checkpoint once. If there is a reference model, or if the checkpoint has only
+    adapters, each node reads the files of `model.path` once. If engines quantise weights while loading, each engine
+    and each node reads these files at least once.
     """
     model = checkpoint_parameters(dimensions) * MODEL_FILE_BYTES
     nodes = -(-gpus // gpus_per_node)
-    readers = nodes * config.needs_reference
+    readers = nodes * (config.needs_reference or config.model.lora.enabled)
     if config.rollout.quantization != "none":
         readers += max(nodes, gpus // config.rollout.tensor_parallel)
     return checkpoint_bytes(config, dimensions) + readers * model

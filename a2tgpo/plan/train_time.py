@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from a2tgpo.config.run import RunConfig
 from a2tgpo.plan.activations import EXPERT_CROWDING, FLOAT32_BYTES
+from a2tgpo.plan.adapters import adapter_flops, trained_parameters
 from a2tgpo.plan.flops import TokenFlops, forward_flops
 from a2tgpo.plan.inputs import PlanInputs
-from a2tgpo.plan.parameters import optimizer_parameters, stage_parameters
+from a2tgpo.plan.parameters import optimizer_parameters
 
 OPTIMIZER_BYTES = 30
 """Bytes that an optimizer step reads and writes for each parameter whose optimizer state the rank holds.
@@ -64,19 +65,22 @@ class Volume:
 
 def score_time(given: PlanInputs) -> PassTime:
     """Return the time of one forward pass over all tokens of the step."""
-    return _pass_time(given, layer_passes=1, output_passes=1, collectives=2)
+    return _pass_time(given, layer_passes=1, weight_passes=1, output_passes=1, collectives=2)
 
 
 def update_time(given: PlanInputs) -> PassTime:
     """Return the time of the forward pass, the backward pass and the optimizer steps over all tokens of the step."""
     parallel, geometry = given.config.parallel, given.geometry
+    frozen = given.config.model.lora.enabled  # the backward pass computes no gradients of frozen weights
+    layer_passes = _update_passes(given.config)
     passes = _pass_time(
         given,
-        layer_passes=_update_passes(given.config),
-        output_passes=3,
+        layer_passes=layer_passes,
+        weight_passes=layer_passes - frozen,
+        output_passes=3 - frozen,
         collectives=_update_collectives(given.config),
     )
-    fullest = stage_parameters(given.dimensions, parallel, 0)
+    fullest = trained_parameters(given.config, given.dimensions, 0)
     shard = float(fullest.total)
     if given.config.update.distributed_optimizer:
         shard = optimizer_parameters(fullest, parallel, geometry.data_parallel)
@@ -92,7 +96,7 @@ def update_volume(given: PlanInputs) -> Volume:
     """Return the bytes that a rank of the first pipeline stage sends during the update of one step."""
     config, geometry, parallel = given.config, given.geometry, given.config.parallel
     count = geometry.microbatches * geometry.optimizer_steps
-    parameters = stage_parameters(given.dimensions, parallel, 0)
+    parameters = trained_parameters(config, given.dimensions, 0)
     replicas = parallel.context * geometry.data_parallel
     expert_replicas = parallel.tensor * replicas / parallel.expert
     reduced = parameters.dense * (1 - 1 / replicas)
@@ -186,11 +190,19 @@ def _expert_wait(config: RunConfig) -> float:
     return EXPERT_CROWDING if config.parallel.expert > 1 else 1.0
 
 
-def _pass_time(given: PlanInputs, *, layer_passes: int, output_passes: int, collectives: int) -> PassTime:
-    """Return the time of a step's micro-batches if their layers cost as much as `layer_passes` forward passes."""
+def _pass_time(
+    given: PlanInputs, *, layer_passes: int, weight_passes: int, output_passes: int, collectives: int
+) -> PassTime:
+    """Return the time of a step's micro-batches if their layers cost as much as `layer_passes` forward passes.
+
+    The products with the model's weights, without those with adapters, cost `weight_passes` forward passes.
+    """
     parallel, workload, geometry = given.config.parallel, given.workload, given.geometry
     flops = forward_flops(given.dimensions, context=workload.tokens / 2, output_share=workload.output_share)
-    by_stage = [layer_passes * _stage_operations(given, flops, stage) for stage in range(parallel.pipeline)]
+    by_stage = [
+        _stage_operations(given, flops, stage, layer_passes=layer_passes, weight_passes=weight_passes)
+        for stage in range(parallel.pipeline)
+    ]
     by_stage[-1] += output_passes * flops.output
     slowest = max(by_stage)
     peak = given.gpu.peak_flops(given.config.model.dtype)
@@ -218,11 +230,14 @@ def _pass_time(given: PlanInputs, *, layer_passes: int, output_passes: int, coll
     )
 
 
-def _stage_operations(given: PlanInputs, flops: TokenFlops, stage: int) -> float:
-    """Return a token's forward operations in `stage`, converted to bfloat16 operations that take the same time."""
+def _stage_operations(
+    given: PlanInputs, flops: TokenFlops, stage: int, *, layer_passes: int, weight_passes: int
+) -> float:
+    """Return a token's operations in `stage`, converted to bfloat16 operations that take the same time."""
     parallel, fp8, all_layers = given.config.parallel, given.config.model.fp8, given.dimensions.layers
     layers = parallel.stage_layers(all_layers)[stage]
     in_fp8 = layers - fp8.bf16_layers(stage, parallel.pipeline) if fp8.enabled else 0
     linear = flops.linear + flops.experts * _expert_wait(given.config)
-    operations = layers * flops.attention + (layers - in_fp8 + in_fp8 / given.assumed.fp8_speed) * linear
-    return operations / all_layers
+    weights = (layers - in_fp8 + in_fp8 / given.assumed.fp8_speed) * linear
+    others = layers * (flops.attention + adapter_flops(given.config, given.dimensions))
+    return (weight_passes * weights + layer_passes * others) / all_layers

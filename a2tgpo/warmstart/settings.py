@@ -17,18 +17,20 @@ from a2tgpo.plan.dimensions import ModelDimensions, read_dimensions
 from a2tgpo.plan.parameters import checkpoint_parameters
 
 REFERENCE_LR, REFERENCE_PARAMETERS, MAX_LR = 1e-5, 8e9, 1e-3
+ADAPTER_LR_RATIO = 10
+"""Learning rate of adapters, divided by the rate for all weights."""
 
 
 def learning_rate(config: RunConfig, dimensions: ModelDimensions) -> float:
     """Return `warmstart.lr` if it is set, or else a default that depends on the size of the model.
 
     The default is a rule of thumb that has not been tuned. For models of 7 to 70 billion parameters, it is within the
-    range of published rates for fine-tuning all weights (2e-5 to 2e-6).
+    range of published rates for fine-tuning all weights (2e-5 to 2e-6). Adapters get ten times the rate.
     """
     if config.warmstart.lr:
         return config.warmstart.lr
     by_size = REFERENCE_LR * math.sqrt(REFERENCE_PARAMETERS / checkpoint_parameters(dimensions))
-    return min(MAX_LR, by_size)
+    return min(MAX_LR, by_size * (ADAPTER_LR_RATIO if config.model.lora.enabled else 1))
 
 
 def source_dimensions(config: RunConfig) -> ModelDimensions:

@@ -39,10 +39,12 @@ QWEN_72B = KNOWN_MODELS["qwen2.5-72b"]
 FP8 = str(ROOT / "configs/precision/fp8.yaml")
 CONFIG_70B = load_config(ROOT / "configs/train_70b.yaml")
 
+CONFIG_70B_ON_16 = load_config(ROOT / "configs/train_70b_lora.yaml", ["model.lora.rank=0"])
 CONFIGS = {path.stem: load_config(path) for path in sorted((ROOT / "configs").glob("*.yaml"))}
 MEANT_FOR = {
     "train_70b": ("qwen2.5-72b", 64),
     "train_70b_llama": ("llama-3.3-70b", 64),
+    "train_70b_lora": ("qwen2.5-72b", 16),
     "train_30b_a3b": ("qwen3-30b-a3b", 16),
     "train_8b": ("qwen3-8b", 8),
     "train_4b": ("qwen3-4b", 8),
@@ -112,6 +114,49 @@ def test_checkpoints_of_72b_are_counted_whole_and_weights_within_their_gigabytes
     assert kept(keep_gb=1.0) == kept(), "the best is never removed"
 
 
+def test_adapters_of_72b_in_a_plan_by_hand():
+    config = CONFIGS["train_70b_lora"]
+    # Rank x (inputs + outputs): q and o 2 x 8192; k and v 8192 + 1024; gate, up and down 8192 + 29568; 80 layers
+    adapters = 80 * 32 * (2 * 2 * 8192 + 2 * (8192 + 1024) + 3 * (8192 + 29568))
+    plan = make_plan(config, QWEN_72B, H100, gpus=16)
+    # Weights in bfloat16 for the run and for PEFT, float32 masters and two moments.
+    assert plan.checkpoint_bytes == (2 + 2 + 12) * adapters == 16 * 421_068_800
+    # Both nodes read the files of model.path, and all read the checkpoint once.
+    assert plan.restart_bytes == plan.checkpoint_bytes + 2 * 2 * 72_706_203_648
+    reference = changed(config, "algorithm", kl_coef=1e-3)
+    assert make_plan(reference, QWEN_72B, H100, gpus=16).phases == plan.phases
+    # On a rank of 4 tensor-parallel and 2 pipeline ranks, A of q, k, v, gate, up and B of o, down are whole.
+    layer = 5 * 8192 + 2 * 8192 + (8192 + 2 * 1024 + 2 * 29568 + 8192 + 29568) // 4
+    trained = 40 * 32 * layer
+    memory = trainer_memory(config, QWEN_72B, stage=0, data_parallel=2)
+    full = trainer_memory(CONFIG_70B_ON_16, QWEN_72B, stage=0, data_parallel=2)
+    assert (memory.gradients, memory.moments, memory.master_weights, memory.reference) == (
+        4 * trained,
+        4 * trained,
+        2 * trained,
+        0,
+    )
+    assert memory.weights == full.weights + 2 * trained
+
+
+def test_adapters_that_a_mixture_of_experts_cannot_have_are_refused_in_one_line():
+    config = load_config(
+        ROOT / "configs/train_30b_a3b.yaml", ["model.lora.rank=8", "model.lora.targets=[up_proj]"]
+    )
+    with pytest.raises(ConfigError, match="projections in experts, which get no adapters"):
+        make_plan(config, KNOWN_MODELS["qwen3-30b-a3b"], H100, gpus=16)
+
+
+def test_an_update_of_adapters_computes_no_gradients_of_frozen_weights():
+    plan = make_plan(CONFIGS["train_70b_lora"], QWEN_72B, H100, gpus=16)
+    full = make_plan(CONFIG_70B_ON_16, QWEN_72B, H100, gpus=16)
+    assert plan.update.compute / full.update.compute == pytest.approx(2 / 3, rel=0.05)
+    assert plan.stage_flops["update"] / full.stage_flops["update"] == pytest.approx(2 / 3, rel=0.05)
+    assert plan.update.data < full.update.data / 50
+    assert plan.update.optimizer < full.update.optimizer / 20
+    assert plan.score.compute == pytest.approx(full.score.compute, rel=0.01)
+
+
 def test_fp8_in_a_plan_by_hand():
     config = changed(
         CONFIG_70B, "model", fp8=Fp8Config(format="e4m3", first_layers_bf16=1, last_layers_bf16=2)
@@ -164,7 +209,8 @@ def test_every_kind_of_card_that_a_configuration_may_name_is_known():
 def test_the_shipped_configurations_have_the_papers_settings(name):
     config = CONFIGS[name]
     assert (config.rollout.prompts_per_step, config.rollout.group_size) == (64, 16)
-    assert (config.update.prompts_per_minibatch, config.update.lr) == (8, 1e-6)
+    lr = 1e-5 if config.model.lora.enabled else 1e-6
+    assert (config.update.prompts_per_minibatch, config.update.lr) == (8, lr)
     assert (config.update.lr_schedule, config.update.weight_decay, config.update.clip_grad) == (
         "constant",
         0.01,

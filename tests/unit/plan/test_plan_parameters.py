@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,14 +27,17 @@ from transformers import PretrainedConfig
 
 from a2tgpo.batch.packing import Alignment
 from a2tgpo.config.load import load_config
+from a2tgpo.config.lora import LoraConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.model import build, transformer_config
 from a2tgpo.model.hf_config import load_hf_config
+from a2tgpo.model.lora import attach_adapters
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel import initialize
 from a2tgpo.parallel.groups import ParallelGroups
+from a2tgpo.plan.adapters import stage_adapters
 from a2tgpo.plan.dimensions import KNOWN_MODELS, ModelDimensions, layout_fault, read_dimensions
 from a2tgpo.plan.memory import trainer_memory
 from a2tgpo.plan.parameters import checkpoint_parameters, layer_parameters, stage_parameters
@@ -137,6 +141,29 @@ def test_weights_of_a_real_checkpoint_are_counted_to_the_byte(architecture, tied
                 built = parameter_bytes(gpt_models(hf_config, model, parallel, groups))
                 planned = stage_parameters(dimensions, parallel, groups.pp_rank).total * 2
                 assert planned == built, f"{parallel}, rank {rank}"
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3_moe"])
+def test_adapters_of_a_real_checkpoint_are_counted_to_the_byte(architecture, tmp_path):
+    build_model(architecture, vocab_size=VOCAB, num_layers=4).to(torch.bfloat16).save_pretrained(tmp_path)
+    dimensions, hf_config = read_dimensions(str(tmp_path)), load_hf_config(str(tmp_path))
+    lora = LoraConfig(rank=4, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
+    model = ModelConfig(path=str(tmp_path), lora=lora)
+    for parallel in LAYOUTS if architecture == "qwen2" else EXPERT_LAYOUTS:
+        world_size = least_ranks(parallel)
+        config = SimpleNamespace(model=model, parallel=parallel)
+        for rank in range(world_size):
+            with in_place_of(rank, world_size, parallel) as groups:
+                chunks = gpt_models(hf_config, model, parallel, groups)
+                whole = parameter_bytes(chunks)
+                attach_adapters(chunks, lora, hf_config, chunks[0].config, groups)
+                trained = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
+                planned = stage_adapters(config, dimensions, groups.pp_rank)
+                split = sum(p.numel() for p in trained if p.tensor_model_parallel)
+                place = f"{parallel}, rank {rank}"
+                assert planned.total == sum(p.numel() for p in trained), place
+                assert planned.total * 2 == parameter_bytes(chunks) - whole, place
+                assert planned.split == split, place
 
 
 @pytest.mark.parametrize("parallel", DEEPER_LAYOUTS)

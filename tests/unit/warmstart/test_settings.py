@@ -41,6 +41,8 @@ def test_the_learning_rate_is_by_the_models_size_unless_it_is_set(tmp_path) -> N
     assert learning_rate(large, source_dimensions(large)) == pytest.approx(3.3e-6, rel=0.01)
     chosen = config_of(tmp_path, QWEN_72B, "warmstart.lr=2e-6")
     assert learning_rate(chosen, source_dimensions(chosen)) == 2e-6
+    adapted = config_of(tmp_path, QWEN_72B, "model.lora.rank=16")
+    assert learning_rate(adapted, source_dimensions(adapted)) == pytest.approx(3.3e-5, rel=0.01)
     small = config_of(tmp_path, TINY)
     assert learning_rate(small, source_dimensions(small)) == 1e-3
 
