@@ -152,25 +152,7 @@ def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
             print(f"stopped at answer {done} of {total}: {stop.reason}; kept in {partial}", flush=True)
     else:
         if groups.rank == 0:
-            unjudged = [
-                a
-                for sets in (greedy, sampled)
-                for answers in sets.values()
-                for a in answers
-                if a.reward_error
-            ]
-            if unjudged:
-                notes.append(
-                    f"{len(unjudged)} answers have no rewards; the last cause: {unjudged[-1].reward_error}"
-                )
-            write_report(out, config, model, greedy, sampled, notes)
-            if unjudged:
-                print(
-                    f"{notes[-1]}. The same command judges them again; the others are kept in {partial}",
-                    flush=True,
-                )
-            else:
-                shutil.rmtree(partial, ignore_errors=True)
+            report(out, partial, config, model, greedy, sampled, notes)
     pool.close()
     player.close()
     # Wait for all ranks, because a launcher ends the other ranks when one rank exits with a code other than 0.
@@ -257,6 +239,27 @@ def play(
             if log is not None:
                 log.close()
     return found[0], found[1] if num_samples else {}
+
+
+def report(
+    out: Path,
+    partial: Path,
+    config: RunConfig,
+    model: SavedModel,
+    greedy: Answers,
+    sampled: Answers,
+    notes: Sequence[str],
+) -> None:
+    """Write the report, and remove the stored answers in `partial` unless some answers must be judged again."""
+    answers = [answer for sets in (greedy, sampled) for members in sets.values() for answer in members]
+    errors = [answer.reward_error for answer in answers if answer.reward_error is not None]
+    if not errors:
+        write_report(out, config, model, greedy, sampled, notes)
+        shutil.rmtree(partial, ignore_errors=True)
+        return
+    unjudged = f"{len(errors)} of {len(answers)} answers have no rewards; last cause: {errors[-1]}"
+    write_report(out, config, model, greedy, sampled, [*notes, unjudged])
+    print(f"{unjudged}. The same command judges them again; {partial} keeps the other answers", flush=True)
 
 
 def write_report(
