@@ -81,7 +81,7 @@ def run_named(name: str, args: argparse.Namespace, machine: dict[str, Any], fold
     work = folder / name
     work.mkdir()
     logging = {"VLLM_LOGGING_LEVEL": args.vllm_logging} if args.vllm_logging else {}
-    environments = [{**environment, **check.environment, **logging} for environment in environments]
+    environments = [{**environment, **logging} for environment in environments]
     return run_check(name, environments, settings=args.settings, work=work, timeout_s=args.limits[name])
 
 

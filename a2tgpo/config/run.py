@@ -42,6 +42,10 @@ class RunSettings:
     seed: int = 0
     """Seed (below 2^32) for choosing prompts, for sampling rollouts, and for the initial state. Results do not depend
     on the layout of the processes."""
+    deterministic: bool = False
+    """Compute in a fixed order on GPUs, so that two runs with the same settings on the same machines are equal to the
+    bit. Runs on CPUs are always equal. Rollouts and updates become slower. GPUs need compute capability 9.0 or
+    higher."""
     log_rollouts: int = 8
     """Number of trajectories per step that TensorBoard shows: half of them the best, half the worst. The run's folder
     rollouts/ has all trajectories."""
@@ -176,6 +180,12 @@ class RunConfig:
             self.rollout.partial.tokens_per_step,
             "0 without algorithm.correction, since an earlier policy sampled the turns of earlier steps; "
             "set algorithm.correction.kind=truncate or mask",
+        )
+        require(
+            self.rollout.top_p == 1 or not self.run.deterministic,
+            "rollout.top_p",
+            self.rollout.top_p,
+            "1 with run.deterministic=true, since the sums of the nucleus have no fixed order on GPUs",
         )
         self._check_gain()
 

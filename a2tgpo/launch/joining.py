@@ -70,16 +70,23 @@ def join(
 ) -> tuple[ParallelGroups, float]:
     """Join the process group within `parallel.start_timeout_s`, and test it; every rank must call this.
 
+    With `run.deterministic`, this process computes deterministically from now on.
+
     Returns:
         The groups, and the seconds that the ranks took to join, without the import of Megatron.
 
     Raises:
+        ConfigError: if this machine cannot compute deterministically.
         RuntimeError: with a one-line message, if the backend cannot connect this rank to the others.
     """
     import torch
     import torch.distributed as dist
 
+    from a2tgpo.parallel.determinism import compute_deterministically
     from a2tgpo.parallel.initialize import initialize
+
+    if config.run.deterministic:
+        compute_deterministically()
 
     if store is None:
         return initialize(config.parallel, seed=config.run.seed), 0.0

@@ -12,9 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from a2tgpo.parallel.determinism import ENGINE_NCCL_VARIABLES
+
 MAX_CACHE_HIT = "max_cache_hit"
 _COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
-_VARIABLES_KEPT = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "OMP_NUM_THREADS", _COMPILE_THREADS)
+_VARIABLES_KEPT = (
+    *("LOCAL_WORLD_SIZE", "LD_PRELOAD", "OMP_NUM_THREADS", _COMPILE_THREADS),
+    # With batch-invariant kernels, vLLM limits its communicators to one channel. The trainer's need all channels.
+    *(*ENGINE_NCCL_VARIABLES, "NCCL_NO_CACHE"),
+)
 
 
 def cap_cache_hits(manager: Any) -> None:

@@ -75,7 +75,8 @@ TRAINING = Rules(
 
 WARM_START = Rules(
     used=(
-        *("model.", "parallel.", "warmstart.", "run.seed", "tools.names"),
+        *("model.", "parallel.", "warmstart.", "run.seed", "run.deterministic"),
+        "tools.names",
         *("data.instructions", "data.chat_template", "rollout.protocol", "rollout.call_format"),
         *("update.adam_", "update.clip_grad", "update.max_microbatch_tokens", "update.distributed_optimizer"),
     ),

@@ -92,7 +92,7 @@ def undisturbed(tmp_path_factory, warm_model) -> Path:
     """A run of three steps without interruption on two data-parallel processes."""
     root = tmp_path_factory.mktemp("whole")
     settings = [f"model.path={warm_model}", f"run.root={root}", "run.steps=3", "profile.steps=[2]"]
-    result = start(CONFIG, *settings, *SMALL)
+    result = start(CONFIG, *settings, *SMALL, "run.deterministic=true")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "held-out EM" in result.stderr and "step 3/3" in result.stderr
     assert result.stderr.count("step 3: noise of the turn ratio over 3 steps: ") == 1
@@ -206,6 +206,17 @@ def test_rollouts_hold_whole_groups_with_one_advantage_per_turn(undisturbed):
                 assert turn["ratio"] == pytest.approx(1.0, abs=1e-4)
 
 
+def test_two_deterministic_runs_are_equal_to_the_bit(tmp_path, warm_model, undisturbed):
+    settings = [f"model.path={warm_model}", f"run.root={tmp_path}", "run.steps=3", "run.deterministic=true"]
+    result = start(CONFIG, *settings, *SMALL, "evaluation.at_start=false")
+    assert result.returncode == 0, result.stderr[-3000:]
+    runs = [undisturbed, tmp_path / "quickstart"]
+    command = [sys.executable, "tools/compare_runs.py", *map(str, runs), "--exact"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all((run / "checkpoints/step_3").is_dir() and len(recorded_steps(run)) == 3 for run in runs)
+
+
 @pytest.fixture(scope="module")
 def replayed(tmp_path_factory, warm_model):
     """Two steps, then steps 2 and 3 from the checkpoint of step 1, with damaged first weights and a judge."""
@@ -219,7 +230,7 @@ def replayed(tmp_path_factory, warm_model):
         "judge.model=stub",
     ]
     # The learning rate is constant, so a shorter run takes the same first steps.
-    common = [CONFIG, f"model.path={model}", f"run.root={root}", *SMALL, *judge]
+    common = [CONFIG, f"model.path={model}", f"run.root={root}", *SMALL, *judge, "run.deterministic=true"]
     first = start(*common, "run.steps=2")
     assert first.returncode == 0, first.stderr[-3000:]
     run, asked = root / "quickstart", Counter(prompts_of(server))

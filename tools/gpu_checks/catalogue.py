@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from gpu_checks.attention import check_context_parallel, check_packed_attention
 from gpu_checks.bench import Bench
@@ -11,7 +11,7 @@ from gpu_checks.engine import check_engine_memory, check_engine_speed
 from gpu_checks.fp8 import check_fp8, check_slice
 from gpu_checks.memory import check_memory
 from gpu_checks.network import check_all_reduce
-from gpu_checks.resume import DETERMINISTIC, check_resume
+from gpu_checks.resume import check_resume
 from gpu_checks.step import (
     check_fp8_rollout_step,
     check_fp8_step,
@@ -29,8 +29,6 @@ class Check:
     """Why the check is skipped on a machine without a GPU. Empty if the check also runs on a CPU."""
     timeout_s: float = 600.0
     """Default of --timeout-s, long enough for a first run, which compiles kernels."""
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables that are set in the check's processes."""
 
 
 COLD_ENGINE_S = 1200.0
@@ -43,7 +41,7 @@ CHECKS: dict[str, Check] = {
     "context_parallel": Check(run=check_context_parallel),
     "fp8": Check(run=check_fp8, alone=True, needs_gpu=_FP8),
     "slice": Check(run=check_slice, alone=True),
-    "memory": Check(run=check_memory, alone=True, environment=DETERMINISTIC),
+    "memory": Check(run=check_memory, alone=True),
     "engine_memory": Check(
         run=check_engine_memory,
         alone=True,
@@ -52,7 +50,7 @@ CHECKS: dict[str, Check] = {
     ),
     "engine_speed": Check(run=check_engine_speed, alone=True, timeout_s=COLD_ENGINE_S),
     "training_step": Check(run=check_training_step, timeout_s=COLD_ENGINE_S),
-    "resume": Check(run=check_resume, alone=True, timeout_s=COLD_ENGINE_S, environment=DETERMINISTIC),
+    "resume": Check(run=check_resume, alone=True, timeout_s=COLD_ENGINE_S),
     "fp8_rollout_step": Check(run=check_fp8_rollout_step, needs_gpu=_FP8, timeout_s=COLD_ENGINE_S),
     "fp8_trainer_step": Check(run=check_fp8_trainer_step, needs_gpu=_FP8, timeout_s=COLD_ENGINE_S),
     "fp8_step": Check(run=check_fp8_step, needs_gpu=_FP8, timeout_s=COLD_ENGINE_S),

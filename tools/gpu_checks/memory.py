@@ -40,6 +40,9 @@ def check_memory(bench: Bench) -> None:
     """Train twice without offloading and once with offloading after each update, and compare the results."""
     import torch
 
+    from a2tgpo.parallel.determinism import compute_deterministically
+
+    compute_deterministically(with_engine=False)
     on_gpu = torch.cuda.is_available()
     given = bench.settings
     dimensions = slice_dimensions(given.like, tensor=given.tensor, layers=given.layers, on_gpu=on_gpu)
