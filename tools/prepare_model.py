@@ -1,7 +1,8 @@
-"""Write the models of the examples: SmolLM2-135M-Instruct, or a tiny untrained Qwen3.
+"""Write the models of the examples: SmolLM2-135M-Instruct, or a tiny untrained Qwen3 or Qwen3-MoE.
 
     python tools/prepare_model.py smollm2 --out artifacts/models/smollm2-135m
     python tools/prepare_model.py tiny --data artifacts/worldqa --out artifacts/models/tiny-qwen3
+    python tools/prepare_model.py tiny --experts 8 --data artifacts/worldqa --out artifacts/models/tiny-qwen3-moe
 
 Each command writes a Hugging Face folder: config.json, model.safetensors, and a tokenizer.json with a chat template.
 """
@@ -82,10 +83,10 @@ def build_smollm2(out: Path, *, wheel: Path | None = None) -> None:
     save_checkpoint(model, tokenizer, out)
 
 
-def build_tiny(out: Path, *, data: Path, seed: int, protocol: str = "tags") -> None:
-    """Write an untrained tiny Qwen3 to `out`, with a tokenizer that is learned from the texts in `data`."""
+def build_tiny(out: Path, *, data: Path, seed: int, protocol: str = "tags", num_experts: int = 0) -> None:
+    """Write an untrained tiny Qwen3 or Qwen3-MoE to `out`, with a tokenizer learned from the texts in `data`."""
     tokenizer = build_tokenizer(texts_of(data), protocol=protocol)
-    save_checkpoint(build_model(len(tokenizer), seed=seed), tokenizer, out)
+    save_checkpoint(build_model(len(tokenizer), seed=seed, num_experts=num_experts), tokenizer, out)
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
@@ -123,10 +124,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="tags",
         help="value of rollout.protocol for this model",
     )
+    tiny.add_argument("--experts", type=int, default=0, help="experts per layer, 2 or more; 0: a dense model")
     tiny.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.kind == "tiny":
         require(0 <= args.seed < 2**63, "--seed", args.seed, "0 to 2^63 - 1")
+        require(args.experts == 0 or args.experts >= 2, "--experts", args.experts, "0, or 2 and more")
     require(not args.out.is_file(), "--out", str(args.out), "a folder")
     return args
 
@@ -137,7 +140,7 @@ def prepare(argv: list[str] | None = None) -> None:
     if args.kind == "smollm2":
         build_smollm2(args.out, wheel=args.wheel)
     else:
-        build_tiny(args.out, data=args.data, seed=args.seed, protocol=args.protocol)
+        build_tiny(args.out, data=args.data, seed=args.seed, protocol=args.protocol, num_experts=args.experts)
     print(f"wrote {args.out}")
 
 

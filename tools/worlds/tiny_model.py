@@ -1,10 +1,10 @@
-"""Build a tiny Qwen3 model and its tokenizer. Two CPU cores train the model in minutes."""
+"""Build a tiny Qwen3 or Qwen3-MoE model and its tokenizer. Two CPU cores train the model in minutes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from a2tgpo.io.errors import ConfigError
 
@@ -108,16 +108,20 @@ def build_tokenizer(texts: Iterator[str], *, protocol: str = "tags") -> PreTrain
     )
 
 
-def build_model(vocab_size: int, *, seed: int) -> PreTrainedModel:
-    """Build a model of two layers with a third of a million parameters.
+def build_model(vocab_size: int, *, seed: int, num_experts: int = 0) -> PreTrainedModel:
+    """Build a model of two layers: a Qwen3 with a third of a million parameters, or a Qwen3-MoE.
 
     All parameters are random, except those that `place_induction_heads` sets.
+
+    Args:
+        num_experts: number of experts per layer, at least 2. Each token uses two of them, which together have as many
+            channels as the dense model's MLP. 0: no experts.
     """
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    sizes: dict[str, Any] = dict(
         vocab_size=vocab_size,
         hidden_size=128,
         intermediate_size=256,
@@ -133,7 +137,12 @@ def build_model(vocab_size: int, *, seed: int) -> PreTrainedModel:
         eos_token_id=0,
         pad_token_id=0,
     )
-    model = Qwen3ForCausalLM(config)
+    model: PreTrainedModel
+    if num_experts:
+        experts: dict[str, Any] = dict(num_experts_per_tok=2, moe_intermediate_size=128, norm_topk_prob=True)
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **experts, num_experts=num_experts))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
     with torch.no_grad():
         place_induction_heads(model)
     return model
@@ -156,7 +165,8 @@ def place_induction_heads(model: PreTrainedModel) -> None:
     # signal.
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight *= 0.1
-        layer.mlp.down_proj.weight *= 0.1
+        outputs = layer.mlp.experts.down_proj if hasattr(layer.mlp, "experts") else layer.mlp.down_proj.weight
+        outputs *= 0.1
     # Give every embedding the same constant coordinate, so that queries and keys have a part that depends only on
     # position. The tied output layer adds this coordinate equally to all logits, which changes no probability.
     embedding = model.model.embed_tokens.weight

@@ -44,6 +44,17 @@ def test_saved_model_loads_and_is_the_one_of_its_seed(folder: Path, tokenizer):
     assert not all(torch.equal(weights[name], tensor) for name, tensor in other.items())
 
 
+def test_a_tiny_model_may_have_experts_and_one_expert_is_refused(worldqa: Path, tmp_path: Path):
+    arguments = ["tiny", "--data", str(worldqa), "--out", str(tmp_path / "moe"), "--experts"]
+    prepare([*arguments, "4"])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
+    assert loaded.config.model_type == "qwen3_moe" and loaded.config.num_experts == 4
+    outputs = [layer.mlp.experts.down_proj.std() for layer in loaded.model.layers]
+    assert all(0.003 < std < 0.005 for std in outputs), "a tenth of initializer_range"
+    with pytest.raises(ConfigError, match=r"--experts is 1; allowed: 0, or 2 and more"):
+        prepare([*arguments, "1"])
+
+
 def test_demonstrations_survive_the_tokenizer(worldqa: Path, tokenizer):
     for demonstration in load_demonstrations(str(worldqa / "demonstrations.jsonl"))[:200]:
         for text, observation in demonstration.turns:
