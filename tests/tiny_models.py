@@ -13,6 +13,8 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -30,6 +32,7 @@ TEMPLATE = (
 )
 ARCHITECTURES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
@@ -124,6 +127,8 @@ def build_model(
     )
     if architecture != "qwen2":
         sizes["head_dim"] = 32
+    if architecture == "mistral":
+        sizes["sliding_window"] = None
     if architecture == "qwen3_moe":
         sizes |= dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True)
     model = model_class(config_class(**sizes))

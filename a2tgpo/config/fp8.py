@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from a2tgpo.config.families import FAMILIES
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.io.errors import require
 
@@ -107,7 +108,7 @@ class LinearSizes:
     @classmethod
     def of(cls, hf_config: Any) -> LinearSizes:
         """Return the sizes in a model's Hugging Face configuration."""
-        has_experts = hf_config.model_type == "qwen3_moe"
+        has_experts = FAMILIES[hf_config.model_type].has_experts
         heads = hf_config.num_attention_heads
         return cls(
             hidden=hf_config.hidden_size,

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from a2tgpo.config.families import FAMILIES
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.io.errors import ConfigError
 
@@ -15,7 +16,7 @@ _ROUTER = ".mlp.router."
 
 def has_experts(hf_config: PretrainedConfig) -> bool:
     """Return whether the feed-forward layers are mixtures of experts."""
-    return hf_config.model_type == "qwen3_moe"
+    return FAMILIES[hf_config.model_type].has_experts
 
 
 def refuse_unsupported_experts(where: str, hf_config: PretrainedConfig) -> None:

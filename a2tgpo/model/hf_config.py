@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 
+from a2tgpo.config.families import FAMILIES
 from a2tgpo.data.weight_files import weight_files, weight_shapes
 from a2tgpo.io.errors import ConfigError, first_line
 from a2tgpo.model.experts import has_experts, refuse_unsupported_experts
 from a2tgpo.model.rope import rope_of
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 _SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -36,16 +36,16 @@ def load_hf_config(path: str) -> PretrainedConfig:
 
     Raises:
         ConfigError: with a one-line message, if the folder, its config.json or its weights are missing or malformed,
-            or if the architecture is not one of Llama, Qwen2, Qwen3, Qwen3-MoE.
+            or if the model belongs to no supported family.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ConfigError(f"model.path {path!r} is not a folder; give one with config.json and *.safetensors")
     raw = _read_json(folder / "config.json")
     model_type = raw.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
-            f"model.path {path!r}: config.json has model_type {model_type!r}; allowed: {' | '.join(ARCHITECTURES)}"
+            f"model.path {path!r}: config.json has model_type {model_type!r}; allowed: {' | '.join(FAMILIES)}"
         )
     for name in _SIZES:
         size = raw.get(name)  # a missing or null field has a default
@@ -171,9 +171,10 @@ def _refuse_unsupported(path: str, hf_config: PretrainedConfig) -> None:
     for option in ("attention_bias", "mlp_bias"):
         if getattr(hf_config, option, False):
             raise ConfigError(f"{where} {option} true; allowed: false")
-    if "sliding_attention" in (getattr(hf_config, "layer_types", None) or ()):
+    if _has_sliding_windows(hf_config):
         raise ConfigError(
-            f"{where} sliding-window layers; allowed: full attention (use_sliding_window false)"
+            f"{where} sliding-window layers; allowed: full attention (use_sliding_window false, or sliding_window "
+            "null in a family without use_sliding_window)"
         )
     if getattr(hf_config, "quantization_config", None) is not None:
         raise ConfigError(
@@ -182,6 +183,14 @@ def _refuse_unsupported(path: str, hf_config: PretrainedConfig) -> None:
     if has_experts(hf_config):
         refuse_unsupported_experts(where, hf_config)
     rope_of(path, hf_config)
+
+
+def _has_sliding_windows(hf_config: PretrainedConfig) -> bool:
+    """Return whether attention in any layer is limited to a window."""
+    layer_types = getattr(hf_config, "layer_types", None)
+    if layer_types:
+        return "sliding_attention" in layer_types
+    return getattr(hf_config, "sliding_window", None) is not None
 
 
 def _read_json(file: Path) -> dict:

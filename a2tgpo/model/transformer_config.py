@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
+from a2tgpo.config.families import FAMILIES
 from a2tgpo.config.fp8 import Fp8Config, LinearSizes, fp8_layout_fault
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
@@ -69,7 +70,7 @@ def transformer_config(
             f"model.layer_spec {model.layer_spec!r} then has no Transformer Engine layers; "
             "start on a GPU, or set model.fp8.format=none"
         )
-    dtype = DTYPES[model.dtype]
+    dtype, family = DTYPES[model.dtype], FAMILIES[hf_config.model_type]
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
@@ -83,8 +84,8 @@ def transformer_config(
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
-        add_qkv_bias=hf_config.model_type == "qwen2",
-        qk_layernorm=hf_config.model_type in ("qwen3", "qwen3_moe"),
+        add_qkv_bias=family.has_qkv_biases,
+        qk_layernorm=family.has_qk_norms,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # The weights come from the checkpoint. The initialisation must still run, because it marks the parameters

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
+from a2tgpo.config.families import FAMILIES
 from a2tgpo.data.weight_files import weight_files
 from a2tgpo.io.atomic_file import atomic_folder, write_json
 from a2tgpo.io.errors import ConfigError, first_line
@@ -50,7 +51,7 @@ def make_bridge(hf_config: PretrainedConfig, config: TransformerConfig, *, padde
     # Import mbridge here, because the import takes seconds.
     from mbridge.core.bridge import _MODEL_REGISTRY
 
-    base = _MODEL_REGISTRY[hf_config.model_type]
+    base = _MODEL_REGISTRY[FAMILIES[hf_config.model_type].weight_table]
     direct = dict(base._DIRECT_MAPPING)
     direct[_OUTPUT] = "model.embed_tokens.weight" if hf_config.tie_word_embeddings else "lm_head.weight"
     # Create a class for each bridge, because a bridge with tied embeddings changes a table of its class. Replace

@@ -7,11 +7,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from a2tgpo.config.families import FAMILIES
 from a2tgpo.config.fp8 import LinearSizes
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.io.errors import ConfigError
-
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 VOCAB_MULTIPLE = 128
 """Equal to VOCAB_MULTIPLE in model.transformer_config. That module needs Megatron, so it cannot be imported here."""
@@ -22,7 +21,7 @@ class ModelDimensions:
     """The dimensions of a decoder that `model/` can build."""
 
     architecture: str
-    """One of llama, qwen2 (q, k and v have biases), qwen3 (q and k have norms), qwen3_moe (qwen3 with experts)."""
+    """A key of `FAMILIES`."""
     hidden: int
     layers: int
     heads: int
@@ -38,8 +37,12 @@ class ModelDimensions:
     experts_per_token: int = 1
 
     @property
+    def has_qkv_biases(self) -> bool:
+        return FAMILIES[self.architecture].has_qkv_biases
+
+    @property
     def has_qk_norms(self) -> bool:
-        return self.architecture in ("qwen3", "qwen3_moe")
+        return FAMILIES[self.architecture].has_qk_norms
 
     @property
     def query_width(self) -> int:
@@ -177,11 +180,11 @@ def read_dimensions(path: str) -> ModelDimensions:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not valid JSON: {error}") from None
     architecture = content.get("model_type") if isinstance(content, dict) else None
-    if architecture not in ARCHITECTURES:
-        raise ConfigError(f"{file} has model_type {architecture!r}; allowed: {' | '.join(ARCHITECTURES)}")
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
+        raise ConfigError(f"{file} has model_type {architecture!r}; allowed: {' | '.join(FAMILIES)}")
     try:
         heads = int(content["num_attention_heads"])
-        has_experts = architecture == "qwen3_moe"
+        has_experts = FAMILIES[architecture].has_experts
         # transformers 5 calls this field num_local_experts.
         experts = content.get("num_experts", content.get("num_local_experts")) if has_experts else 0
         dimensions = ModelDimensions(

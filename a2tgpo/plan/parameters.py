@@ -39,7 +39,7 @@ def layer_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1) 
     d = dimensions
     qkv_width = d.query_width + 2 * d.kv_width
     split = d.hidden * qkv_width + d.query_width * d.hidden
-    if d.architecture == "qwen2":
+    if d.has_qkv_biases:
         split += qkv_width
     replicated = 2 * d.hidden
     if d.has_qk_norms:
@@ -54,7 +54,7 @@ def layer_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1) 
 def linear_parameters(dimensions: ModelDimensions, tensor: int, expert: int = 1) -> int:
     """Return how many parameters of one layer on a rank can be in FP8: those of all matrices except the router's."""
     layer = layer_parameters(dimensions, tensor, expert)
-    has_bias = dimensions.architecture == "qwen2"
+    has_bias = dimensions.has_qkv_biases
     biases = (dimensions.query_width + 2 * dimensions.kv_width) // tensor if has_bias else 0
     return layer.split - biases + layer.experts
 

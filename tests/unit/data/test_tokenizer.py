@@ -36,7 +36,7 @@ def write(folder, core, *, model_type="llama", **settings):
     return load_tokenizer(str(folder))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize(
     "named", ["LlamaTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer", "GPT2TokenizerFast", None]
 )

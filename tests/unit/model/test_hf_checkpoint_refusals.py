@@ -133,7 +133,11 @@ def yarn(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"model_type": "mixtral"}, "model_type 'mixtral'; allowed: llama | qwen2 | qwen3 | qwen3_moe"),
+        (
+            {"model_type": "mixtral"},
+            "model_type 'mixtral'; allowed: llama | mistral | qwen2 | qwen3 | qwen3_moe",
+        ),
+        ({"model_type": ["llama"]}, "model_type ['llama']; allowed: llama | mistral"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'; allowed: silu"),
         ({"attention_bias": True}, "attention_bias true; allowed: false"),
         ({"mlp_bias": True}, "mlp_bias true; allowed: false"),
@@ -164,6 +168,9 @@ def test_sliding_window_layers_are_refused(checkpoint: Checkpoint) -> None:
     folder = checkpoint("qwen2")
     edit_config(folder, layer_types=["full_attention", "sliding_attention"], use_sliding_window=True)
     assert "sliding-window layers" in refusal(folder)
+    folder = checkpoint("mistral")
+    edit_config(folder, sliding_window=4096)
+    assert "sliding-window layers; allowed: full attention" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from a2tgpo.config.families import FAMILIES
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.model.build import build_policy
@@ -21,7 +22,7 @@ from a2tgpo.model.transformer_config import transformer_config
 from a2tgpo.parallel.groups import ParallelGroups
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", list(FAMILIES))
 def test_layer_is_megatrons_own_for_transformer_engine(
     architecture: str,
     checkpoint: Callable[..., Path],

@@ -82,7 +82,7 @@ def test_an_engine_on_a_card_whose_kernels_have_no_backward_pass_is_refused(
     assert os.environ.get(ENGINE_VARIABLE) == (None if is_refused else "1")
 
 
-def test_vllm_replaces_linear_only_below_compute_capability_9_and_sets_only_known_variables() -> None:
+def test_vllm_replaces_linear_only_on_older_cards_and_sets_known_variables() -> None:
     """The refusal of older cards and the list of variables follow from vLLM's code, which may change."""
     from vllm.model_executor.determinism import batch_invariant
 

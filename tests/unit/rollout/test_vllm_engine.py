@@ -127,7 +127,7 @@ def padded_path(tmp_path_factory):
     Its tokenizer's class has the same name as in the R1 distillates of Llama.
     """
     path = tmp_path_factory.mktemp("padded")
-    save_tiny(path, "llama", vocab_size=640)
+    save_tiny(path, "mistral", vocab_size=640)
     settings = json.loads((path / "tokenizer_config.json").read_text())
     (path / "tokenizer_config.json").write_text(
         json.dumps(settings | {"tokenizer_class": "LlamaTokenizerFast"})
