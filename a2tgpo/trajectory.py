@@ -118,9 +118,26 @@ class Turn:
         return self.calls[0].tool if self.calls else None
 
     @property
+    def entropy(self) -> float:
+        """Mean of -log p over the sampled tokens, in nats: an estimate of the policy's entropy per token."""
+        return -sum(self.rollout_logprobs) / max(len(self.rollout_logprobs), 1)
+
+    @property
     def tool_failed(self) -> bool:
         """Whether the turn has calls, and all of them failed."""
         return self.is_process and all(call.failed for call in self.calls)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """The place at which a trajectory left another trajectory of its group (`rollout.tree`)."""
+
+    parent: int
+    """Sample index of the trajectory that it left."""
+    root: int
+    """Sample index of the trajectory from which the tree grew. A trajectory without a `Branch` is a root."""
+    owners: tuple[int, ...]
+    """For each turn that it shares with its parent, the sample index of the trajectory that played the turn."""
 
 
 @dataclass(kw_only=True)
@@ -150,6 +167,9 @@ class Trajectory:
     """Exact match of the extracted answer, even if the response's format is wrong."""
     format_ok: bool = False
     hops: int = 0
+    branch: Branch | None = None
+    """Where the trajectory left another one. None if it was played from the prompt. `turns` begins with copies of
+    the shared turns."""
 
     def __post_init__(self) -> None:
         self.prompt_tokens = _as(TokenIds, self.prompt_tokens)
@@ -163,6 +183,17 @@ class Trajectory:
     def num_process_turns(self) -> int:
         """The number of process turns, n_i."""
         return len(self.process_turns)
+
+    @property
+    def root(self) -> int:
+        """Sample index of the trajectory from which this trajectory's tree grew."""
+        return self.sample_index if self.branch is None else self.branch.root
+
+    @property
+    def owners(self) -> list[int]:
+        """For each turn, the sample index of the trajectory that played the turn."""
+        shared = () if self.branch is None else self.branch.owners
+        return [*shared, *[self.sample_index] * (len(self.turns) - len(shared))]
 
     @property
     def num_sampled_tokens(self) -> int:
@@ -202,11 +233,13 @@ class Trajectory:
         return max(version - turn.version for turn in self.turns)
 
     def to_dict(self) -> dict:
-        """Return all fields as a dict. Turns and calls become dicts, and arrays become lists.
+        """Return all fields as a dict. Turns, calls and the branch become dicts, and arrays become lists.
 
         A turn also has `query`, `tool` and `tool_failed`.
         """
-        return {**_plain(vars(self)), "turns": [_plain_turn(turn) for turn in self.turns]}
+        branch = None if self.branch is None else {**vars(self.branch), "owners": list(self.branch.owners)}
+        turns = [_plain_turn(turn) for turn in self.turns]
+        return {**_plain(vars(self)), "turns": turns, "branch": branch}
 
 
 def encode_records(records: object) -> bytes:

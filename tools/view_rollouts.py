@@ -48,6 +48,9 @@ def render_trajectory(record: dict, paint: Painter, *, with_prompt: bool) -> str
         "format ok" if record["format_ok"] else paint("format broken", "red"),
         f"stopped: {record['stop_reason']}",
     ]
+    if (branch := record.get("branch")) is not None:
+        place = f"after turn {len(branch['owners'])}" if branch["owners"] else "at the prompt"
+        head.append(f"branch of #{branch['parent']} {place}")
     if record["baseline_prob"] is not None:
         head.append(f"P(gold) {record['baseline_prob']:.4f}")
     lines = [paint("─" * 100, "dim"), paint("  ".join(head), "bold")]

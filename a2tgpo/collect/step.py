@@ -16,6 +16,12 @@ that were played:
     sampling/unfilled_groups        number of uninformative groups that fill the step
     sampling/reward_all_mean        mean outcome reward over all groups played
     sampling/format_error_rate_all  rate of format errors over all groups played
+
+With `rollout.tree`, these metrics describe the trees of the step's groups:
+
+    tree/branches            number of trajectories that are branches
+    tree/shared_turns        mean number of turns that a branch shares with its parent
+    tree/shared_token_share  share of the sampled tokens of all trajectories that are copies from a parent
 """
 
 from __future__ import annotations
@@ -104,6 +110,8 @@ class StepRollout:
         metrics.add(
             "reward/equal_groups_share", len(informative) - sum(informative.values()), len(informative)
         )
+        if self._config.tree.is_on:
+            add_tree_metrics(metrics, trajectories)
         if self._startup is not None:
             for name, seconds in self._startup.items():
                 metrics.add_max(name, seconds)
@@ -266,6 +274,15 @@ def take_groups(trajectories: Sequence[Trajectory], groups: Sequence[int]) -> li
         for trajectory in trajectories
         if trajectory.prompt_index in places
     ]
+
+
+def add_tree_metrics(metrics: MetricSums, trajectories: Sequence[Trajectory]) -> None:
+    """Add the metrics of one engine's trees."""
+    kept = [[len(turn.tokens) for turn in t.turns[: len(t.branch.owners)]] for t in trajectories if t.branch]
+    metrics.add("tree/branches", len(kept), 0)
+    metrics.add("tree/shared_turns", sum(map(len, kept)), len(kept))
+    shared_tokens = sum(map(sum, kept))
+    metrics.add("tree/shared_token_share", shared_tokens, sum(t.num_sampled_tokens for t in trajectories))
 
 
 def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:

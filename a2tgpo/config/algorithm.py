@@ -9,7 +9,9 @@ from a2tgpo.config.expand import Expanded
 from a2tgpo.config.method_part import ADVANTAGE, NO_CREDIT, OBJECTIVE, TOKEN_CREDIT, MethodPart
 from a2tgpo.io.errors import require
 
-WITHOUT_TURN_GROUPS = ("gigpo", "grpo", "gtpo", "hgpo", "igpo_joint", "igpo_separate")
+OF_TREES = ("at2po", "tree_grpo")
+"""Methods of advantage/methods/ that compare the branches of a tree (`rollout.tree`)."""
+WITHOUT_TURN_GROUPS = ("gigpo", "grpo", "gtpo", "hgpo", "igpo_joint", "igpo_separate", *OF_TREES)
 """Methods of advantage/methods/ that normalise nothing within turn groups."""
 WITH_CONTRAST = ("gcpo",)
 """Token credits of loss/credits/ that read log-probs after contrast prompts."""
@@ -29,7 +31,8 @@ class AlgorithmConfig:
     """Name of a module in advantage/methods/ (docs/methods.md), or a function of yours as path/to/file.py:name.
     turn_group is Eq. 6-9. turn_group_absent also counts turns that a trajectory did not take, as gain 0. igpo_joint
     and igpo_separate pool the gains of all turns. grpo uses only the outcome. gigpo, hgpo, gtpo and mt_grpo are the
-    advantages of GiGPO, HGPO, GTPO and MT-GRPO."""
+    advantages of GiGPO, HGPO, GTPO and MT-GRPO. at2po and tree_grpo are those of AT2PO and Tree-GRPO, and need
+    rollout.tree."""
     objective: Expanded = "clipped_ratio"
     """Shape of the loss: name of a module in loss/objectives/ (docs/methods.md), or a function of yours as
     path/to/file.py:name. clipped_ratio is Eq. 12. cispo, sapo and gmpo are the losses of CISPO, SAPO and GMPO.

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from a2tgpo.config.algorithm import OF_TREES, AlgorithmConfig
 from a2tgpo.config.method_part import NO_CREDIT
 from a2tgpo.io.errors import require
 from a2tgpo.io.user_code import is_user_code
 
 if TYPE_CHECKING:
-    from a2tgpo.config.algorithm import AlgorithmConfig
     from a2tgpo.config.run import RunConfig
 
-ONE_ADVANTAGE_PER_TRAJECTORY = ("grpo",)
+ONE_ADVANTAGE_PER_TRAJECTORY = ("grpo", "tree_grpo")
 """Methods of advantage/methods/ that give all turns of a trajectory the same advantage."""
 GRADIENT_PER_TOKEN = ("cispo", "gspo_token")
 """Objectives of loss/objectives/ whose tokens get a gradient by their own advantages, whatever unit the ratio has. In
 the other objectives, the tokens of the unit share the mean of their advantages."""
 RATIO_OF_SEVERAL_TOKENS = ("gmpo", "gspo_token")
 """Objectives of loss/objectives/ that are defined for ratios of turns and sequences only."""
-WITHOUT_NORMALIZED_GAINS = ("gigpo", "grpo", "gtpo", "hgpo")
+WITHOUT_NORMALIZED_GAINS = ("gigpo", "grpo", "gtpo", "hgpo", *OF_TREES)
 """Methods of advantage/methods/ whose turns all have normalised gain 0."""
 _SIZES = ("token", "turn", "sequence")
 
@@ -33,6 +33,7 @@ def check_combinations(config: RunConfig) -> None:
     algorithm = config.algorithm
     _check_ratio(algorithm)
     _check_clipping(algorithm)
+    _check_tree(config)
     require(
         algorithm.clip_cov_share == 0 or algorithm.token_credit == NO_CREDIT,
         "algorithm.clip_cov_share",
@@ -104,4 +105,20 @@ def _check_clipping(algorithm: AlgorithmConfig) -> None:
         beta,
         f"0 with algorithm.advantage={algorithm.advantage}, which normalises no gains that the clipping range could "
         "follow; set algorithm.clip_beta=0",
+    )
+
+
+def _check_tree(config: RunConfig) -> None:
+    """Check that there are branches exactly if the advantage compares them. The user's functions are trusted."""
+    advantage, tree = config.algorithm.advantage, config.rollout.tree
+    needs_tree = advantage in OF_TREES
+    require(
+        tree.is_on == needs_tree or is_user_code(advantage),
+        "rollout.tree.initial",
+        tree.initial,
+        f">= 1 with algorithm.advantage={advantage}, which compares the branches of a tree; set "
+        "rollout.tree.initial=2"
+        if needs_tree
+        else f"0 with algorithm.advantage={advantage}, which would count a shared turn once for each branch; set "
+        f"algorithm.advantage={' or algorithm.advantage='.join(OF_TREES)}",
     )

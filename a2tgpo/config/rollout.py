@@ -101,6 +101,36 @@ class PartialConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TreeConfig:
+    """Trajectories that branch between turns, for algorithm.advantage=at2po and tree_grpo (docs/methods.md)."""
+
+    initial: int = 0
+    """Number of trajectories of a prompt that begin at the prompt. The other trajectories, up to group_size, branch
+    from trajectories of the same prompt that have ended. 0: no branches."""
+    rounds: int = 1
+    """Number of rounds in which the branches begin. In a later round, branches can branch again."""
+    choice: Literal["entropy", "random"] = "entropy"
+    """entropy: a branch plays one of the turns with the highest entropy again (AT2PO). random: a branch continues
+    after a turn that is drawn at random, and each tree gets the same number of branches (Tree-GRPO)."""
+    sibling_penalty: float = 0.05
+    """For entropy: nats that are subtracted from a turn's entropy for each other turn that follows the same turn."""
+
+    def __post_init__(self) -> None:
+        require(self.initial >= 0, "rollout.tree.initial", self.initial, ">= 0")
+        require(self.rounds >= 1, "rollout.tree.rounds", self.rounds, ">= 1")
+        require(self.sibling_penalty >= 0, "rollout.tree.sibling_penalty", self.sibling_penalty, ">= 0")
+
+    @property
+    def is_on(self) -> bool:
+        return self.initial > 0
+
+    def round_sizes(self, group_size: int) -> list[int]:
+        """Return the number of initial trajectories, and the number of branches in each round."""
+        branches = group_size - self.initial
+        return [self.initial, *((branches + place) // self.rounds for place in reversed(range(self.rounds)))]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """Limits of a step's rollout, and settings of its engines."""
 
@@ -165,6 +195,7 @@ class RolloutConfig:
     `tools/gpu_check.py --checks engine_speed`."""
     gain: GainConfig = field(default_factory=GainConfig)
     partial: PartialConfig = field(default_factory=PartialConfig)
+    tree: TreeConfig = field(default_factory=TreeConfig)
 
     def __post_init__(self) -> None:
         for name in (
@@ -215,6 +246,7 @@ class RolloutConfig:
             f"at most rollout.prompts_per_step ({self.prompts_per_step}), since one step must be able to take "
             "all carried-over groups",
         )
+        self._check_tree()
         # vLLM raises temperatures below 0.01 to 0.01.
         require(0.01 <= self.temperature <= 2, "rollout.temperature", self.temperature, "in [0.01, 2]")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
@@ -229,6 +261,27 @@ class RolloutConfig:
             "rollout.gpu_memory_fraction",
             self.gpu_memory_fraction,
             "in (0, 0.95], or 0: chosen by the plan",
+        )
+
+    def _check_tree(self) -> None:
+        require(
+            self.tree.initial < self.group_size,
+            "rollout.tree.initial",
+            self.tree.initial,
+            f"below rollout.group_size ({self.group_size}), which includes the branches",
+        )
+        branches = self.group_size - self.tree.initial
+        require(
+            not self.tree.is_on or self.tree.rounds <= branches,
+            "rollout.tree.rounds",
+            self.tree.rounds,
+            f"at most {branches}, the number of branches (rollout.group_size - rollout.tree.initial)",
+        )
+        require(
+            not (self.tree.is_on and self.partial.is_on),
+            "rollout.tree.initial",
+            self.tree.initial,
+            "0 with rollout.partial.tokens_per_step > 0, since trajectories branch only after they have ended",
         )
 
     @property

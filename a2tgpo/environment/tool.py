@@ -12,9 +12,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
+from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.config.run import RunConfig
 from a2tgpo.config.tools import TOOLS_PACKAGE, called_name
-from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.io.user_code import fault_line, is_user_code, load_user_code, user_file
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,9 @@ class Session(Protocol):
 class SessionTool(Protocol):
     """A tool that keeps a state between the calls of one trajectory. Many threads may call its methods.
 
-    If a trajectory goes on in a later step (partial rollouts), a new session is opened, and the trajectory's earlier
-    calls are repeated. If this does not restore the state, the tool must have the attribute `replayable` = False.
+    If a trajectory goes on in a later step (partial rollouts), or if a branch leaves it (trees), a new session is
+    opened, and the trajectory's earlier calls are repeated. If this does not restore the state, the tool must have
+    the attribute `replayable` = False.
     """
 
     def open(self, record: Mapping[str, Any], question: str) -> Session:
@@ -169,21 +171,28 @@ def build_tools(config: RunConfig) -> Toolset:
     """
     tools = {called_name(spec): _build(spec, config) for spec in config.tools.names}
     for name, tool in tools.items():
-        if (
-            config.rollout.partial.is_on
-            and isinstance(tool, SessionTool)
-            and not getattr(tool, "replayable", True)
-        ):
-            raise ConfigError(
-                f"rollout.partial.tokens_per_step is {config.rollout.partial.tokens_per_step}; allowed: 0 with the "
-                f"tool {name}, because its sessions cannot go on in a later step (replayable = False)"
-            )
+        if isinstance(tool, SessionTool) and not getattr(tool, "replayable", True):
+            _require_no_replay(name, config.rollout)
     return Toolset(
         tools=MappingProxyType(tools),
         max_concurrent_calls=config.tools.max_concurrent_calls,
         call_timeout_s=config.tools.call_timeout_s,
         outage_limit_s=config.tools.longest_outage_s,
     )
+
+
+def _require_no_replay(name: str, rollout: RolloutConfig) -> None:
+    """Raise `ConfigError` if `rollout` repeats calls of the tool `name`, whose sessions cannot be restored."""
+    for key, value, what in (
+        ("partial.tokens_per_step", rollout.partial.tokens_per_step, "go on in a later step"),
+        ("tree.initial", rollout.tree.initial, "branch"),
+    ):
+        require(
+            value == 0,
+            f"rollout.{key}",
+            value,
+            f"0 with the tool {name}, because its sessions cannot {what} (replayable = False)",
+        )
 
 
 def tool_schemas(config: RunConfig) -> list[dict[str, Any]]:

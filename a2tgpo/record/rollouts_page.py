@@ -67,6 +67,7 @@ def _slim(record: dict, decode: Decode | None) -> dict:
         **{name: record[name] for name in kept.split()},
         "rewards": record.get("rewards") or {},
         "reward_error": record.get("reward_error"),
+        "branch": record.get("branch"),
         "question": _question(record["prompt_text"]),
         "turns": [_slim_turn(turn, decode) for turn in record["turns"]],
     }

@@ -20,6 +20,7 @@ from a2tgpo.rollout.carried_group import CarriedGroup, copied
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.multi_turn import Limits, LiveTrajectory, MultiTurnLoop, PromptGroup, Sampling
 from a2tgpo.rollout.tool_pool import ToolFaultError, ToolPool
+from a2tgpo.rollout.turn_tree import TreeGrowth
 from a2tgpo.trajectory import Prompt, TokenIds, Trajectory
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ class GroupRollout:
             seed: seed of the run. Seed, version, prompt and sample together determine every sampled token.
             version: version of the weights (`Turn.version`).
             greedy: whether to always take the most probable token, as evaluation does.
-            group_size: number of trajectories per prompt. None means `rollout.group_size`.
+            group_size: number of trajectories per prompt, all played from the prompt. None means
+                `rollout.group_size` trajectories, some of which are branches if `rollout.tree` is on.
             score_gain: whether to score the gold answer in every context.
             skip: pairs (index of the prompt, sample) of trajectories that are not played.
             counts: receives the counts of this rollout.
@@ -111,10 +113,14 @@ class GroupRollout:
             ConfigError: raised by the call, if a prompt leaves no room for one token.
             RuntimeError: raised by the iterator, if the engine fails, or if a tool has a bug or hangs too often.
         """
+        growth, size = None, group_size or self._config.group_size
+        if group_size is None and self._config.tree.is_on:
+            growth = TreeGrowth(self._config.tree, group_size=size, seed=f"{seed}|{version}")
+            size = self._config.tree.initial
         live = [
             _live(group, _start(group.prompt, sample))
             for group in self._groups(prompts, score_gain=score_gain)
-            for sample in range(group_size or self._config.group_size)
+            for sample in range(size)
             if (group.prompt.index, sample) not in skip
         ]
         sampling = Sampling(
@@ -123,7 +129,8 @@ class GroupRollout:
             seed=seed,
             version=version,
         )
-        return self._play(live, sampling, score_gain=score_gain, counts=counts or RolloutCounts())
+        counts = counts or RolloutCounts()
+        return self._play(live, sampling, score_gain=score_gain, counts=counts, growth=growth)
 
     def play_on(
         self,
@@ -193,7 +200,13 @@ class GroupRollout:
                     raise ToolFaultError(self.outage.verdict or "a tool's service does not come back")
 
     def _play(
-        self, live: Sequence[LiveTrajectory], sampling: Sampling, *, score_gain: bool, counts: RolloutCounts
+        self,
+        live: Sequence[LiveTrajectory],
+        sampling: Sampling,
+        *,
+        score_gain: bool,
+        counts: RolloutCounts,
+        growth: TreeGrowth | None = None,
     ) -> Playing:
         loop = MultiTurnLoop(
             self._engine,
@@ -211,6 +224,8 @@ class GroupRollout:
         )
         with contextlib.closing(loop.play(live)) as playing:
             for done in playing:
+                if growth is not None and done is not None:
+                    loop.begin(growth.branches_after(done))
                 yield None if done is None else self._finished(done)
 
     def _finished(self, live: LiveTrajectory) -> Finished:

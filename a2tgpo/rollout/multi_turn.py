@@ -98,7 +98,7 @@ class LiveTrajectory:
     budget: int | None = None
     """If this many tokens have been sampled in this call, no further turn begins. None means no limit."""
     num_past_turns: int = 0
-    """Number of turns that earlier calls played."""
+    """Number of turns that earlier calls, or the trajectories of which this one is a branch, played."""
 
     @property
     def start_order(self) -> tuple[bool, bool, int]:
@@ -184,14 +184,21 @@ class MultiTurnLoop:
             self._tools.drop_pending()
             raise
 
-    def _play(self, live: Sequence[LiveTrajectory]) -> Generator[LiveTrajectory | None, None, None]:
-        waited_before, outage_before = self._tools.waited_s, self._tools.outage.total_s
+    def begin(self, live: Sequence[LiveTrajectory]) -> None:
+        """Start trajectories. The caller of `play` may begin further ones whenever `play` has yielded.
+
+        All ranks of the engine must begin the same trajectories after the same item.
+        """
         for trajectory in sorted(live, key=lambda trajectory: trajectory.start_order):
             past_calls = [call for turn in trajectory.trajectory.turns for call in turn.calls]
             trajectory.sessions = self._tools.sessions_for(trajectory.group.prompt, past_calls)
             self._generate(trajectory)
             if self._scorer is not None:
                 self._score_prefix(trajectory, self._scorer)
+
+    def _play(self, live: Sequence[LiveTrajectory]) -> Generator[LiveTrajectory | None, None, None]:
+        waited_before, outage_before = self._tools.waited_s, self._tools.outage.total_s
+        self.begin(live)
         passes = 0
         while self._engine.has_unfinished or self._calling:
             is_waiting = not self._engine.has_unfinished
@@ -222,14 +229,14 @@ class MultiTurnLoop:
         return finished
 
     def _score_prefix(self, live: LiveTrajectory, scorer: AnswerScorer) -> None:
-        """Score the gold answer in all contexts that exist before this call plays a turn.
+        """Score the gold answer in all contexts that have no score before this call plays a turn.
 
-        The context after the prompt is scored once per group.
+        The context after the prompt is scored once per group. A branch has the scores of the turns that it shares.
         """
         group = live.group
         if group.baseline is None:
             group.baseline = scorer.submit(live.trajectory, 0, group.aliases)
-        for num_turns in range(1, live.trajectory.num_process_turns + 1):
+        for num_turns in range(len(live.scores) + 1, live.trajectory.num_process_turns + 1):
             live.scores.append(scorer.submit(live.trajectory, num_turns, group.aliases))
 
     def _generate(self, live: LiveTrajectory) -> None:

@@ -8,6 +8,7 @@ the smallest allowed standard deviation. Therefore all gains are of ordinary siz
 discounts are powers of two.
 """
 
+import dataclasses
 import random
 import sys
 from datetime import timedelta
@@ -18,8 +19,8 @@ from claims import Claims
 
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import build_turn_table
-from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
-from a2tgpo.trajectory import Call, Trajectory, Turn
+from a2tgpo.config.algorithm import OF_TREES, AlgorithmConfig, advantage_names
+from a2tgpo.trajectory import Branch, Call, Trajectory, Turn
 
 NUM_PROMPTS, GROUP_SIZE, MAX_TURNS = 6, 8, 5
 NUM_RANDOM_DEALS = 12
@@ -58,6 +59,25 @@ def all_trajectories(seed: int) -> list[Trajectory]:
     return made
 
 
+def as_trees(trajectories: list[Trajectory]) -> list[Trajectory]:
+    """Return the trajectories. Those with a sample index of 3 or more are now branches of earlier ones."""
+    made: list[Trajectory] = []
+    for trajectory in trajectories:
+        group = [other for other in made if other.prompt_index == trajectory.prompt_index]
+        if trajectory.sample_index >= 3:
+            parent = group[7 * trajectory.sample_index % len(group)]
+            owners = tuple(parent.owners[: min(len(parent.turns) - 1, 2)])
+            own = [
+                dataclasses.replace(turn, rollout_logprobs=[-(len(made) % 7) / 4])
+                for turn in trajectory.turns[len(owners) - MAX_TURNS :]
+            ]
+            turns = [*parent.turns[: len(owners)], *own]
+            branch = Branch(parent=parent.sample_index, root=parent.root, owners=owners)
+            trajectory = dataclasses.replace(trajectory, turns=turns, branch=branch)
+        made.append(trajectory)
+    return made
+
+
 def deals(trajectories: list[Trajectory], num_ranks: int) -> list[list[int]]:
     """Return several deals. A deal lists the owner of each trajectory."""
     named = [
@@ -78,7 +98,10 @@ def deals(trajectories: list[Trajectory], num_ranks: int) -> list[list[int]]:
 def check(name: str) -> None:
     for seed in (0, 1):
         for fields in ({}, {"gamma": 0.5}, {"normalize_by_std": False}):
-            check_deals(all_trajectories(seed), AlgorithmConfig(advantage=name, **fields))
+            config = AlgorithmConfig(advantage=name, **fields)
+            check_deals(all_trajectories(seed), config)
+            if name in OF_TREES:
+                check_deals(as_trees(all_trajectories(seed)), config)
 
 
 def check_deals(trajectories: list[Trajectory], config: AlgorithmConfig) -> None:

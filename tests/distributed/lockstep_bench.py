@@ -149,7 +149,8 @@ class Bench:
             prompts_per_step=6,
             **settings,
         )
-        is_partial = rollout.partial.is_on
+        correction = CorrectionConfig(kind="truncate" if rollout.partial.is_on else "none")
+        advantage = "at2po" if rollout.tree.is_on else "turn_group"
         config = RunConfig(
             run=RunSettings(name="run"),
             model=ModelConfig(path=self.path, dtype="float32"),
@@ -157,7 +158,7 @@ class Bench:
             search=SearchConfig(corpus="unused"),
             rollout=rollout,
             update=UpdateConfig(prompts_per_minibatch=rollout.prompts_per_step),
-            algorithm=AlgorithmConfig(correction=CorrectionConfig(kind="truncate" if is_partial else "none")),
+            algorithm=AlgorithmConfig(advantage=advantage, correction=correction),
         )
         engine_group = build_engine_group(config, self.groups)
         engine = VllmEngine(

@@ -18,6 +18,7 @@ import re
 import sys
 import threading
 import traceback
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -28,7 +29,7 @@ from scripted_search import ScriptedSearch
 from a2tgpo.collect.rewarded_rollout import RewardedRollout
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.reward import RewardConfig
-from a2tgpo.config.rollout import PartialConfig
+from a2tgpo.config.rollout import PartialConfig, TreeConfig
 from a2tgpo.evaluate.evaluate import answer_questions
 from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.initialize import initialize, shutdown
@@ -76,6 +77,19 @@ def check_partial_rollouts(bench, seed):
             own = parts.state.carried.own
             bench.assert_equal([member.to_dict() for group in own for member in group.trajectories])
         assert any(not group.is_complete for group in own), "nothing was carried over"
+
+
+def check_trees(bench, seed):
+    settings = dict(tree=TreeConfig(initial=2, rounds=2), dynamic_sampling=True, max_draws=2)
+    with bench.open(search=ShuffledSearch(seed), **settings) as (parts, _):
+        trajectories, _ = bench.play(parts, seed=seed)
+        branches = [t for t in trajectories if t.branch is not None]
+        assert len(branches) == len(trajectories) / 2 and any(t.branch.owners for t in branches)
+        played = bench.steps(parts).play(version=seed)
+        metrics, sizes = played.metrics.values(), Counter(t.prompt_index for t in played.trajectories)
+        bench.assert_equal(metrics["sampling/draws"])
+        if bench.rank == 0:
+            assert sizes == dict.fromkeys(range(6), 4) and metrics["tree/branches"] == 12, (sizes, metrics)
 
 
 def check_a_rollout_that_is_broken_off_and_played_anew(bench, seed):

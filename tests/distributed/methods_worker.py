@@ -102,22 +102,32 @@ def weights(parts: RunParts) -> list[torch.Tensor]:
     return [p.detach() for model in parts.policy.gpt_models for p in model.parameters()]
 
 
-def train(parts: RunParts, start: list[torch.Tensor]) -> dict[str, Any]:
+def train(
+    parts: RunParts, start: list[torch.Tensor], *, resume: str = "none", is_resumed: bool = False
+) -> dict[str, Any]:
     """Run the steps in the run's folder. Return a description of the trained weights, and the memory held,
     [rank][step].
+
+    Args:
+        resume: the checkpoint from which the run begins, or "none".
+        is_resumed: whether another run begins from the first step of this one.
     """
     config = parts.config
     folder = RunFolder(config, parts.groups)
-    folder.open("none")
-    recorder = folder.recorder(parts.tokenizer, step=0)
+    checkpoint = folder.open(resume)
     guards = Guards(config.guard, clip_low=config.algorithm.clip_low, clip_high=config.algorithm.clip_high)
     checkpoints = build_checkpoints(parts, folder, guards)
-    trainer = Trainer(parts, recorder, checkpoints, guards, folder=folder)
+    step = checkpoints.restore(checkpoint)
+    recorder = folder.recorder(parts.tokenizer, step=step)
+    trainer = Trainer(parts, recorder, checkpoints, guards, folder=folder, step=step)
     held_after = []
-    for _ in range(config.run.steps):
+    while trainer.step < config.run.steps:
         trainer.train_step()
         recorder.finish_rollouts()
         held_after.append(held())
+        if is_resumed and trainer.step == 1:
+            checkpoints.save(1)
+            checkpoints.finish_saving()
     recorder.close()
     parts.phases.enter("build")
     trained = weights(parts)
@@ -146,9 +156,16 @@ def main() -> None:
         began = time.monotonic()
         for weight, value in zip(weights(parts), start, strict=True):
             weight.copy_(value)
+        parts.engine.weight_version = -1  # the engine has the weights of the previous run
         method = of_method(parts, load_config(path, [*overrides, f"run.name={name}"]))
         has_own_policy = method.policy is not parts.policy
-        results[name] = train(method, [w.clone() for w in weights(method)] if has_own_policy else start)
+        before = Path(base.run.root) / name.removesuffix("_resumed") / "checkpoints/step_1"
+        results[name] = train(
+            method,
+            [w.clone() for w in weights(method)] if has_own_policy else start,
+            resume=str(before) if name.endswith("_resumed") else "none",
+            is_resumed=f"{name}_resumed" in runs,
+        )
         method.rollout.close()
         method.reward_pool.close()
         if groups.rank == 0:

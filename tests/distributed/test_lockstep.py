@@ -15,6 +15,7 @@ CLAIMS = [
     "preempted_sequences",
     "dynamic_sampling",
     "partial_rollouts",
+    "trees",
     "a_rollout_that_is_broken_off_and_played_anew",
     "the_guard_stops_ranks_that_free_in_different_orders",
     "the_guard_stops_ranks_that_schedule_different_tokens",

@@ -24,6 +24,7 @@ from tiny_models import CAPITALS, taught_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from a2tgpo.record.rollout_files import read_step, recorded_steps
+from a2tgpo.run.equality import NOT_COMPARED
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("methods_worker.py")
@@ -48,15 +49,20 @@ VARIANTS = {
     "cool": ["grpo", "rollout.temperature=0.7"],
     "gain_of_reference": ["a2tgpo", "rollout.gain.scorer=reference"],
 }
+INITIAL = {"at2po": 3, "tree_grpo": 2}
+"""For each method of trees, the number of trajectories of a group that begin at the prompt."""
+TREES = {name: [name, f"rollout.tree.initial={initial}"] for name, initial in INITIAL.items()}
+TREES |= {f"{name}_resumed": settings for name, settings in TREES.items()}
 # With the draws of dapo, whose sampling gcpo shares, its first step could not be compared with that of the others.
 ONE_DRAW = "rollout.dynamic_sampling=false"
 RUNS = (
     {name: [name] for name in PRESETS}
     | {"dapo": ["dapo", SHORT_BUFFER], "gcpo": ["gcpo", ONE_DRAW]}
     | VARIANTS
+    | TREES
 )
 DYNAMIC = ("dapo", "dapo_one_draw")
-WITH_REFERENCE = ("grpo", "hgpo", "grpo_k2", "grpo_tight", "masked", "cool")
+WITH_REFERENCE = ("grpo", "hgpo", "tree_grpo", "tree_grpo_resumed", "grpo_k2", "grpo_tight", "masked", "cool")
 WITH_ADAPTIVE_CLIP = ("a2tgpo", "a2tgpo_released", "turn_group_absent", "truncated", "gain_of_reference")
 GOLD = {
     **{f"capital of {land}?": city for land, city in CAPITALS.items()},
@@ -210,7 +216,7 @@ def response_tokens(record: dict) -> int:
 @pytest.mark.parametrize("name", RUNS)
 def test_two_steps_update_all_ranks_alike(runs, name):
     run = runs[name]
-    assert [record["step"] for record in run.steps] == [1, 2]
+    assert [record["step"] for record in run.steps] == ([2] if name.endswith("_resumed") else [1, 2])
     for record in run.steps:
         assert all(value is not None and math.isfinite(value) for value in record.values())
         assert record["update/skipped"] == 0
@@ -236,7 +242,7 @@ def test_a_step_holds_whole_groups_numbered_from_0(runs, name):
         assert len({members[0]["prompt_id"] for members in groups.values()}) == GROUPS_PER_STEP
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name not in (*DYNAMIC, "cool")])
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in (*DYNAMIC, *TREES, "cool")])
 def test_without_dynamic_sampling_every_method_plays_the_same_first_step(runs, name):
     """This shows that the weights were restored, and that a step without dynamic sampling has one draw."""
     played, first = runs[name], runs["a2tgpo"]
@@ -320,7 +326,9 @@ def test_only_grpo_clips_twice(runs):
 
 def test_advantages_are_those_of_the_method(runs):
     """On the same first step, methods with the same formula agree, and all other methods differ."""
-    advantages = {name: advantages_of(run) for name, run in runs.items() if name not in (*DYNAMIC, "cool")}
+    advantages = {
+        name: advantages_of(run) for name, run in runs.items() if name not in (*DYNAMIC, *TREES, "cool")
+    }
     for objective in ("gspo", "cispo", "sapo", "gmpo", "gcpo"):
         assert advantages[objective] == advantages["grpo"]
     assert advantages["igpo_tg_rescaled"] == advantages["a2tgpo"] == advantages["truncated"]
@@ -354,6 +362,46 @@ def test_only_gcpo_divides_advantages_unevenly_over_tokens(runs, name):
         # Turns of few tokens have coarse ranks.
         assert 0.6 < credit["credit/top_mass"] <= 0.85
         assert credit["credit/turn_1_factor"] != pytest.approx(1)
+
+
+def tokens_of(record: dict) -> list[list[int]]:
+    return [turn["tokens"] for turn in record["turns"]]
+
+
+@pytest.mark.parametrize("name", INITIAL)
+def test_branches_share_turns_and_what_the_trainer_knows_of_them(runs, name):
+    run, plain = runs[name], runs["grpo"]
+    for record, records in zip(run.steps, run.rollouts, strict=True):
+        num_shared = tokens_shared = 0
+        for members in groups_of(records).values():
+            members.sort(key=lambda r: r["sample_index"])
+            assert [r["branch"] is None for r in members] == [i < INITIAL[name] for i in range(GROUP_SIZE)]
+            for r in members[INITIAL[name] :]:
+                for place, owner in enumerate(r["branch"]["owners"]):
+                    mine, played = r["turns"][place], members[owner]["turns"][place]
+                    for key in ("tokens", "rollout_logprobs", "observation_tokens", "info_gain"):
+                        assert mine[key] == played[key]
+                    assert name != "at2po" or mine["advantage"] == played["advantage"]
+                    tokens_shared += len(mine["tokens"])
+                num_shared += len(r["branch"]["owners"])
+        num_branches = GROUPS_PER_STEP * (GROUP_SIZE - INITIAL[name])
+        sampled = sum(len(tokens) for r in records for tokens in tokens_of(r))
+        assert record["tree/branches"] == num_branches
+        assert record["tree/shared_turns"] == pytest.approx(num_shared / num_branches)
+        assert record["tree/shared_token_share"] == pytest.approx(tokens_shared / sampled)
+        assert tokens_shared or record is not run.steps[0]
+        assert record["speed/sampled_tokens"] == sampled - tokens_shared
+    initial = [tokens_of(r) for r in run.rollouts[0] if r["branch"] is None]
+    assert initial == [tokens_of(r) for r in plain.rollouts[0] if r["sample_index"] < INITIAL[name]]
+
+
+@pytest.mark.parametrize("name", INITIAL)
+def test_a_resumed_run_grows_the_same_trees_and_ends_with_the_same_weights(runs, name):
+    whole, resumed = runs[name], runs[f"{name}_resumed"]
+    assert resumed.rollouts == whole.rollouts[1:]
+    expect = {key: value for key, value in whole.steps[1].items() if not key.startswith(NOT_COMPARED)}
+    assert {key: resumed.steps[0].get(key) for key in expect} == expect
+    assert resumed.trained["largest_change"] == whole.trained["largest_change"]
 
 
 def test_the_released_scripts_gains_are_of_log_probabilities(runs):

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from a2tgpo.trajectory import (
+    Branch,
     Call,
     LogProbs,
     TokenIds,
@@ -30,7 +31,13 @@ def trajectory() -> Trajectory:
         Turn(tokens=[], rollout_logprobs=[]),
     ]
     return Trajectory(
-        prompt_index=3, prompt_id="q", sample_index=1, prompt_tokens=[1, 2], turns=turns, stop_reason="answer"
+        prompt_index=3,
+        prompt_id="q",
+        sample_index=1,
+        prompt_tokens=[1, 2],
+        turns=turns,
+        stop_reason="answer",
+        branch=Branch(parent=0, root=0, owners=(0,)),
     )
 
 

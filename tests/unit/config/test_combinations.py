@@ -14,7 +14,7 @@ import torch
 
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import build_turn_table
-from a2tgpo.config.algorithm import Aggregation
+from a2tgpo.config.algorithm import OF_TREES, Aggregation
 from a2tgpo.config.load import load_config
 from a2tgpo.config.method_part import ADVANTAGE, NO_CREDIT, OBJECTIVE, TOKEN_CREDIT
 from a2tgpo.config.run import RunConfig
@@ -45,6 +45,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "algorithm.kl_coef": (0.0, 1e-3),
     "algorithm.entropy_coef": (0.0, 1e-3),
     "rollout.dynamic_sampling": (False, True),
+    "rollout.tree.initial": (0, 2),
+    "rollout.tree.choice": ("entropy", "random"),
 }
 """The values of each setting that are walked through."""
 COMPLETED = (
@@ -53,6 +55,7 @@ COMPLETED = (
     "algorithm.token_credit",
     "algorithm.contrast.level",
     "algorithm.advantage",
+    "rollout.tree.initial",
 )
 """Settings that are changed to find a configuration in which a pair works."""
 REFUSED = {
@@ -65,12 +68,21 @@ REFUSED = {
         for o in ("cispo", "gmpo", "gspo_token", "sapo")
     ),
     ("algorithm.clip_beta=0.3", "algorithm.objective=sapo"),
-    *(("algorithm.clip_beta=0.3", f"algorithm.advantage={a}") for a in ("gigpo", "grpo", "gtpo", "hgpo")),
+    *(
+        ("algorithm.clip_beta=0.3", f"algorithm.advantage={a}")
+        for a in ("gigpo", "grpo", "gtpo", "hgpo", *OF_TREES)
+    ),
     ("algorithm.clip_cov_share=0.2", "algorithm.token_credit=gcpo"),
     ("algorithm.gain_spread_floor=0.01", "algorithm.normalize_by_std=False"),
     *(
         ("algorithm.gain_spread_floor=0.01", f"algorithm.advantage={a}")
-        for a in ("gigpo", "grpo", "gtpo", "hgpo", "igpo_joint", "igpo_separate")
+        for a in ("gigpo", "grpo", "gtpo", "hgpo", "igpo_joint", "igpo_separate", *OF_TREES)
+    ),
+    ("algorithm.clip_beta=0.3", "rollout.tree.initial=2"),
+    ("algorithm.gain_spread_floor=0.01", "rollout.tree.initial=2"),
+    *(
+        (f"rollout.tree.initial={0 if a in OF_TREES else 2}", f"algorithm.advantage={a}")
+        for a in ADVANTAGE.names()
     ),
 }
 """The pairs that no other setting makes work. docs/methods.md says why."""
@@ -93,7 +105,8 @@ def changed(section: Any, values: dict[str, Any]) -> Any:
     plain = {name: value for name, value in values.items() if "." not in name}
     for name, value in nested.items():
         inner, _, field = name.partition(".")
-        plain[inner] = dataclasses.replace(getattr(section, inner), **{field: value})
+        before = plain.get(inner, getattr(section, inner))
+        plain[inner] = dataclasses.replace(before, **{field: value})
     return dataclasses.replace(section, **plain)
 
 
@@ -199,15 +212,16 @@ def test_every_pair_of_settings_trains_or_is_refused_at_start():
 
 def test_a_refusal_is_one_line_with_a_key_of_the_method_and_a_mend_that_helps():
     free = [key for key in COMPLETED if key != "algorithm.advantage"]
-    for advantage, beta in itertools.product(("turn_group", "grpo"), (0.0, 0.3)):
+    for advantage, beta in itertools.product(("turn_group", "grpo", "at2po"), (0.0, 0.3)):
         for values in itertools.product(*map(VALUES.get, free)):
             settings = dict(zip(free, values, strict=True))
             settings |= {"algorithm.advantage": advantage, "algorithm.clip_beta": beta}
             message = refusal_of(settings)
             if not message:
                 continue
-            assert re.match(r"algorithm\.\w+ is .*; allowed: ", message) and "\n" not in message
-            mends = re.findall(r"(algorithm\.[\w.]+)=([\w.]+)", message.rpartition("; ")[2])
+            assert re.match(r"(algorithm\.\w+|rollout\.tree\.initial) is .*; allowed: ", message)
+            assert "\n" not in message
+            mends = re.findall(r"((?:algorithm|rollout)\.[\w.]+)=([\w.]+)", message.rpartition("; ")[2])
             assert mends, message
             for key, value in mends:
                 kind = type(VALUES[key][0])

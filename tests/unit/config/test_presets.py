@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.algorithm import OF_TREES, AlgorithmConfig
 from a2tgpo.config.load import load_config
 from a2tgpo.io.errors import ConfigError
 
@@ -31,6 +31,7 @@ GRPO = {
     "algorithm.kl_coef": 0.0,
     "rollout.dynamic_sampling": False,
     "reward.overlong_buffer_tokens": 0,
+    "rollout.tree.initial": 0,
 }
 A2TGPO = {
     **GRPO,
@@ -145,6 +146,25 @@ EXPECTED = {
         "algorithm.clip_high": 0.28,
         "algorithm.aggregation": "token-mean",
     },
+    "at2po": {
+        **A2TGPO,
+        "algorithm.advantage": "at2po",
+        "algorithm.clip_beta": 0.0,
+        "rollout.tree.initial": 10,
+        "rollout.tree.rounds": 2,
+        "rollout.tree.choice": "entropy",
+        "rollout.tree.sibling_penalty": 0.05,
+    },
+    "tree_grpo": {
+        **GRPO,
+        "algorithm.advantage": "tree_grpo",
+        "algorithm.dual_clip": 0.0,
+        "algorithm.kl_coef": 1e-3,
+        "algorithm.kl_estimator": "k3",
+        "rollout.tree.initial": 2,
+        "rollout.tree.rounds": 1,
+        "rollout.tree.choice": "random",
+    },
     "turn_group_absent": {**A2TGPO, "algorithm.advantage": "turn_group_absent"},
     "gigpo": {
         **GRPO,
@@ -155,8 +175,9 @@ EXPECTED = {
         "algorithm.dual_clip": 0.0,
     },
 }
-# The quickstart's responses are shorter than DAPO's 2000 tokens, so the file itself is checked with long responses.
-LONG_RESPONSES = "rollout.max_response_tokens=6192"
+# The quickstart's responses are shorter than DAPO's 2000 tokens, and its groups too small for AT2PO's tree, so the
+# files themselves are checked with long responses and large groups.
+ROOM = ["rollout.max_response_tokens=6192", "rollout.group_size=22"]
 
 
 def flat_keys(mapping: dict, prefix: str = "") -> set[str]:
@@ -191,8 +212,8 @@ def test_every_preset_has_expected_values():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_over_an_experiment_gives_the_method(name):
-    plain = load_config(EXPERIMENT, [LONG_RESPONSES])
-    config = load_config(EXPERIMENT, [LONG_RESPONSES, str(PRESETS[name])])
+    plain = load_config(EXPERIMENT, ROOM)
+    config = load_config(EXPERIMENT, [*ROOM, str(PRESETS[name])])
     for key, value in EXPECTED[name].items():
         assert value_of(config, key) == value, key
     for section in ("run", "model", "data", "search", "update", "evaluation", "warmstart"):
@@ -227,9 +248,9 @@ def test_presets_write_out_all_that_tells_methods_apart():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_nothing_is_left_of_a_preset_under_another(name):
-    alone = load_config(EXPERIMENT, [LONG_RESPONSES, str(PRESETS[name])])
+    alone = load_config(EXPERIMENT, [*ROOM, str(PRESETS[name])])
     for other in PRESETS:
-        over = load_config(EXPERIMENT, [LONG_RESPONSES, str(PRESETS[other]), str(PRESETS[name])])
+        over = load_config(EXPERIMENT, [*ROOM, str(PRESETS[other]), str(PRESETS[name])])
         assert over == alone, other
 
 
@@ -243,6 +264,24 @@ def test_dapo_asks_runs_of_short_responses_for_their_own_buffer():
     assert message.startswith(f"{PRESETS['dapo']}: reward.overlong_buffer_tokens is 2000; allowed: below")
     config = load_config(EXPERIMENT, [str(PRESETS["dapo"]), "reward.overlong_buffer_tokens=96"])
     assert config.reward.overlong_buffer_tokens == 96
+
+
+def test_at2po_asks_runs_of_small_groups_for_their_own_tree():
+    message = refusal(EXPERIMENT, [str(PRESETS["at2po"])])
+    assert message.startswith(
+        f"{PRESETS['at2po']}: rollout.tree.initial is 10; allowed: below rollout.group_"
+    )
+    assert load_config(EXPERIMENT, [str(PRESETS["at2po"]), "rollout.tree.initial=4"]).rollout.tree.is_on
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_method_has_a_tree_exactly_if_it_compares_branches(name):
+    needs_tree = name in OF_TREES
+    wrong = f"rollout.tree.initial={0 if needs_tree else 4}"
+    rule = ">= 1 with algorithm.advantage=" if needs_tree else "0 with algorithm.advantage="
+    config = load_config(EXPERIMENT, [*ROOM, str(PRESETS[name]), wrong])
+    with pytest.raises(ConfigError, match=f"{wrong.replace('=', ' is ')}; allowed: {rule}"):
+        config.check_training()
 
 
 def test_later_arguments_win_whether_file_or_value(tmp_path):
@@ -275,7 +314,7 @@ def test_a_value_may_look_like_a_file():
         ("algorithm: {gamma: high}", "algorithm.gamma is 'high'; allowed: a finite number"),
         (
             "algorithm: {advantage: grop}",
-            "algorithm.advantage is 'grop'; allowed: gigpo | grpo | gtpo | hgpo",
+            "algorithm.advantage is 'grop'; allowed: at2po | gigpo | grpo | gtpo | hgpo",
         ),
         ("- grpo", "list found; a configuration is a mapping"),
         ("algorithm: {gamma: 1", "not valid YAML"),

@@ -8,7 +8,7 @@ from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.data import DataConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
-from a2tgpo.config.rollout import GainConfig, PartialConfig, RolloutConfig
+from a2tgpo.config.rollout import GainConfig, PartialConfig, RolloutConfig, TreeConfig
 from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.io.errors import ConfigError
@@ -33,6 +33,28 @@ def test_a_truncated_distribution_can_be_evaluated_but_not_trained_on():
         ConfigError, match=r"rollout\.top_p is 0\.9; allowed: 1\.0 for training, since .*evaluate"
     ):
         RolloutConfig(top_p=0.9).check_training()
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            dict(group_size=8, tree=TreeConfig(initial=8)),
+            r"rollout\.tree\.initial is 8; allowed: below rollout\.group_size \(8\), which includes the branches",
+        ),
+        (
+            dict(group_size=8, tree=TreeConfig(initial=6, rounds=3)),
+            r"rollout\.tree\.rounds is 3; allowed: at most 2, the number of branches",
+        ),
+        (
+            dict(tree=TreeConfig(initial=6), partial=PartialConfig(tokens_per_step=100)),
+            r"rollout\.tree\.initial is 6; allowed: 0 with rollout\.partial\.tokens_per_step > 0, since",
+        ),
+    ],
+)
+def test_trees_without_branches_or_of_unfinished_trajectories_are_refused(settings, line):
+    with pytest.raises(ConfigError, match=line):
+        RolloutConfig(**settings)
 
 
 def configured(**sections):

@@ -197,15 +197,26 @@ def test_bugs_in_the_counts_and_the_end_of_a_tool_are_one_line(folder, caplog):
     assert record.getMessage() == expected
 
 
-def test_sessions_that_cannot_be_repeated_are_refused_with_partial_rollouts(folder):
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            ("rollout.partial.tokens_per_step=300", "algorithm.correction.kind=truncate"),
+            r"rollout\.partial\.tokens_per_step is 300; allowed: 0 with the tool once.*go on in a later step",
+        ),
+        (
+            ("rollout.tree.initial=2", "algorithm.advantage=tree_grpo"),
+            r"rollout\.tree\.initial is 2; allowed: 0 with the tool once, because its sessions cannot branch",
+        ),
+    ],
+    ids=["partial", "tree"],
+)
+def test_sessions_that_cannot_be_repeated_are_refused_if_calls_are_repeated(folder, settings, line):
     (folder / "mine.py").write_text(USERS_FILE)
     names = "tools.names=[mine.py:once]"
     build_tools(quickstart(names))
-    partial = ("rollout.partial.tokens_per_step=300", "algorithm.correction.kind=truncate")
-    with pytest.raises(
-        ConfigError, match=r"^rollout\.partial\.tokens_per_step is 300; allowed: 0 with the tool once"
-    ):
-        build_tools(quickstart(names, *partial))
+    with pytest.raises(ConfigError, match=f"^{line}"):
+        build_tools(quickstart(names, *settings))
 
 
 def test_a_tool_describes_itself_for_chat_templates(folder):

@@ -17,6 +17,7 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --virtual-time-budget=8000"
 )
+BRANCH = {"parent": 1, "root": 1, "owners": [1]}
 HOSTILE = "</script><script>document.title='broken'</script><img src=x onerror=alert(1)>"
 
 
@@ -86,6 +87,8 @@ def run(tmp_path) -> Path:
                         "prompt_text": f"<|im_start|>user\nWhat of {prompt}, step {step}?<|im_end|>\n"
                         "<|im_start|>assistant\n",
                         "turns": turns if sample else turns[1:],
+                        # Records of earlier versions have no such field.
+                        **({"branch": BRANCH if sample == 2 else None} if step == 7 else {}),
                     }
                 )
         lines = "".join(json.dumps(record) + "\n" for record in records).encode()
@@ -131,6 +134,7 @@ def test_the_page_shows_the_group_and_every_turn_as_text(run, tmp_path):
     assert "<img" not in dom.split("<script")[0], "what a model wrote became markup"
     first = re.search(r'data-first="(.*?)"', dom, flags=re.S)[1]
     assert "What of 0, step 7?" in first and "P(gold | question) 0.2000" in first
+    assert "branch of #1 after turn 1" in first and first.count("played by #1") == 1
     shown = dom.split('<main id="main">')[1].split("</main>")[0]
     assert "What of 1, step 1?" in shown
     # Of the wrong samples, sample 1 has gain 0 and sample 0 has none: one turn column, two rows, two articles. The
@@ -138,10 +142,16 @@ def test_the_page_shows_the_group_and_every_turn_as_text(run, tmp_path):
     assert shown.count("<article") == 2 and shown.count("<th>turn") == 1
     assert "mean +0.050, sd 0.050, n 2" in shown and "A +1.25" in shown and "c 0.90" in shown
     assert shown.count("<dt>ratio</dt><dd>1.00123</dd>") == 3
-    assert "2 of 3 rollouts, 2 questions in step 1" in dom
+    assert "2 of 3 rollouts, 2 questions in step 1" in dom and "branch" not in shown
     assert 'title="log p -0.250, p 0.779"' in shown
     # ü consists of two tokens. It is shown as one piece with the sum of their log-probs.
     assert re.search(r'title="log p -[\d.]+, p [\d.]+"[^>]*>ü</span>', shown)
+
+
+def test_the_terminal_names_the_parent_of_a_branch(run):
+    done = view(run, "--step", "7", "--prompt", "id-0")
+    assert done.returncode == 0, done.stderr
+    assert [line.count("branch of #1 after turn 1") for line in done.stdout.split("id-0 #")[1:]] == [0, 0, 1]
 
 
 def test_a_page_without_its_tokenizer_is_told_and_has_no_colours(run, tmp_path):
