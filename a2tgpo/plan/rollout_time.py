@@ -52,8 +52,10 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
         host = assumed.decode_step_s + running * assumed.decode_sequence_s
         return max(memory, running * forward / peak) + latency + host
 
-    trajectories, sampled = geometry.trajectories_per_engine, workload.sampled_tokens
-    prompts = max(1.0, trajectories / config.rollout.group_size)
+    prompts = max(1.0, geometry.trajectories_per_engine / config.rollout.group_size)
+    # A branch counts as the part of a trajectory that it plays.
+    trajectories = geometry.trajectories_per_engine * geometry.played_share
+    sampled = workload.sampled_tokens
     observed = workload.response_tokens - sampled
     context = workload.prompt_tokens + workload.response_tokens / 2
     steps = max(sampled, trajectories * sampled / geometry.concurrent)

@@ -26,7 +26,7 @@ class SearchDemand:
 def search_demand(given: PlanInputs, rollout_s: float) -> SearchDemand:
     """Return the demand for searches in a planned step whose rollout takes `rollout_s` seconds."""
     trajectories = given.geometry.trajectories
-    queries = trajectories * given.workload.turns
+    queries = trajectories * given.geometry.played_share * given.workload.turns
     return SearchDemand(
         queries=queries,
         per_second=queries / rollout_s,

@@ -10,6 +10,10 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.plan.dimensions import ModelDimensions
 from a2tgpo.plan.engine import kv_bytes_per_token
 
+BRANCH_SHARE = 0.5
+"""Share of a branch's turns that the branch plays itself, if it leaves its parent at a random turn (arXiv 2509.21240,
+Eq. 4)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -65,6 +69,8 @@ class Geometry:
     tokens: float
     """Number of tokens that the trainer computes in the step, without padding."""
     sampled_tokens: float
+    played_share: float
+    """Share of the trajectories' turns that the rollout plays. Below 1 with trees, whose branches share turns."""
     optimizer_steps: int
     microbatches: int
     """Micro-batches per optimizer step and data-parallel replica, if each is packed as full as possible."""
@@ -118,18 +124,24 @@ def geometry(
     if config.rollout.partial.is_on:  # a turn that begins within the budget is played to its end
         turn_tokens = workload.sampled_tokens / (workload.turns + 1)
         most_sampled = min(most_sampled, config.rollout.partial.tokens_per_step + turn_tokens)
+    tree, played_share, rounds = config.rollout.tree, 1.0, 0
+    if tree.is_on:
+        played_share -= (1 - BRANCH_SHARE) * (1 - tree.initial / config.rollout.group_size)
+        rounds = tree.rounds  # the rounds of a prompt play one after another
+    longest_sampled = min(most_sampled, workload.longest_to_mean * workload.sampled_tokens)
     return Geometry(
         data_parallel=data_parallel,
         engines=engines,
         trajectories=trajectories,
         trajectories_per_engine=per_engine,
         tokens=trajectories * workload.tokens,
-        sampled_tokens=trajectories * workload.sampled_tokens,
+        sampled_tokens=trajectories * workload.sampled_tokens * played_share,
+        played_share=played_share,
         optimizer_steps=optimizer_steps,
         microbatches=microbatches,
         microbatch_tokens=tokens_per_replica / microbatches,
         rank_tokens=tokens_per_replica / microbatches / config.parallel.context,
-        longest_sampled=min(most_sampled, workload.longest_to_mean * workload.sampled_tokens),
+        longest_sampled=longest_sampled * (1 + BRANCH_SHARE * rounds),
         in_flight=in_flight,
         concurrent=max(1, min(in_flight, int(kv_tokens / workload.tokens))),
         kv_tokens=kv_tokens,

@@ -12,7 +12,7 @@ from published import ALIKE_ERROR_BOUND, PUBLISHED, UNSEEN, PublishedRun
 
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.load import load_config
-from a2tgpo.config.rollout import PartialConfig
+from a2tgpo.config.rollout import PartialConfig, TreeConfig
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.plan.advice import cache_shortage
 from a2tgpo.plan.assumptions import Assumptions
@@ -331,6 +331,24 @@ def test_a_budget_of_tokens_per_step_shortens_the_tail_by_the_turns_left_waiting
     whole, cut = planned(0), planned(1000)
     assert (whole.geometry.longest_sampled, cut.geometry.longest_sampled) == (2040, 1170)
     assert planned(10_000).geometry == whole.geometry
+
+
+def test_a_branch_is_half_a_trajectory_for_the_rollout_and_a_whole_one_for_training():
+    def planned(**tree):
+        rollout = dataclasses.replace(CONFIG_8B.rollout, group_size=22, tree=TreeConfig(**tree))
+        advantage = "at2po" if rollout.tree.is_on else "grpo"
+        algorithm = dataclasses.replace(CONFIG_8B.algorithm, advantage=advantage)
+        config = dataclasses.replace(CONFIG_8B, rollout=rollout, algorithm=algorithm)
+        return make_plan(config, QWEN_8B, H100, gpus=8)
+
+    plain, tree = planned(), planned(initial=10, rounds=2)
+    share = (10 + 12 / 2) / 22
+    assert tree.geometry.sampled_tokens == pytest.approx(share * plain.geometry.sampled_tokens)
+    assert tree.searches.queries == pytest.approx(share * plain.searches.queries)
+    assert tree.rollout.gain == pytest.approx(share * plain.rollout.gain)
+    # After the longest trajectory, each of the two rounds plays half a trajectory.
+    assert tree.geometry.longest_sampled == 2 * plain.geometry.longest_sampled
+    assert (tree.geometry.tokens, tree.update) == (plain.geometry.tokens, plain.update)
 
 
 def test_searches_a_second_by_hand(config_70b):
