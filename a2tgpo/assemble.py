@@ -49,6 +49,7 @@ from a2tgpo.run.date import run_date
 from a2tgpo.run.folder import RunFolder
 from a2tgpo.run.resume import require_same_run
 from a2tgpo.update.context_scores import ContextScorer
+from a2tgpo.update.extrapolation import Extrapolation
 from a2tgpo.update.optimizer import LearningRateSchedule, build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class RunParts:
     optimizer: Any
     schedule: LearningRateSchedule
     entropy_weight: EntropyWeight
+    extrapolation: Extrapolation
     phases: MemoryPhases
     """Moves policy, optimizer, reference and engine to the GPU and away from it."""
     engine: VllmEngine
@@ -172,6 +174,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         optimizer=optimizer,
         schedule=schedule,
         entropy_weight=EntropyWeight(config.algorithm),
+        extrapolation=Extrapolation(config.update.extrapolation),
         phases=phases,
         engine=engine,
         toolset=toolset,
@@ -302,6 +305,7 @@ def build_checkpoints(parts: RunParts, folder: RunFolder, guards: Guards) -> Run
         optimizer=parts.optimizer,
         schedule=parts.schedule,
         entropy_weight=parts.entropy_weight,
+        extrapolation_gate=parts.extrapolation.gate,
         state=parts.state,
         guards=guards,
         phases=parts.phases,

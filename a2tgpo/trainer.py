@@ -229,6 +229,7 @@ class Trainer:
                 self.config.algorithm,
                 distribution=self.parts.distribution,
                 entropy_weight=self.parts.entropy_weight.value,
+                extrapolation=self.parts.extrapolation,
             )
             learning_metrics.merge(metrics)
             ratios = lay_out_ratios(self.parts.policy, turn_ratios, shape=clip_scales.shape)

@@ -24,7 +24,7 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import PartialConfig, RolloutConfig
 from a2tgpo.config.run import CheckpointConfig, RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
-from a2tgpo.config.update import UpdateConfig
+from a2tgpo.config.update import ExtrapolationConfig, UpdateConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.loss.entropy import EntropyWeight
 from a2tgpo.memory.phases import MemoryPhases
@@ -35,7 +35,10 @@ from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.run.folder import RunFolder
 from a2tgpo.trajectory import Prompt
+from a2tgpo.update.extrapolation import Extrapolation
 from a2tgpo.update.optimizer import build_optimizer
+
+GATE = ExtrapolationConfig(horizon=5, window=3, warmup=1)
 
 
 def scores(em: float, *, error: float = 0.0) -> dict[str, float]:
@@ -121,6 +124,7 @@ class Run:
             algorithm=AlgorithmConfig(
                 correction=CorrectionConfig(kind="mask"), entropy_coef=0.005, entropy_target=0.2
             ),
+            update=UpdateConfig(extrapolation=GATE),
             checkpoint=CheckpointConfig(
                 keep=keep,
                 keep_every=keep_every,
@@ -130,7 +134,10 @@ class Run:
             ),
         )
         self.parts: Any = SimpleNamespace(
-            **vars(world.parts), config=self.config, entropy_weight=EntropyWeight(self.config.algorithm)
+            **vars(world.parts),
+            config=self.config,
+            entropy_weight=EntropyWeight(self.config.algorithm),
+            extrapolation=Extrapolation(self.config.update.extrapolation),
         )
         self.folder = RunFolder(self.config, world.groups)
         self.guards = Guards(GuardConfig(stop_after=1), clip_low=0.1, clip_high=0.1)

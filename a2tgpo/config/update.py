@@ -1,9 +1,47 @@
 """Settings of the optimizer, mini-batches and micro-batches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from a2tgpo.io.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtrapolationConfig:
+    """GXPO (arXiv 2605.06755): an update makes two probe steps, extrapolates the weights from them, and takes one
+    corrective step from there. All three passes use the same mini-batch (docs/methods.md)."""
+
+    horizon: int = 0
+    """Number of steps to which the two probe steps are extrapolated, at least 2 (GXPO: 3, 5 or 10). 0: plain
+    updates."""
+    alpha: float = 0.5
+    """Share of the extrapolated way that is taken before the corrective step (GXPO: 0.5)."""
+    old_logprobs: Literal["probe", "step"] = "probe"
+    """The policy in the denominator of the ratios of the second and third pass. probe: the policy that the pass
+    itself runs, so every ratio is 1 (GXPO). step: the policy that played, as in the first pass. With step and a
+    narrow clipping range, these passes give many turns no gradient."""
+    window: int = 30
+    """The gate compares the gradient norm of a step with the norms of this many earlier steps."""
+    tau: float = 3.0
+    """A step counts against the extrapolation if its gradient norm is this many standard deviations above the mean
+    of the window."""
+    patience: int = 3
+    """After this many consecutive steps that count against it, the extrapolation ends for the rest of the run."""
+    warmup: int = 50
+    """Number of steps before the gate's window begins."""
+
+    def __post_init__(self) -> None:
+        key = "update.extrapolation."
+        require(self.horizon == 0 or self.horizon >= 2, f"{key}horizon", self.horizon, "0, or >= 2")
+        require(self.alpha > 0, f"{key}alpha", self.alpha, "> 0")
+        require(self.window >= 2, f"{key}window", self.window, ">= 2")
+        require(self.tau > 0, f"{key}tau", self.tau, "> 0")
+        require(self.patience >= 1, f"{key}patience", self.patience, ">= 1")
+        require(self.warmup >= 0, f"{key}warmup", self.warmup, ">= 0")
+
+    @property
+    def is_on(self) -> bool:
+        return self.horizon > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +74,8 @@ class UpdateConfig:
     offload: bool = True
     """Keep the trainer's state in host memory in every phase that does not need it. `tools/plan.py` prints how much
     host memory this takes. false: weights and optimizer state stay on the GPU."""
+
+    extrapolation: ExtrapolationConfig = field(default_factory=ExtrapolationConfig)
 
     def __post_init__(self) -> None:
         for name in ("prompts_per_minibatch", "max_microbatch_tokens"):

@@ -6,7 +6,7 @@ shards are views of Megatron's buffers. On a CPU, storages are emptied and refil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,41 @@ class MovablePart:
         return list(found.values())
 
 
+class HostCopy:
+    """A copy of contiguous tensors in host memory, which is allocated once and used again.
+
+    On a GPU the memory is page-locked, and copies are ordered with the other work of the current stream. The tensors
+    of every call must have the same sizes in the same order.
+    """
+
+    def __init__(self) -> None:
+        self._pages: _HostPages | None = None
+
+    def take(self, tensors: Sequence[Tensor]) -> None:
+        """Copy the values of `tensors` to the host."""
+        size = sum(tensor.nbytes for tensor in tensors)
+        if self._pages is None or self._pages.num_bytes != size:
+            self._pages = None  # free the old pages before allocating more
+            self._pages = _HostPages(size, page_locked=any(tensor.is_cuda for tensor in tensors))
+        for _, piece, copy in self.pieces(tensors):
+            copy.copy_(piece, non_blocking=True)
+
+    def put_back(self, tensors: Sequence[Tensor]) -> None:
+        """Give `tensors` the values that the last `take` copied."""
+        for _, piece, copy in self.pieces(tensors):
+            piece.copy_(copy, non_blocking=True)
+
+    def pieces(self, tensors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (index of the tensor, piece of the tensor, copy of the piece); pieces are flat views."""
+        assert self._pages is not None, "take comes first"
+        start = 0
+        for index, tensor in enumerate(tensors):
+            flat = tensor.detach().view(-1).view(torch.uint8)
+            for piece, copy in self._pages.beside(flat, start):
+                yield index, piece.view(tensor.dtype), copy.view(tensor.dtype)
+            start += tensor.nbytes
+
+
 class _HostPages:
     def __init__(self, num_bytes: int, *, page_locked: bool) -> None:
         sizes = [min(PAGE_BYTES, num_bytes - start) for start in range(0, num_bytes, PAGE_BYTES)]
@@ -130,13 +165,26 @@ def gradient_tensors(policy: Policy) -> list[Tensor]:
 def optimizer_tensors(policy: Policy, optimizer: Any) -> list[Tensor]:
     """Return Adam's moments, and the optimizer's float32 weights unless the model itself stores them."""
     of_model = {tensor.untyped_storage()._cdata for tensor in weight_tensors(policy)}
-    adams = [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]
-    stepped = [tensor.data for adam in adams for group in adam.param_groups for tensor in group["params"]]
-    moments = [
+    stepped = [tensor.data for group in adam_groups(optimizer) for tensor in group["params"]]
+    return [t for t in (*stepped, *moment_tensors(optimizer)) if t.untyped_storage()._cdata not in of_model]
+
+
+def moment_tensors(optimizer: Any) -> list[Tensor]:
+    """Return Adam's moments, which exist after the first update."""
+    return [
         value
-        for adam in adams
+        for adam in _adams(optimizer)
         for state in adam.state.values()
         for value in state.values()
         if isinstance(value, Tensor)
     ]
-    return [t for t in (*stepped, *moments) if t.untyped_storage()._cdata not in of_model]
+
+
+def adam_groups(optimizer: Any) -> list[dict[str, Any]]:
+    """Return Adam's parameter groups. Their `params` are the float32 weights that Adam steps, or this rank's shards
+    of them."""
+    return [group for adam in _adams(optimizer) for group in adam.param_groups]
+
+
+def _adams(optimizer: Any) -> list[Any]:
+    return [part.optimizer for part in optimizer.chained_optimizers if part.optimizer is not None]

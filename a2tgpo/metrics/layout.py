@@ -34,6 +34,7 @@ TENSORBOARD_LAYOUT = {
         "log-prob of sampled tokens": [_MULTILINE, [r"likelihood/"]],
         "loss": [_MULTILINE, [r"update/loss"]],
         "gradient norm": [_MULTILINE, [r"update/grad_norm"]],
+        "updates extrapolated, and how far": [_MULTILINE, [r"extrapolation/"]],
         "learning rate": [_MULTILINE, [r"update/lr"]],
         "KL": [_MULTILINE, [r"kl/"]],
         "train-engine gap of log-probs": [_MULTILINE, [r"gap/"]],

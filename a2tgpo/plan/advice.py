@@ -52,10 +52,11 @@ def cache_shortage(plan: Plan) -> str:
 
 def host_needs(memory: HostMemory) -> str:
     """Return a text that says how much host memory the ranks need for each purpose."""
+    copies = f"{memory.before_update / GIB:.0f} for what precedes an extrapolated update, "
     return (
         f"{memory.total / GIB:.0f} GiB of a node's memory are needed ({memory.offloaded / GIB:.0f} for what leaves "
-        f"the cards, {memory.saving / GIB:.0f} for a checkpoint being written, {memory.processes / GIB:.0f} for "
-        "processes)"
+        f"the cards, {memory.saving / GIB:.0f} for a checkpoint being written, "
+        f"{copies if memory.before_update else ''}{memory.processes / GIB:.0f} for processes)"
     )
 
 
@@ -63,7 +64,8 @@ def host_change(config: RunConfig) -> str:
     """Return the settings to change so that the ranks of a node need less host memory."""
     offload = "set update.offload=false, " if config.update.offload else ""
     shard = "" if config.update.distributed_optimizer else "set update.distributed_optimizer=true, "
-    return f"{offload}{shard}raise parallel.tensor, or use more nodes"
+    plain = "set update.extrapolation.horizon=0, " if config.update.extrapolation.is_on else ""
+    return f"{plain}{offload}{shard}raise parallel.tensor, or use more nodes"
 
 
 def _change(plan: Plan, phase_name: str) -> str:

@@ -30,11 +30,19 @@ class HostMemory:
     """Tensors that a rank reads from a checkpoint or from `model.path` when it starts, before any state is offloaded
     or saved."""
     processes: float
+    before_update: float = 0.0
+    """Page-locked copies of weights and optimizer state, from which extrapolated updates are computed. They stay
+    allocated between updates."""
+
+    @property
+    def lasting(self) -> float:
+        """Peak while the run trains. All parts exist together, because the next step runs during a save."""
+        return self.processes + self.offloaded + self.saving + self.before_update
 
     @property
     def total(self) -> float:
-        """Peak over time. Offloaded and saved state exist together, because the next rollout runs during a save."""
-        return self.processes + max(self.offloaded + self.saving, self.loading)
+        """Peak over time."""
+        return max(self.lasting, self.processes + self.loading)
 
     def __add__(self, other: HostMemory) -> HostMemory:
         return HostMemory(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -85,4 +93,5 @@ def _of_stage(
         # The factor is 2, because the whole tensor and its tensor-parallel parts exist at once.
         loading=2 * largest_tensor(dimensions, config.parallel.tensor) * element_bytes,
         processes=PROCESS_GIB * GIB,
+        before_update=trainer.before_update if config.update.extrapolation.is_on else 0.0,
     )

@@ -92,6 +92,15 @@ class TrainerMemory:
         return parts
 
     @property
+    def before_update(self) -> float:
+        """Bytes that an extrapolated update copies to host memory, and back.
+
+        For each weight that the rank's optimizer steps, it copies the weight, both moments, and the weight after the
+        first probe step, in float32.
+        """
+        return 2 * self.moments
+
+    @property
     def offloaded(self) -> float:
         """Bytes that offloading copies to host memory. Gradients are not copied, because they come back as zeros."""
         return self.weights + self.master_weights + self.moments + self.reference

@@ -21,7 +21,7 @@ from a2tgpo.plan.precision import precision_fault
 from a2tgpo.plan.rollout_time import RolloutTime, refit_time, rollout_time
 from a2tgpo.plan.search_rate import SearchDemand, search_demand
 from a2tgpo.plan.storage import checkpoint_bytes, kept_bytes, most_kept, restart_bytes
-from a2tgpo.plan.train_time import PassTime, score_time, update_time
+from a2tgpo.plan.train_time import PassTime, score_time, update_repeats, update_time
 from a2tgpo.plan.transfers import transfer_time
 from a2tgpo.plan.workload import Workload, geometry
 
@@ -102,7 +102,7 @@ class Plan(PlanInputs):
         if self.config.model.lora.enabled:  # frozen weights get no gradients
             flops = forward_flops(self.dimensions, context=w.tokens / 2, output_share=w.output_share)
             update -= (flops.total - flops.attention) * tokens
-        return {"score": self.score_passes * once, "update": update}
+        return {"score": self.score_passes * once, "update": update_repeats(self.config) * update}
 
     @property
     def update_mfu(self) -> float:

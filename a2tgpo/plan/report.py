@@ -219,9 +219,14 @@ def _host_table(plan: Plan) -> str:
     rows = [
         ["what leaves the cards", _size(host.offloaded)],
         ["a checkpoint being written", _size(host.saving)],
+        *(
+            [["what precedes an extrapolated update", _size(host.before_update)]]
+            if host.before_update
+            else []
+        ),
         ["processes", _size(host.processes)],
-        ["sum", f"{_size(host.offloaded + host.saving + host.processes)} of {_size(capacity)}"],
-        ["while loading, without the first two", _size(host.loading + host.processes)],
+        ["sum", f"{_size(host.lasting)} of {_size(capacity)}"],
+        ["while loading, processes included", _size(host.loading + host.processes)],
     ]
     return table(
         [f"host memory of the fullest node, {min(plan.gpu.gpus_per_node, plan.gpus)} ranks", ""], rows

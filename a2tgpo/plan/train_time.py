@@ -17,6 +17,8 @@ OPTIMIZER_BYTES = 30
 
 The step reads the gradient, reads and writes the master weight and two moments, and writes the new weight.
 """
+EXTRAPOLATED_PASSES = 3
+"""Passes of an extrapolated update: two probe steps and a corrective step."""
 PERMUTATIONS = 8
 """Number of times that a pass reads or writes each routed token in GPU memory, apart from matrix products.
 
@@ -69,17 +71,21 @@ def score_time(given: PlanInputs) -> PassTime:
 
 
 def update_time(given: PlanInputs) -> PassTime:
-    """Return the time of the forward pass, the backward pass and the optimizer steps over all tokens of the step."""
-    parallel, geometry = given.config.parallel, given.geometry
+    """Return the time of the forward passes, the backward passes and the optimizer steps over all tokens of the step.
+
+    With extrapolated updates, the time is that of a step before the gate closes.
+    """
+    parallel, geometry, repeats = given.config.parallel, given.geometry, update_repeats(given.config)
     frozen = given.config.model.lora.enabled  # the backward pass computes no gradients of frozen weights
     layer_passes = _update_passes(given.config)
-    passes = _pass_time(
+    once = _pass_time(
         given,
         layer_passes=layer_passes,
         weight_passes=layer_passes - frozen,
         output_passes=3 - frozen,
         collectives=_update_collectives(given.config),
     )
+    passes = PassTime(**{name: repeats * seconds for name, seconds in vars(once).items()})
     fullest = trained_parameters(given.config, given.dimensions, 0)
     shard = float(fullest.total)
     if given.config.update.distributed_optimizer:
@@ -88,14 +94,20 @@ def update_time(given: PlanInputs) -> PassTime:
     return dataclasses.replace(
         passes,
         data=update_volume(given).data / rate,
-        optimizer=shard * OPTIMIZER_BYTES / given.memory_bytes_per_s * geometry.optimizer_steps,
+        optimizer=shard * OPTIMIZER_BYTES / given.memory_bytes_per_s * geometry.optimizer_steps * repeats,
     )
+
+
+def update_repeats(config: RunConfig) -> int:
+    """Return how often an update runs forward, backward and the optimizer over its mini-batch."""
+    return EXTRAPOLATED_PASSES if config.update.extrapolation.is_on else 1
 
 
 def update_volume(given: PlanInputs) -> Volume:
     """Return the bytes that a rank of the first pipeline stage sends during the update of one step."""
     config, geometry, parallel = given.config, given.geometry, given.config.parallel
-    count = geometry.microbatches * geometry.optimizer_steps
+    steps = geometry.optimizer_steps * update_repeats(config)
+    count = geometry.microbatches * steps
     parameters = trained_parameters(config, given.dimensions, 0)
     replicas = parallel.context * geometry.data_parallel
     expert_replicas = parallel.tensor * replicas / parallel.expert
@@ -109,7 +121,7 @@ def update_volume(given: PlanInputs) -> Volume:
         tensor=count * _update_collectives(config) * _tensor_bytes(given),
         context=count * passes * _ring_bytes(given),
         pipeline=count * 2 * _boundary_bytes(given),
-        data=geometry.optimizer_steps * reduced * gradient_and_weight,
+        data=steps * reduced * gradient_and_weight,
         expert=count * passes * _dispatch_bytes(given),
     )
 

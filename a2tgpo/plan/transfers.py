@@ -1,4 +1,7 @@
-"""Predict how long a step moves the trainer's state between the GPUs and their hosts (`update.offload`)."""
+"""Predict how long a step copies the trainer's state between the GPUs and their hosts.
+
+`update.offload` moves state between the phases of a step. An extrapolated update copies state in both directions.
+"""
 
 from __future__ import annotations
 
@@ -37,4 +40,7 @@ def _copied(given: PlanInputs, memory: TrainerMemory) -> float:
     }
     phases = [resident(phase, offload=given.config.update.offload) for phase in STEP]
     moved = [part for before, after in pairwise(phases) for part in before ^ after]
-    return sum(sizes.get(part, 0.0) for part in moved)
+    copied = sum(sizes.get(part, 0.0) for part in moved)
+    if given.config.update.extrapolation.is_on:
+        copied += 2 * memory.before_update * given.geometry.optimizer_steps
+    return copied

@@ -30,6 +30,7 @@ from a2tgpo.record.rollout_retention import RolloutRetention
 from a2tgpo.run.folder import RunFolder
 from a2tgpo.run.resume import changed_settings, follow_settings
 from a2tgpo.run.rules import describe_changes, settings_of
+from a2tgpo.update.extrapolation_gate import ExtrapolationGate
 from a2tgpo.update.optimizer import LearningRateSchedule
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class RunCheckpoints:
 
     Args:
         folder: the folder of the run.
-        policy, optimizer, schedule, entropy_weight, state, guards: the objects whose state a checkpoint contains.
+        policy, optimizer, schedule, entropy_weight, extrapolation_gate, state, guards: the objects whose state a
+            checkpoint contains.
         phases: moves policy and optimizer to the GPU before a save or a load.
         train_prompts: the training questions, to which `state` refers.
         test_sets: the held-out questions, to which the best score refers.
@@ -57,6 +59,7 @@ class RunCheckpoints:
         optimizer: Any,
         schedule: LearningRateSchedule,
         entropy_weight: EntropyWeight,
+        extrapolation_gate: ExtrapolationGate,
         state: RolloutState,
         guards: Guards,
         phases: MemoryPhases,
@@ -70,7 +73,7 @@ class RunCheckpoints:
         self._groups = groups
         self._engine_group = engine_group
         self._policy, self._optimizer, self._schedule = policy, optimizer, schedule
-        self._entropy_weight = entropy_weight
+        self._entropy_weight, self._extrapolation_gate = entropy_weight, extrapolation_gate
         self._state = state
         self._guards = guards
         self._phases = phases
@@ -126,6 +129,8 @@ class RunCheckpoints:
             # A checkpoint of an earlier version may lack the following states, or a best policy.
             if "entropy_weight" in state:
                 self._entropy_weight.load_state_dict(state["entropy_weight"])
+            if "extrapolation_gate" in state:
+                self._extrapolation_gate.load_state_dict(state["extrapolation_gate"])
             if "guards" in state:
                 self._guards.load_state_dict(state["guards"])
             # Another run's record of its best policy names a checkpoint that this run does not have.
@@ -161,6 +166,7 @@ class RunCheckpoints:
                 "sampler": self._state.sampler.state_dict(),
                 "test_questions": self._test_sets.fingerprint,
                 "entropy_weight": self._entropy_weight.state_dict(),
+                "extrapolation_gate": self._extrapolation_gate.state_dict(),
                 "guards": self._guards.state_dict(),
                 "evaluation_is_due": evaluation_is_due,
                 "best": best,

@@ -74,12 +74,17 @@ class LearningRateSchedule:
         """Learning rate of the next update."""
         return self._scheduler.get_lr({})
 
+    @property
+    def steps_done(self) -> int:
+        """Number of updates that were made, in this start and before."""
+        return int(self._scheduler.num_steps) - 1
+
     def step(self) -> None:
         """Move on to the learning rate of the next update."""
         self._scheduler.step(1)
 
     def state_dict(self) -> dict[str, int]:
-        return {"steps_done": self._scheduler.num_steps - 1}
+        return {"steps_done": self.steps_done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from the step in `state`, with the learning rates of this run's config.

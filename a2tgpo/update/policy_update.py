@@ -13,6 +13,7 @@ from a2tgpo.batch.packing import PackedBatch
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.method_part import NO_CREDIT
 from a2tgpo.loss.credit import credit_tokens, needs_contrast
+from a2tgpo.loss.inputs import LossInputs
 from a2tgpo.loss.policy_loss import PolicyLoss, policy_loss
 from a2tgpo.loss.rollout_correction import ImportanceWeights
 from a2tgpo.loss.turn_ratio import MAX_LOG_RATIO, segment_mean
@@ -24,6 +25,7 @@ from a2tgpo.update.by_turn import sums_by_turn
 from a2tgpo.update.contrast import compute_contrast_logprobs
 from a2tgpo.update.credit_metrics import credit_sums, record_credit
 from a2tgpo.update.expert_balance import balance_metrics
+from a2tgpo.update.extrapolation import Extrapolation
 from a2tgpo.update.importance import correction_metrics, weigh
 from a2tgpo.update.logprobs import TokenLogprobs, compute_logprobs
 from a2tgpo.update.minibatch import Microbatch, Minibatch
@@ -98,8 +100,9 @@ def update_policy(
     *,
     distribution: TokenDistribution,
     entropy_weight: float = 0.0,
+    extrapolation: Extrapolation | None = None,
 ) -> tuple[MetricSums, TurnRatios]:
-    """Take one optimizer step per mini-batch, in order. Every rank must call this.
+    """Make one update per mini-batch, in order. Every rank must call this.
 
     This function returns metrics and, on the last pipeline stage, the ratios of the turns. If a correction is
     configured, the loss uses importance weights.
@@ -110,15 +113,21 @@ def update_policy(
 
     Args:
         entropy_weight: the weight of the entropy in the loss. If it is 0, the entropy gets no gradient.
+        extrapolation: makes the updates, except the first of a run. All metrics describe the first pass of an update,
+            except `update/grad_norm` and `extrapolation/*`. None: every update is one optimizer step.
     """
     metrics, passes = MetricSums(), _TrainingPasses(config, entropy_weight)
     for number, minibatch in enumerate(minibatches):
         minibatch = [microbatch.to(policy.groups.device) for microbatch in minibatch]
         if needs_contrast(config):
-            minibatch = compute_contrast_logprobs(policy, minibatch, distribution=distribution)
+            minibatch = list(compute_contrast_logprobs(policy, minibatch, distribution=distribution))
         batches, loss = [m.batch for m in minibatch], passes.loss_of(minibatch, is_first=number == 0)
         metrics.add("update/lr", schedule.lr, 1)
-        result = train_step(policy, optimizer, batches, loss, distribution=distribution)
+        if extrapolation is not None and extrapolation.is_ready(schedule):
+            later = passes.later_loss_of(minibatch, from_here=extrapolation.measures_from_probe)
+            result = extrapolation.step(policy, optimizer, batches, (loss, later), distribution=distribution)
+        else:
+            result = train_step(policy, optimizer, batches, loss, distribution=distribution)
         if result.update_ok:
             schedule.step()
         metrics.add("update/loss", result.loss, 1)
@@ -132,6 +141,8 @@ def update_policy(
     metrics.merge(_score_metrics(policy, passes.score_sums))
     metrics.merge(correction_metrics(passes.importance, config.correction, policy.groups))
     metrics.merge(balance_metrics(policy))
+    if extrapolation is not None:
+        metrics.merge(extrapolation.take_metrics(num_updates=len(minibatches)))
     if config.entropy_coef:
         metrics.add("entropy/weight", entropy_weight, 1)
     return metrics, passes.turn_ratios
@@ -146,25 +157,30 @@ class _TrainingPasses:
         self.score_sums: dict[str, Tensor] = {}
         self.importance: list[ImportanceWeights] = []
         self.turn_ratios: TurnRatios = []
+        self._credited: dict[int, Tensor] = {}
+        """The advantages of the tokens of each micro-batch, [n], after the token credit in the first pass."""
 
-    def loss_of(self, minibatch: Minibatch, *, is_first: bool) -> LossFunction:
-        """Return the loss function of a mini-batch. Only the first mini-batch of a step may lack `old_logprobs`."""
+    def loss_of(self, minibatch: list[Microbatch], *, is_first: bool) -> LossFunction:
+        """Return the loss function of a mini-batch. Only the first mini-batch of a step may lack `old_logprobs`.
+
+        The loss function then replaces the micro-batches in `minibatch` by copies that have them.
+        """
+        credited: dict[int, Tensor] = {}
+        self._credited = credited
 
         def loss_function(index: int, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            microbatch, config = minibatch[index], self._config
-            if microbatch.old_logprobs is None:
+            config, batch = self._config, minibatch[index].batch
+            if minibatch[index].old_logprobs is None:
                 assert is_first, "only a step's first mini-batch can go without old log-probs"
                 found = TokenLogprobs(logprobs.detach(), entropy.detach())
-                microbatch = _with_old(microbatch, found, self.score_sums)
-            batch, inputs = microbatch.batch, microbatch.loss_inputs()
-            if config.correction.kind != "none":
-                self.importance.append(weigh(inputs, batch, config.correction))
-                inputs = replace(inputs, importance=self.importance[-1].weights)
-            if self._entropy_weight:
-                inputs = replace(inputs, entropy=entropy[batch.loss_mask[0]])
+                minibatch[index] = _with_old(minibatch[index], found, self.score_sums)
+            inputs, importance = self._inputs(minibatch[index], entropy)
+            if importance is not None:
+                self.importance.append(importance)
             sampled = logprobs[batch.loss_mask[0]]
             of_turns = inputs.advantages
             inputs, measured = credit_tokens(sampled, inputs, config)
+            credited[index] = inputs.advantages
             result = policy_loss(sampled, inputs, config, entropy_weight=self._entropy_weight)
             log_ratio = sampled.detach() - inputs.old_logprobs
             shared = segment_mean(log_ratio, inputs.turn_ids, inputs.num_turns)
@@ -178,6 +194,39 @@ class _TrainingPasses:
             return result.loss, sums
 
         return loss_function
+
+    def later_loss_of(self, minibatch: Sequence[Microbatch], *, from_here: bool) -> LossFunction:
+        """Return the loss function of another pass over a mini-batch, after a pass with the function of `loss_of`.
+
+        Its metrics are `tokens` and `clipped`, the numbers of all sampled tokens and of clipped ones.
+
+        Args:
+            from_here: whether ratios are measured from the policy of the pass itself, so that every ratio is 1.
+        """
+
+        def loss_function(index: int, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            inputs, _ = self._inputs(minibatch[index], entropy)
+            inputs = replace(inputs, advantages=self._credited[index])
+            sampled = logprobs[minibatch[index].batch.loss_mask[0]]
+            if from_here:
+                inputs = replace(inputs, old_logprobs=sampled.detach())
+            result = policy_loss(sampled, inputs, self._config, entropy_weight=self._entropy_weight)
+            return result.loss, {
+                "tokens": torch.tensor(float(sampled.numel())),
+                "clipped": result.is_clipped.sum(),
+            }
+
+        return loss_function
+
+    def _inputs(self, microbatch: Microbatch, entropy: Tensor) -> tuple[LossInputs, ImportanceWeights | None]:
+        """Return the inputs of the policy loss, and the importance weights among them if there is a correction."""
+        inputs, importance = microbatch.loss_inputs(), None
+        if self._config.correction.kind != "none":
+            importance = weigh(inputs, microbatch.batch, self._config.correction)
+            inputs = replace(inputs, importance=importance.weights)
+        if self._entropy_weight:
+            inputs = replace(inputs, entropy=entropy[microbatch.batch.loss_mask[0]])
+        return inputs, importance
 
 
 def lay_out_ratios(policy: Policy, turn_ratios: TurnRatios, *, shape: Sequence[int]) -> Tensor:

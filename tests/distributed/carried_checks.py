@@ -27,7 +27,7 @@ from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import PartialConfig
 from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
-from a2tgpo.config.update import UpdateConfig
+from a2tgpo.config.update import ExtrapolationConfig, UpdateConfig
 from a2tgpo.data.question_set import Question
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.data.template import PromptSet, PromptTemplate
@@ -39,6 +39,7 @@ from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.engine_group import build_engine_group
 from a2tgpo.refit.handover import refit
 from a2tgpo.run.folder import RunFolder
+from a2tgpo.update.extrapolation_gate import ExtrapolationGate
 from a2tgpo.update.optimizer import build_optimizer
 
 SETTINGS = dict(
@@ -63,7 +64,12 @@ def trainer_parts(policy):
     phases = MemoryPhases(policy, optimizer=optimizer)
     entropy_weight = EntropyWeight(AlgorithmConfig())
     return dict(
-        policy=policy, optimizer=optimizer, schedule=schedule, entropy_weight=entropy_weight, phases=phases
+        policy=policy,
+        optimizer=optimizer,
+        schedule=schedule,
+        entropy_weight=entropy_weight,
+        extrapolation_gate=ExtrapolationGate(ExtrapolationConfig()),
+        phases=phases,
     )
 
 

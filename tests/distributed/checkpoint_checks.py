@@ -32,10 +32,12 @@ from a2tgpo.checkpoint.sharded_state import (
     write_sharded,
 )
 from a2tgpo.checkpoint.writer import CheckpointWriter
+from a2tgpo.config.update import ExtrapolationConfig
 from a2tgpo.memory.offload import optimizer_tensors, weight_tensors
 from a2tgpo.model.policy import Policy
 from a2tgpo.parallel.collectives import all_gather_object
-from a2tgpo.update.optimizer import build_optimizer
+from a2tgpo.update.extrapolation import Extrapolation
+from a2tgpo.update.optimizer import LearningRateSchedule, build_optimizer
 
 from storage_tally import StorageTally  # isort: skip  (found by what update_bench adds to the path)
 
@@ -48,40 +50,55 @@ def save(root: Path, step: int, **what: Any) -> Path:
     return root / f"step_{step}"
 
 
-def check_resume(bench: Bench, **options: Any) -> None:
+PLAIN = ExtrapolationConfig()
+
+
+def check_resume(bench: Bench, *, config: ExtrapolationConfig = PLAIN, **options: Any) -> None:
     """A policy that was saved, loaded and trained further equals a policy that never stopped, bit for bit."""
     root = bench.folder / "checkpoints" / (bench.name + "".join(options))
     options = {"distributed_optimizer": True, **options}
     policy, update = bench.policy(**options)
     optimizer, schedule = build_optimizer(policy, update, total_steps=6)
-    for _ in range(2):
-        bench.step(policy, optimizer)
-        schedule.step()
+    extrapolation = Extrapolation(config)
+    two_updates(bench, policy, optimizer, schedule, extrapolation)
     state = {"step": 2, "sampler": {"position": 7, "order": [3, 1, 2]}, "best": 0.1 + 0.2}
+    state["extrapolation_gate"] = extrapolation.gate.state_dict()
     parts = {"policy": policy, "optimizer": optimizer, "schedule": schedule}
     path = save(root, 2, **parts, state=state)
     drawn = (torch.rand(3).tolist(), random.random())
-    rates = []
-    for _ in range(2):
-        rates.append(schedule.lr)
-        bench.step(policy, optimizer)
-        schedule.step()
+    measured = two_updates(bench, policy, optimizer, schedule, extrapolation)
     expected = hf_weights(policy)
 
     policy, update = bench.policy(**options)
     optimizer, schedule = build_optimizer(policy, update, total_steps=6)
+    extrapolation = Extrapolation(config)
     torch.manual_seed(99)
     assert checkpoint.latest(root) == path
     assert checkpoint.load(path, policy=policy, optimizer=optimizer, schedule=schedule) == state
+    extrapolation.gate.load_state_dict(state["extrapolation_gate"])
     assert (torch.rand(3).tolist(), random.random()) == drawn
-    for rate in rates:
-        assert schedule.lr == rate
-        bench.step(policy, optimizer)
-        schedule.step()
+    assert two_updates(bench, policy, optimizer, schedule, extrapolation) == measured
     assert_close(hf_weights(policy), expected, 0)
     if bench.groups.rank == 0:
         torch.save(expected, root / "after_two_more.pt")
     dist.barrier()
+
+
+def two_updates(
+    bench: Bench, policy: Policy, optimizer: Any, schedule: LearningRateSchedule, extrapolation: Extrapolation
+) -> list[tuple[float, dict[str, float]]]:
+    """Make two updates, extrapolated if possible. Return the learning rates and the metrics of the extrapolation."""
+    found = []
+    for _ in range(2):
+        rate, batches = schedule.lr, bench.batches()
+        if extrapolation.is_ready(schedule):
+            losses = (bench.loss_function(batches), bench.loss_function(batches))
+            extrapolation.step(policy, optimizer, batches, losses)
+        else:
+            bench.step(policy, optimizer, batches)
+        schedule.step()
+        found.append((rate, extrapolation.take_metrics(num_updates=1).values()))
+    return found
 
 
 def check_resume_with_buckets(bench: Bench) -> None:

@@ -44,6 +44,7 @@ from a2tgpo.reward.load import build_rewards
 from a2tgpo.reward.pool import RewardPool
 from a2tgpo.run.folder import RunFolder
 from a2tgpo.trainer import Trainer
+from a2tgpo.update.extrapolation import Extrapolation
 from a2tgpo.update.optimizer import build_optimizer
 
 
@@ -72,6 +73,7 @@ def of_method(parts: RunParts, config: RunConfig) -> RunParts:
         optimizer=optimizer,
         schedule=schedule,
         entropy_weight=EntropyWeight(config.algorithm),
+        extrapolation=Extrapolation(config.update.extrapolation),
         reference=reference,
         phases=MemoryPhases(
             policy,

@@ -62,7 +62,17 @@ RUNS = (
     | TREES
 )
 DYNAMIC = ("dapo", "dapo_one_draw")
-WITH_REFERENCE = ("grpo", "hgpo", "tree_grpo", "tree_grpo_resumed", "grpo_k2", "grpo_tight", "masked", "cool")
+WITH_REFERENCE = (
+    "grpo",
+    "gxpo",
+    "hgpo",
+    "tree_grpo",
+    "tree_grpo_resumed",
+    "grpo_k2",
+    "grpo_tight",
+    "masked",
+    "cool",
+)
 WITH_ADAPTIVE_CLIP = ("a2tgpo", "a2tgpo_released", "turn_group_absent", "truncated", "gain_of_reference")
 GOLD = {
     **{f"capital of {land}?": city for land, city in CAPITALS.items()},
@@ -298,6 +308,28 @@ def test_only_dapo_lowers_the_rewards_of_long_responses(runs, name):
 
 
 @pytest.mark.parametrize("name", RUNS)
+def test_only_gxpo_extrapolates_its_updates(runs, name):
+    found = [
+        {key: value for key, value in record.items() if key.startswith("extrapolation/")}
+        for record in runs[name].steps
+    ]
+    if name != "gxpo":
+        assert not any(found)
+        return
+    # A step has two updates. The first update of the run creates the optimizer's state.
+    assert [step["extrapolation/passes"] for step in found] == [2, 3]
+    assert [step["extrapolation/active"] for step in found] == [0.5, 1]
+    for step in found:
+        assert step["extrapolation/fallbacks"] == step["extrapolation/clip_fraction"] == 0
+        assert 0.5 <= step["extrapolation/multiplier"] <= 0.5 * 3.5
+    plain, extrapolated = runs["grpo"], runs["gxpo"]
+    assert plain.steps[0]["update/loss"] == extrapolated.steps[0]["update/loss"], (
+        "equal until the second update"
+    )
+    assert plain.steps[1]["kl/reference"] != extrapolated.steps[1]["kl/reference"]
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_only_the_adaptive_clip_is_spread(runs, name):
     for record in runs[name].steps:
         scales = [record[f"clip/scale_{kind}"] for kind in ("min", "mean", "max")]
@@ -329,7 +361,7 @@ def test_advantages_are_those_of_the_method(runs):
     advantages = {
         name: advantages_of(run) for name, run in runs.items() if name not in (*DYNAMIC, *TREES, "cool")
     }
-    for objective in ("gspo", "cispo", "sapo", "gmpo", "gcpo"):
+    for objective in ("gspo", "cispo", "sapo", "gmpo", "gcpo", "gxpo"):
         assert advantages[objective] == advantages["grpo"]
     assert advantages["igpo_tg_rescaled"] == advantages["a2tgpo"] == advantages["truncated"]
     methods = (

@@ -63,6 +63,7 @@ from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
+from a2tgpo.config.update import ExtrapolationConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.loss.clip_cov import clip_covariance
 from a2tgpo.loss.entropy import EntropyWeight
@@ -73,6 +74,8 @@ from a2tgpo.parallel.engine_group import EngineGroup
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.run.checkpoints import RunCheckpoints
 from a2tgpo.run.folder import RunFolder
+from a2tgpo.update.extrapolation import Extrapolation
+from a2tgpo.update.extrapolation_gate import ExtrapolationGate
 from a2tgpo.update.logprobs import compute_logprobs
 from a2tgpo.update.optimizer import build_optimizer
 from a2tgpo.update.train_step import train_step
@@ -157,6 +160,31 @@ def check_data_parallel_updates(bench: Bench) -> None:
     assert_close(weights, outcomes[1][1], 1e-4)
 
 
+def check_extrapolated_updates(bench: Bench) -> None:
+    """The same for updates that are extrapolated from two probe steps, also if weights are gathered in buckets."""
+    outcomes = []
+    for replicas, bucket_size in ((1, None), (4, None), (4, 3000)):
+        policy, update = bench.policy(distributed_optimizer=True, clip_grad=0.05, bucket_size=bucket_size)
+        optimizer, _ = build_optimizer(policy, update, total_steps=10)
+        extrapolation = Extrapolation(ExtrapolationConfig(horizon=5))
+        batches = bench.batches(replicas=replicas)
+        losses = (bench.loss_function(batches), bench.loss_function(batches))
+        bench.step(policy, optimizer, batches)
+        results = [extrapolation.step(policy, optimizer, batches, losses) for _ in range(2)]
+        assert all(result.update_ok for result in results)
+        metrics = extrapolation.take_metrics(num_updates=2)
+        found = metrics.reduce(bench.groups.dp_group)
+        assert found["extrapolation/passes"] == 3 and 0 < found["extrapolation/inactive_share"] < 1
+        outcomes.append(([r.grad_norm for r in results], found, hf_weights(policy)))
+    for norms, found, weights in outcomes[1:]:
+        for norm, expected in zip(norms, outcomes[0][0], strict=True):
+            assert math.isclose(norm, expected, rel_tol=1e-3), (norms, outcomes[0][0])
+        for name in ("factor_mean", "capped_share", "inactive_share", "multiplier", "ratio_mean"):
+            one, other = found[f"extrapolation/{name}"], outcomes[0][1][f"extrapolation/{name}"]
+            assert math.isclose(one, other, rel_tol=1e-2, abs_tol=1e-2), (name, one, other)
+        assert_close(weights, outcomes[0][2], 1e-3)
+
+
 def check_clip_cov(bench: Bench) -> None:
     """Clip-Cov chooses the same tokens as one process, also if a replica has no token."""
     generator = torch.Generator().manual_seed(7)
@@ -179,6 +207,7 @@ def check_one_best(bench: Bench) -> None:
         optimizer=optimizer,
         schedule=schedule,
         entropy_weight=EntropyWeight(AlgorithmConfig()),
+        extrapolation_gate=ExtrapolationGate(ExtrapolationConfig()),
         phases=MemoryPhases(policy, optimizer=optimizer),
         state=RolloutState(sampler=PromptSampler(10, 2, seed=0)),
         guards=Guards(GuardConfig(), clip_low=0.1, clip_high=0.1),
@@ -232,6 +261,7 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_resume_whole_optimizer,
         check_memory_phases_with_buckets,
         check_data_parallel_updates,
+        check_extrapolated_updates,
         check_retention,
         check_clip_cov,
         check_one_best,

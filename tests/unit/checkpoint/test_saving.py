@@ -53,6 +53,15 @@ def test_the_weight_of_the_entropy_is_restored_to_the_bit(world, tmp_path):
     assert second.step == 4 and second.parts.entropy_weight.value == first.parts.entropy_weight.value > 0
 
 
+def test_the_gate_of_the_extrapolation_is_restored_to_the_bit(world, tmp_path):
+    first = Run(world, tmp_path)
+    for norm in (9.0, 0.1, 0.2, 0.3):
+        first.parts.extrapolation.gate.observe(norm)
+    first.save(4)
+    second = Run(world, tmp_path)
+    assert second.parts.extrapolation.gate.observe(0.4) == first.parts.extrapolation.gate.observe(0.4) > 0
+
+
 def test_of_the_best_the_weights_alone_stay_and_are_what_was_saved(world, tmp_path):
     """The weights can be evaluated, but a run cannot continue from them. The newest checkpoint stays whole, even if
     it is the best, until newer ones exist.

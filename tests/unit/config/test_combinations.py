@@ -47,6 +47,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "rollout.dynamic_sampling": (False, True),
     "rollout.tree.initial": (0, 2),
     "rollout.tree.choice": ("entropy", "random"),
+    "rollout.gain.scorer": ("policy", "reference"),
+    "update.extrapolation.horizon": (0, 5),
 }
 """The values of each setting that are walked through."""
 COMPLETED = (
@@ -74,6 +76,7 @@ REFUSED = {
     ),
     ("algorithm.clip_cov_share=0.2", "algorithm.token_credit=gcpo"),
     ("algorithm.gain_spread_floor=0.01", "algorithm.normalize_by_std=False"),
+    ("rollout.gain.scorer=reference", "algorithm.turn_signal=scores"),
     *(
         ("algorithm.gain_spread_floor=0.01", f"algorithm.advantage={a}")
         for a in ("gigpo", "grpo", "gtpo", "hgpo", "igpo_joint", "igpo_separate", *OF_TREES)

@@ -32,6 +32,7 @@ GRPO = {
     "rollout.dynamic_sampling": False,
     "reward.overlong_buffer_tokens": 0,
     "rollout.tree.initial": 0,
+    "update.extrapolation.horizon": 0,
 }
 A2TGPO = {
     **GRPO,
@@ -52,6 +53,14 @@ EXPECTED = {
         "algorithm.dual_clip": 3.0,
         "algorithm.kl_coef": 1e-3,
         "algorithm.kl_estimator": "k3",
+    },
+    "gxpo": {
+        **GRPO,
+        "algorithm.dual_clip": 3.0,
+        "algorithm.kl_coef": 1e-3,
+        "algorithm.kl_estimator": "k3",
+        "update.extrapolation.horizon": 5,
+        "update.extrapolation.alpha": 0.5,
     },
     "dapo": {
         **GRPO,
@@ -216,8 +225,9 @@ def test_a_preset_over_an_experiment_gives_the_method(name):
     config = load_config(EXPERIMENT, [*ROOM, str(PRESETS[name])])
     for key, value in EXPECTED[name].items():
         assert value_of(config, key) == value, key
-    for section in ("run", "model", "data", "search", "update", "evaluation", "warmstart"):
+    for section in ("run", "model", "data", "search", "evaluation", "warmstart"):
         assert getattr(config, section) == getattr(plain, section)
+    assert dataclasses.replace(config.update, extrapolation=plain.update.extrapolation) == plain.update
 
 
 def test_presets_write_out_all_that_tells_methods_apart():

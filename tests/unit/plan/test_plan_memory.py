@@ -20,6 +20,7 @@ from a2tgpo.config.load import load_config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.run import RunConfig
+from a2tgpo.config.update import ExtrapolationConfig
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.memory import residency
 from a2tgpo.model.forward import forward_packed
@@ -32,6 +33,7 @@ from a2tgpo.plan.host_memory import PROCESS_GIB
 from a2tgpo.plan.layouts import LEAST_HEADROOM
 from a2tgpo.plan.memory import PHASES, chunks_in_flight, trainer_memory
 from a2tgpo.plan.plan import Plan, make_plan
+from a2tgpo.plan.transfers import transfer_bytes
 
 ROOT = Path(__file__).parents[3]
 H100 = GPUS["h100-80gb"]
@@ -249,6 +251,27 @@ def test_a_reference_costs_its_weights_while_it_scores_and_without_offload_alway
     resident = changed(config_8b, "update", offload=False)
     assert _cost_of_a_reference(config_8b) == pytest.approx({name: float(name == "score") for name in PHASES})
     assert _cost_of_a_reference(resident) == pytest.approx(dict.fromkeys(PHASES, 1.0))
+
+
+def test_extrapolation_costs_two_more_passes_and_16_bytes_a_weight_on_the_host():
+    plain = plan_70b(CONFIG_70B)
+    extrapolation = ExtrapolationConfig(horizon=5)
+    extrapolated = plan_70b(changed(CONFIG_70B, "update", extrapolation=extrapolation))
+    assert extrapolated.update.seconds == pytest.approx(3 * plain.update.seconds)
+    assert extrapolated.stage_flops["update"] == 3 * plain.stage_flops["update"]
+    assert peaks(extrapolated) == peaks(plain)
+    stepped = (
+        trainer_memory(CONFIG_70B, QWEN_72B, stage=3, data_parallel=2).weights / 2 / 2
+    )  # over two replicas
+    copies = extrapolated.host.total - plain.host.total
+    assert copies == extrapolated.host.before_update == 8 * 16 * stepped
+    copied = transfer_bytes(extrapolated) - transfer_bytes(plain)
+    assert copied == pytest.approx(2 * 16 * stepped * plain.geometry.optimizer_steps)
+    small = make_plan(
+        extrapolated.given_config, QWEN_72B, dataclasses.replace(H100, host_memory_gib=400), gpus=64
+    )
+    assert "for what precedes an extrapolated update" in faults(small)[0]
+    assert "set update.extrapolation.horizon=0" in faults(small)[0]
 
 
 def _cost_of_a_reference(config_8b: RunConfig) -> dict[str, float]:
