@@ -15,6 +15,8 @@ WITHOUT_TURN_GROUPS = ("gigpo", "grpo", "gtpo", "hgpo", "igpo_joint", "igpo_sepa
 """Methods of advantage/methods/ that normalise nothing within turn groups."""
 WITH_CONTRAST = ("gcpo",)
 """Token credits of loss/credits/ that read log-probs after contrast prompts."""
+WITHOUT_CLIPPING_RANGE = ("sapo",)
+"""Objectives of loss/objectives/ that do not use clip_low and clip_high."""
 Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 
 
@@ -111,6 +113,11 @@ class AlgorithmConfig:
     def uses_gain(self) -> bool:
         """Whether turns are worth their information gains, for which the gold answers are scored."""
         return self.turn_signal == "gain"
+
+    @property
+    def has_clipping_range(self) -> bool:
+        """Whether the objective clips ratios to the range from 1 - clip_low to 1 + clip_high."""
+        return self.objective not in WITHOUT_CLIPPING_RANGE
 
     def __post_init__(self) -> None:
         ADVANTAGE.require_known(self.advantage)

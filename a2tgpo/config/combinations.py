@@ -94,10 +94,10 @@ def _check_clipping(algorithm: AlgorithmConfig) -> None:
     """Check that clip scales have a clipping range to scale, and gains to depend on."""
     beta = algorithm.clip_beta
     require(
-        beta == 0 or algorithm.objective != "sapo",
+        beta == 0 or algorithm.has_clipping_range,
         "algorithm.clip_beta",
         beta,
-        "0 with algorithm.objective=sapo, which has no clipping range; set algorithm.clip_beta=0",
+        f"0 with algorithm.objective={algorithm.objective}, which has no clipping range; set algorithm.clip_beta=0",
     )
     require(
         beta == 0 or algorithm.advantage not in WITHOUT_NORMALIZED_GAINS,

@@ -70,6 +70,8 @@ class MethodPart:
             inspect.signature(function).bind(*self.arguments, **dict.fromkeys(self.keywords))
         except TypeError as error:
             raise ConfigError(f"{self.key} is {spec!r}; allowed: {rule}, but {error}") from None
+        except ValueError:  # a function without a readable signature
+            pass
 
     def _reporting(self, function: Callable[..., Any], spec: str, path: Path) -> Callable[..., Any]:
         @functools.wraps(function)

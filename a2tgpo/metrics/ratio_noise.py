@@ -48,11 +48,14 @@ class RatioNoise:
             The metrics `ratio/noise` (nats) and `ratio/noise_share`, and a line of text. `ratio/noise_share` is the
             noise divided by the smaller of clip_low and clip_high. A step with fewer than three mini-batches has no
             metrics. The line reports the noise after the `FIRST_STEPS`-th measured step. It is "" after other steps.
+            If the objective has no clipping range, there is no `ratio/noise_share` and no line.
         """
         after_one, after_two = (metrics.get(name, math.nan) for name in SPREAD_METRICS.values())
         if not (math.isfinite(after_one) and math.isfinite(after_two)):
             return {}, ""
         noise = noise_of(after_one, after_two)
+        if not self._config.algorithm.has_clipping_range:
+            return {"ratio/noise": noise}, ""
         judged = {"ratio/noise": noise, "ratio/noise_share": noise / self._clip}
         if self._first is None:
             return judged, ""

@@ -45,9 +45,11 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "algorithm.kl_coef": (0.0, 1e-3),
     "algorithm.entropy_coef": (0.0, 1e-3),
     "rollout.dynamic_sampling": (False, True),
+    "rollout.partial.tokens_per_step": (0, 1000),
+    "rollout.gain.measure": ("probability", "log_probability"),
+    "rollout.gain.scorer": ("policy", "reference"),
     "rollout.tree.initial": (0, 2),
     "rollout.tree.choice": ("entropy", "random"),
-    "rollout.gain.scorer": ("policy", "reference"),
     "update.extrapolation.horizon": (0, 5),
 }
 """The values of each setting that are walked through."""
@@ -56,6 +58,7 @@ COMPLETED = (
     "algorithm.ratio",
     "algorithm.token_credit",
     "algorithm.contrast.level",
+    "algorithm.correction.kind",
     "algorithm.advantage",
     "rollout.tree.initial",
 )
@@ -76,6 +79,8 @@ REFUSED = {
     ),
     ("algorithm.clip_cov_share=0.2", "algorithm.token_credit=gcpo"),
     ("algorithm.gain_spread_floor=0.01", "algorithm.normalize_by_std=False"),
+    ("rollout.partial.tokens_per_step=1000", "algorithm.correction.kind=none"),
+    ("rollout.partial.tokens_per_step=1000", "rollout.dynamic_sampling=True"),
     ("rollout.gain.scorer=reference", "algorithm.turn_signal=scores"),
     *(
         ("algorithm.gain_spread_floor=0.01", f"algorithm.advantage={a}")
@@ -214,7 +219,7 @@ def test_every_pair_of_settings_trains_or_is_refused_at_start():
 
 
 def test_a_refusal_is_one_line_with_a_key_of_the_method_and_a_mend_that_helps():
-    free = [key for key in COMPLETED if key != "algorithm.advantage"]
+    free = [key for key in COMPLETED if key not in ("algorithm.advantage", "algorithm.correction.kind")]
     for advantage, beta in itertools.product(("turn_group", "grpo", "at2po"), (0.0, 0.3)):
         for values in itertools.product(*map(VALUES.get, free)):
             settings = dict(zip(free, values, strict=True))

@@ -1,12 +1,16 @@
 import datetime
 import time
+from pathlib import Path
 
 import pytest
 
+from a2tgpo.config.load import load_config
 from a2tgpo.data import template as template_module
 from a2tgpo.data.question_set import Question
-from a2tgpo.data.template import PromptSet, PromptTemplate
+from a2tgpo.data.template import PromptSet, PromptTemplate, contrast_prompt_set
 from a2tgpo.io.errors import ConfigError
+
+QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
 
 
 def question(name, text, hops=0):
@@ -48,6 +52,21 @@ def test_prompt_past_the_budget_names_question_and_length(tokenizer):
         ConfigError, match=rf"'b' has {length} tokens; allowed: .*max_prompt_tokens={length - 1};"
     ):
         prompt_set.check_lengths()
+
+
+def test_a_contrast_prompt_is_the_question_with_its_suffix_and_has_the_same_budget(tokenizer):
+    suffix = "algorithm.contrast.prompt_suffix= Lie."
+    config = load_config(QUICKSTART, [suffix, "data.max_prompt_tokens=1"])
+    template = PromptTemplate(tokenizer, "")
+    prompts = contrast_prompt_set([question("a", "A?"), question("b", "B?")], template, config)
+    assert prompts.tokens_of(["b", "a", "b"]) == {
+        "b": template.render("B? Lie."),
+        "a": template.render("A? Lie."),
+    }
+    with pytest.raises(
+        ConfigError, match=r"question 'a' with algorithm\.contrast\.prompt_suffix has \d+ tokens"
+    ):
+        prompts.check_lengths()
 
 
 def test_ranks_that_look_at_a_share_each_find_the_first_prompt_past_the_budget(tokenizer, monkeypatch):

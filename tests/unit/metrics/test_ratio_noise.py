@@ -81,6 +81,12 @@ def test_the_range_that_is_advised_ends_the_complaint(measured):
     assert high / low == pytest.approx(4 / 3, rel=0.1)
 
 
+def test_an_objective_without_a_clipping_range_has_noise_but_no_share_and_no_line():
+    noise = watch(f"{ROOT}/configs/algorithm/sapo.yaml")
+    found = [noise.watch(squares(1e-4, 1e-4)) for _ in range(4)]
+    assert found == [({"ratio/noise": pytest.approx(1e-2)}, "")] * 4
+
+
 def test_numbers_are_rounded_up_to_two_digits():
     rounded = [round_up(value) for value in (0.00611, 0.006, 0.995, 11.2)]
     assert rounded == pytest.approx([0.0062, 0.006, 1.0, 12])
