@@ -7,6 +7,7 @@ import functools
 import itertools
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,8 +28,8 @@ from a2tgpo.trajectory import Call, Trajectory, Turn
 
 BASE = load_config(Path(__file__).parents[3] / "configs" / "quickstart.yaml", ["algorithm.clip_beta=0"])
 VALUES: dict[str, tuple[Any, ...]] = {
-    "algorithm.advantage": tuple(ADVANTAGE.names()),
-    "algorithm.objective": tuple(OBJECTIVE.names()),
+    "algorithm.advantage": tuple(sorted(ADVANTAGE.names(), key=lambda name: name != "turn_group")),
+    "algorithm.objective": tuple(sorted(OBJECTIVE.names(), key=lambda name: name != "clipped_ratio")),
     "algorithm.token_credit": (NO_CREDIT, *TOKEN_CREDIT.names()),
     "algorithm.contrast.level": ("token", "turn"),
     "algorithm.ratio": ("token", "turn", "sequence"),
@@ -63,6 +64,7 @@ COMPLETED = (
     "rollout.tree.initial",
 )
 """Settings that are changed to find a configuration in which a pair works."""
+MOST_CHANGES = 2
 REFUSED = {
     ("algorithm.ratio=token", "algorithm.objective=gmpo"),
     ("algorithm.ratio=token", "algorithm.objective=gspo_token"),
@@ -118,12 +120,14 @@ def changed(section: Any, values: dict[str, Any]) -> Any:
     return dataclasses.replace(section, **plain)
 
 
-def completions(pair: dict[str, Any]) -> list[dict[str, Any]]:
-    """Settings that contain the pair, the plainest first."""
+def completions(pair: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield settings that contain the pair, with at most `MOST_CHANGES` of `COMPLETED` not at their first values."""
     free = [key for key in COMPLETED if key not in pair]
-    return [
-        dict(zip(free, values, strict=True)) | pair for values in itertools.product(*map(VALUES.get, free))
-    ]
+    plain = {key: VALUES[key][0] for key in free} | pair
+    for count in range(MOST_CHANGES + 1):
+        for keys in itertools.combinations(free, count):
+            for values in itertools.product(*(VALUES[key][1:] for key in keys)):
+                yield plain | dict(zip(keys, values, strict=True))
 
 
 @functools.cache
