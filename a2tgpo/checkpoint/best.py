@@ -24,7 +24,7 @@ class Best:
     score: float
     metric: str
     standard_error: float = 0.0
-    """Standard error of the score over the questions. It is 0 in a checkpoint that did not store the error."""
+    """Standard error of the score over the questions. 0 if an older checkpoint did not store the error."""
 
 
 class BestCheckpoint:
@@ -33,8 +33,8 @@ class BestCheckpoint:
     A score is better only if it is higher by more than sqrt(a^2 + b^2), for standard errors a and b of the two
     scores. If the questions cannot distinguish several policies, the earliest of these policies stays the best.
 
-    `ROOT/best.json` names the best as {"step", "score", "metric", "standard_error"}. A resumed run takes its best
-    policy from the checkpoint that it resumes, not from this file. The caller must forget a best policy whose
+    `ROOT/best.json` names the best policy as {"step", "score", "metric", "standard_error"}. A resumed run takes its
+    best policy from the checkpoint that it resumes, not from this file. The caller must forget a best policy whose
     checkpoint no longer exists.
 
     Args:

@@ -27,7 +27,7 @@ Piece = tuple[int, int, int]
 
 
 class DamagedFileError(Exception):
-    """A piece of a file is not what was written. The message names the file."""
+    """A piece of a file differs from what was written. The message names the file."""
 
 
 class ChecksummingStream:

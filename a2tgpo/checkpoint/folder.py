@@ -59,7 +59,7 @@ WEIGHTS_ONLY = "weights_only"
 """Key of `complete.json`: True if `retention.py` has removed all but the weights of the checkpoint."""
 _STEP_FOLDER = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"\.step_\d+\.(unfinished|replaced)|step_\d+\.(tmp|old)")
-"""Names of the folders that an interrupted save leaves. Earlier versions left `step_N.tmp` or `step_N.old`."""
+"""Names of the folders that an interrupted save leaves behind. Earlier versions left `step_N.tmp` or `step_N.old`."""
 
 
 class DamagedCheckpointError(ValueError):
@@ -101,8 +101,8 @@ def load(
 ) -> dict[str, Any]:
     """Load a checkpoint's weights, optimizer state, schedule and random states.
 
-    If the saving run had another layout than this run, the random states are not restored, because each belongs to
-    one rank.
+    If the saving run had another layout than this run, the random states are not restored, because a random state
+    belongs to one rank.
 
     Args:
         is_checked: True if `latest` has already checked the files. This function then checks only the tensors.
@@ -161,7 +161,7 @@ def load_weights(path: str | Path, policy: Policy) -> None:
 
 @contextlib.contextmanager
 def _in_one_line(path: Path) -> Iterator[None]:
-    """Convert the error that torch raises for damaged tensors or unexpected shapes to an error of one line."""
+    """Convert torch's error for damaged tensors or unexpected shapes to an error with a one-line message."""
     try:
         yield
     except CheckpointException as error:  # `error.failures` maps each failed rank to its exception

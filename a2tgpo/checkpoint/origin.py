@@ -27,7 +27,7 @@ def origin_of(policy: Policy) -> dict[str, dict[str, Any]]:
 
 
 def require_same_model(path: Path, record: dict[str, Any], hf_config: PretrainedConfig) -> None:
-    """Raise a ValueError of one line if `record` describes another model than `hf_config`; one process may call this.
+    """Raise a one-line ValueError if `record` describes a model other than `hf_config`; one process may call this.
 
     Shapes alone do not tell two models apart, because Megatron pads vocabularies and a load skips unknown keys. A
     checkpoint that records no architecture is accepted.
@@ -48,7 +48,7 @@ def require_same_model(path: Path, record: dict[str, Any], hf_config: Pretrained
 
 
 def require_same_adapters(path: Path, record: dict[str, Any], policy: Policy) -> None:
-    """Raise a ValueError of one line if the saved policy and `policy` have different adapters."""
+    """Raise a one-line ValueError if the saved policy and `policy` have different adapters."""
     mine = origin_of(policy)["lora"]
     saved = record.get("lora", {"rank": 0})  # a checkpoint of a run without adapters, or an older one
     if saved != mine:
@@ -65,7 +65,7 @@ def base_of(policy: Policy) -> list[str]:
 
 
 def require_same_base(path: Path, record: dict[str, Any], policy: Policy) -> None:
-    """Raise a ValueError of one line if the saved adapters belong to other weights. Every rank must call this.
+    """Raise a one-line ValueError if the saved adapters belong to other weights. Every rank must call this.
 
     The weights are compared only if the saving run had the same layout.
     """
@@ -83,7 +83,7 @@ def _as_argument(value: Any) -> str:
 
 
 def require_same_optimizer(path: Path, record: dict[str, Any], optimizer: Any) -> None:
-    """Raise a ValueError of one line if exactly one of the saved optimizer and `optimizer` is distributed."""
+    """Raise a one-line ValueError if exactly one of the saved optimizer and `optimizer` is distributed."""
     mine = is_distributed(optimizer)
     saved = record.get("distributed_optimizer", mine)  # an older checkpoint has no such record
     if saved != mine:

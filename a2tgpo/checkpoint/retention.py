@@ -70,8 +70,8 @@ def reduce_to_weights(path: Path) -> None:
 def set_aside_after(root: str | Path, step: int) -> None:
     """Move the checkpoints of steps after `step` to `root/dropped_N/`. Every rank must call this.
 
-    If these checkpoints stayed, the next start would resume from them. Only the newest `MAX_DROPPED` folders
-    `dropped_N` stay.
+    If these checkpoints were not moved, the next start would resume from them. Only the newest `MAX_DROPPED` folders
+    `dropped_N` are kept.
     """
     root = Path(root)
     if dist.get_rank() == 0 and (later := [old for old in steps_in(root) if old > step]):

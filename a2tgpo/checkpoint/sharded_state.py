@@ -84,8 +84,7 @@ def copy_sharded(policy: Policy, optimizer: Any) -> ShardedCopy:
 def copy_state(state: dict[str, Any], policy: Policy) -> ShardedCopy:
     """Return a copy of the part of the sharded state dict `state` that this rank writes; every rank must call this.
 
-    The function does what `dist_checkpointing.save` does before the write. It takes `state` apart, so do not use
-    `state` again.
+    Like `dist_checkpointing.save`, this function takes `state` apart, so do not use `state` again.
     """
     sharded, common = save_preprocess(state)
     strategy = FullyParallelSaveStrategyWrapper(
@@ -294,8 +293,8 @@ def sharding_metadata(policy: Policy) -> dict[str, Any]:
 def _check_index(path: Path) -> None:
     """Refuse a checkpoint index that contains a class which no index needs, or an entry that is not a tensor.
 
-    Torch unpickles any class in the index and each entry marked as bytes, so this check must precede the read by
-    torch.
+    Torch unpickles any class in the index and each entry marked as bytes, so this check must run before torch reads
+    the index.
 
     Raises:
         ValueError: with a one-line message that names the unexpected content.
@@ -351,7 +350,7 @@ def _to_host(value: Any) -> Any:
 
 
 def _saved_tensors(policy: Policy, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a chunk's `state` that a checkpoint has.
+    """Return the part of a chunk's `state` that a checkpoint contains.
 
     The modules' `_extra_state` is left out, because only FP8 delayed scaling needs it. If the policy has adapters,
     the other weights are left out, because a start reads them from `model.path`.

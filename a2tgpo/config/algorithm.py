@@ -12,7 +12,7 @@ from a2tgpo.io.errors import require
 OF_TREES = ("at2po", "tree_grpo")
 """Methods of advantage/methods/ that compare the branches of a tree (`rollout.tree`)."""
 WITHOUT_TURN_GROUPS = ("gigpo", "grpo", "gtpo", "hgpo", "igpo_joint", "igpo_separate", *OF_TREES)
-"""Methods of advantage/methods/ that normalise nothing within turn groups."""
+"""Methods of advantage/methods/ that do not normalise within turn groups."""
 WITH_CONTRAST = ("gcpo",)
 """Token credits of loss/credits/ that read log-probs after contrast prompts."""
 WITHOUT_CLIPPING_RANGE = ("sapo",)
@@ -38,17 +38,17 @@ class AlgorithmConfig:
     objective: Expanded = "clipped_ratio"
     """Shape of the loss: name of a module in loss/objectives/ (docs/methods.md), or a function of yours as
     path/to/file.py:name. clipped_ratio is Eq. 12. cispo, sapo and gmpo are the losses of CISPO, SAPO and GMPO.
-    gspo_token is GSPO's variant for advantages that differ between the tokens that share a ratio."""
+    gspo_token is GSPO's variant for tokens that share a ratio but have different advantages."""
     token_credit: Expanded = NO_CREDIT
     """How the advantage of a turn is divided over its tokens: name of a module in loss/credits/ (docs/methods.md), or
     a function of yours as path/to/file.py:name. none: every token of a turn has the turn's advantage. gcpo: tokens
-    that depend on the instructions get more (algorithm.contrast), at the cost of one more forward pass."""
+    that depend more on the instructions get a larger share (algorithm.contrast). This needs one more forward pass."""
     gamma: float = 1.0
-    """Discount factor of each further turn, in [0, 1] (paper: 1.0)."""
+    """Discount factor per turn, in [0, 1] (paper: 1.0)."""
     alpha: float = 1.0
-    """Weight of the accumulated gain; the outcome has weight 1 (Eq. 9: 1.0; released scripts: 0.3). For gigpo,
-    this is the weight of the step advantage (GiGPO's omega: 1.0). For gtpo and mt_grpo, it is the weight of the
-    rewards of turns. For hgpo, it is the exponent of the weights of long histories (HGPO: 1.0)."""
+    """Weight of the accumulated gain, relative to a weight of 1 for the outcome (Eq. 9: 1.0; released scripts: 0.3).
+    For gigpo, this is the weight of the step advantage (GiGPO's omega: 1.0). For gtpo and mt_grpo, it is the weight
+    of turn rewards. For hgpo, it is the exponent of the weights of long histories (HGPO: 1.0)."""
     rescale: bool = True
     """Divide the accumulated gain by the square root of its number of terms (Eq. 8)."""
     normalize_by_std: bool = True
@@ -57,13 +57,13 @@ class AlgorithmConfig:
     """The gains of a turn group are divided by their standard deviation, or by this number if the standard
     deviation is smaller. Raise it if advantage/narrow_signal_share is large (docs/methods.md)."""
     hgpo_history: int = 2
-    """For hgpo: HGPO compares histories of different lengths. The longest histories have this many states before
-    the present state (HGPO: 2 or 4)."""
+    """For hgpo: HGPO compares histories of different lengths. This is the number of states before the present state
+    in the longest histories (HGPO: 2 or 4)."""
     ratio: Literal["turn", "sequence", "token"] = "turn"
     """Unit that has one importance ratio: the turn (Eq. 10), the whole sequence, or the token."""
     clip_low: float = 3e-3
-    """epsilon_low of the paper. A ratio is clipped to at least 1 - c * clip_low, where clip_beta defines c. 1 with
-    clip_beta 0: no lower limit."""
+    """epsilon_low of the paper. A ratio is clipped to at least 1 - c * clip_low, where clip_beta defines c. If
+    clip_low is 1 and clip_beta is 0, there is no lower limit."""
     clip_high: float = 4e-3
     """epsilon_high of the paper. A ratio is clipped to at most 1 + c * clip_high, where clip_beta defines c."""
     clip_beta: float = 0.3
@@ -72,19 +72,18 @@ class AlgorithmConfig:
     """Largest loss of a token with a negative advantage A, in units of |A|. A value > 1 needs ratio=token and
     objective=clipped_ratio. 0: no limit."""
     sapo_tau_positive: float = 1.0
-    """For objective=sapo: temperature of the gate for tokens with a positive advantage (SAPO: 1.0). A higher
-    temperature lets the gradient fall faster as the ratio leaves 1."""
+    """For objective=sapo: temperature of the gate for tokens with a positive advantage (SAPO: 1.0). With a higher
+    temperature, the gradient falls faster as the ratio moves away from 1."""
     sapo_tau_negative: float = 1.05
     """For objective=sapo: temperature of the gate for the other tokens (SAPO: 1.05)."""
     aggregation: Aggregation = "seq-mean-token-mean"
     """How the losses of all tokens become one number; see loss.policy_loss."""
     turn_signal: Literal["gain", "scores"] = "gain"
-    """What a process turn is worth. gain: its information gain. scores: the score that a reward or a tool gave the
-    turn (docs/rewards.md); the gold answer is then not scored, and questions need no answers. A turn without a score
-    is neutral."""
+    """Value of a turn with tool calls. gain: its information gain. scores: the score that a reward or a tool gave the
+    turn (docs/rewards.md). Questions then need no gold answers, and a turn without a score is neutral."""
     failed_calls: Literal["neutral", "count"] = "neutral"
-    """neutral: a turn with a failed tool call has no gain and no place in its turn group. count: the turn counts like
-    any other."""
+    """neutral: a turn with a failed tool call has no gain and no place in its turn group. count: the turn is treated
+    like any other turn."""
     kl_coef: float = 0.0
     """Weight of the KL divergence from the reference model; 0: no KL term."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -111,7 +110,7 @@ class AlgorithmConfig:
 
     @property
     def uses_gain(self) -> bool:
-        """Whether turns are worth their information gains, for which the gold answers are scored."""
+        """Whether the value of a turn is its information gain, so that gold answers are scored."""
         return self.turn_signal == "gain"
 
     @property
@@ -167,6 +166,6 @@ class AlgorithmConfig:
 
     @property
     def parts(self) -> tuple[tuple[MethodPart, str], ...]:
-        """The settings that name a file, each with its value."""
+        """The parts of the method that a setting chooses, each with the value of its setting."""
         parts = ((ADVANTAGE, self.advantage), (OBJECTIVE, self.objective), (TOKEN_CREDIT, self.token_credit))
         return tuple((part, spec) for part, spec in parts if spec != NO_CREDIT)

@@ -1,7 +1,7 @@
-"""Settings of a method that do not go together.
+"""Refuse combinations of settings that contradict each other.
 
-Each setting is valid by itself, but together they would train by another method than their names say.
-`RunConfig.check_training` refuses such a combination before anything is built. All other combinations work.
+Each setting is valid alone, but together they would not give the method that they name. `RunConfig.check_training`
+refuses such a combination before anything is built. All other combinations work.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 ONE_ADVANTAGE_PER_TRAJECTORY = ("grpo", "tree_grpo")
 """Methods of advantage/methods/ that give all turns of a trajectory the same advantage."""
 GRADIENT_PER_TOKEN = ("cispo", "gspo_token")
-"""Objectives of loss/objectives/ whose tokens get a gradient by their own advantages, whatever unit the ratio has. In
-the other objectives, the tokens of the unit share the mean of their advantages."""
+"""Objectives of loss/objectives/ in which a token's gradient depends on its own advantage, whatever `algorithm.ratio`
+is. In the other objectives, tokens that share a ratio also share the mean of their advantages."""
 RATIO_OF_SEVERAL_TOKENS = ("gmpo", "gspo_token")
-"""Objectives of loss/objectives/ that are defined for ratios of turns and sequences only."""
+"""Objectives of loss/objectives/ that are defined only for the ratios of turns and sequences."""
 WITHOUT_NORMALIZED_GAINS = ("gigpo", "grpo", "gtpo", "hgpo", *OF_TREES)
 """Methods of advantage/methods/ whose turns all have normalised gain 0."""
 _SIZES = ("token", "turn", "sequence")
 
 
 def check_combinations(config: RunConfig) -> None:
-    """Raise `ConfigError` with a one-line message if two settings of the method do not go together."""
+    """Raise `ConfigError` with a one-line message if two settings of the method cannot be combined."""
     algorithm = config.algorithm
     _check_ratio(algorithm)
     _check_clipping(algorithm)
@@ -77,9 +77,9 @@ _GCPO_OF_TURNS = ("token", "turn", "gcpo")
 
 
 def _unit_of_advantages(algorithm: AlgorithmConfig) -> tuple[str, str]:
-    """Return the largest unit in which all advantages are equal, and the setting that makes it so.
+    """Return the largest unit within which all advantages are equal, and the setting that determines the unit.
 
-    A function of the user may return any advantages for its turns, so the user is trusted to choose the ratio.
+    For a user's advantage function the unit is the sequence, so that the user may choose any ratio.
     """
     if algorithm.token_credit == "gcpo" and algorithm.contrast.level == "turn":
         return "turn", "algorithm.token_credit=gcpo"
@@ -91,7 +91,7 @@ def _unit_of_advantages(algorithm: AlgorithmConfig) -> tuple[str, str]:
 
 
 def _check_clipping(algorithm: AlgorithmConfig) -> None:
-    """Check that clip scales have a clipping range to scale, and gains to depend on."""
+    """If `clip_beta` > 0, check that the objective has a clipping range, and that the advantage normalises gains."""
     beta = algorithm.clip_beta
     require(
         beta == 0 or algorithm.has_clipping_range,
@@ -109,7 +109,7 @@ def _check_clipping(algorithm: AlgorithmConfig) -> None:
 
 
 def _check_tree(config: RunConfig) -> None:
-    """Check that there are branches exactly if the advantage compares them. The user's functions are trusted."""
+    """Check that rollouts branch if and only if the advantage compares branches. A user's function allows both."""
     advantage, tree = config.algorithm.advantage, config.rollout.tree
     needs_tree = advantage in OF_TREES
     require(

@@ -1,4 +1,4 @@
-"""Settings of the contrast prompts, and of GCPO, which weighs tokens by them."""
+"""Settings of contrast prompts, and of GCPO, which uses them to weigh tokens."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ from a2tgpo.io.errors import require
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastConfig:
-    """The contrast prompt of a question is its prompt with other instructions to the policy.
+    """The contrast prompt of a question is the question's prompt with other instructions to the policy.
 
     Before each update, the policy computes the log-probs of the sampled tokens after the contrast prompt. Tokens
     whose log-probs differ most from those after the real prompt depend most on the instructions. Only
@@ -19,13 +19,13 @@ class ContrastConfig:
     """Text that follows the question in its contrast prompt. With this text, the prompt must not have more than
     data.max_prompt_tokens tokens."""
     level: Literal["token", "turn"] = "token"
-    """Unit that has one weight. turn: the mean divergence of a turn's tokens decides, and turns are ranked among the
-    turns of their trajectory. algorithm.ratio=turn needs level turn."""
+    """Unit that has one weight. turn: the turns of a trajectory are ranked by the mean divergence of their tokens.
+    algorithm.ratio=turn needs level turn."""
     top_share: float = 0.4
     """Share of the ranked units that together get `top_mass` of the weight (GCPO: 0.4)."""
     top_mass: float = 0.8
-    """Share of the weight that the units of the highest ranks get, at least `top_share` (GCPO: 0.8). If both are
-    equal, all weights are 1."""
+    """Share of the total weight that these highest-ranked units get; at least `top_share` (GCPO: 0.8). If `top_mass`
+    equals `top_share`, all weights are 1."""
 
     def __post_init__(self) -> None:
         key = "algorithm.contrast"

@@ -32,12 +32,12 @@ class DataConfig:
     instructions: str = SEARCH_INSTRUCTIONS
     """System message; empty: none. With rollout.protocol=chat, a text without tags replaces the default."""
     chat_template: Expanded = ""
-    """File with a chat template (Jinja) that takes the place of the tokenizer's, for example for a base model that
-    has none. Empty: the tokenizer's template."""
+    """File with a chat template (Jinja) that replaces the tokenizer's template, for example for a base model without
+    a template. Empty: the tokenizer's template."""
     chat_template_kwargs: dict = field(default_factory=dict)
     """Variables for the chat template, for example {enable_thinking: false}."""
     max_prompt_tokens: int = 2000
-    """Most tokens of a prompt (paper: 2000). The run does not start if a prompt is longer."""
+    """Maximum number of tokens in a prompt (paper: 2000). The run does not start if a prompt is longer."""
 
     def __post_init__(self) -> None:
         require(

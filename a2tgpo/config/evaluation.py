@@ -10,7 +10,7 @@ from a2tgpo.io.errors import require
 
 _NAME = re.compile(r"[\w.-]+")
 SCORES = ("em", "em_format_gated", "f1")
-"""Scores that have a standard error, so that `checkpoint.best_by` may name them."""
+"""Scores with a standard error. `checkpoint.best_by` may name them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,13 @@ class EvaluationConfig:
     at_start: bool = True
     """Evaluate the policy before the first step, as a baseline."""
     max_questions: int = 256
-    """Number of questions of each set in an evaluation during training, the same for all seeds; 0: all. Every
-    combination of `data_source` and `hops` contributes its first questions, in proportion to its size. If
+    """Number of questions from each set in an evaluation during training; 0: all. The questions do not depend on the
+    seed. Every combination of `data_source` and `hops` contributes its first questions, in proportion to its size. If
     questions have neither field, every nth question is used."""
     sets: ExpandedMapping = field(default_factory=dict)
     """Sets of held-out questions by name, instead of data.test. Each value is a file, or a mapping with the keys file
-    and max_questions. Example: {nq: nq.jsonl, bamboogle: {file: bamboogle.jsonl, max_questions: 0}}. Scores over all
-    questions are logged as evaluation/em. If there are several sets, the scores of each set are logged as
+    and max_questions. Example: {nq: nq.jsonl, bamboogle: {file: bamboogle.jsonl, max_questions: 0}}. The EM over all
+    questions is logged as evaluation/em. If there are several sets, the EM of each set is logged as
     evaluation/SET/em."""
     samples: int = 0
     """Number of answers per question for mean@k and pass@k, sampled at rollout.temperature in addition to the greedy

@@ -68,7 +68,7 @@ def escape(text: str) -> str:
 
 
 def in_all_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """Return `value` with each text changed. If `value` is a mapping, its names and all nested texts are changed."""
+    """Return `value` with `change` applied to each text. In a mapping, keys and nested texts are changed, too."""
     if isinstance(value, dict):
         return {in_all_texts(name, change): in_all_texts(item, change) for name, item in value.items()}
     return change(value) if isinstance(value, str) else value

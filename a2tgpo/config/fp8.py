@@ -14,17 +14,17 @@ Format = Literal["none", "hybrid", "e4m3"]
 # first training pass would use other scales, so ratios would not start at 1 (docs/fp8.md).
 Recipe = Literal["blockwise", "tensorwise", "mxfp8"]
 TOKEN_MULTIPLES: dict[Recipe, int] = {"blockwise": 128, "tensorwise": 16, "mxfp8": 32}
-"""For each recipe, a number. Each rank's number of tokens must be a multiple of it. The weight gradient is a sum
-over tokens, in which each block of tokens has one scale (128 tokens with blockwise, 32 with mxfp8). FP8 matrix
-products always need a multiple of 16."""
+"""Map each recipe to a number that must divide each rank's number of tokens. The weight gradient is a sum over
+tokens, in which each block of tokens has one scale (128 tokens with blockwise, 32 with mxfp8). FP8 matrix products
+always need a multiple of 16."""
 CHANNEL_MULTIPLES: dict[Recipe, int] = {"blockwise": 16, "tensorwise": 16, "mxfp8": 32}
-"""For each recipe, a number. The sizes of each rank's weight matrices must be multiples of it."""
+"""Map each recipe to a number that must divide the sizes of each rank's weight matrices."""
 CAPABILITIES: dict[Recipe, tuple[tuple[int, int], tuple[int, int]]] = {
     "tensorwise": ((8, 9), (99, 0)),
     "blockwise": ((9, 0), (99, 0)),
     "mxfp8": ((10, 0), (12, 0)),
 }
-"""For each recipe, the lowest compute capability that supports the recipe, and the next one that does not."""
+"""Map each recipe to the lowest compute capability that supports it, and the first higher one that does not."""
 ENGINE_CAPABILITY = (8, 9)
 """Lowest compute capability of a GPU on which an engine can be quantised."""
 ENGINE_BLOCK = 128

@@ -12,8 +12,8 @@ class GuardConfig:
     """
 
     baseline_steps: int = 5
-    """Number of first steps over which a metric's baseline is averaged. Alarms that need a baseline are off during
-    these steps."""
+    """Number of steps at the start of the run. A metric's baseline is its mean over these steps. Alarms that need a
+    baseline are off during these steps."""
     min_entropy_share: float = 0.1
     """Alarm if the entropy falls below this share of its baseline. The policy has then collapsed."""
     max_likelihood_drop: float = 0.5

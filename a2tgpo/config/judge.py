@@ -1,4 +1,4 @@
-"""Settings of the reward `judge`, which asks a language model about each answer."""
+"""Settings of the reward `judge`, which lets a language model judge each answer."""
 
 import math
 import re
@@ -18,7 +18,7 @@ def _scores() -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """The reward `judge`, which asks a server with OpenAI's chat interface (docs/rewards.md)."""
+    """The reward `judge`, which queries a server with OpenAI's chat interface (docs/rewards.md)."""
 
     url: Expanded = ""
     """Address of the server, needed with the reward judge, for example http://127.0.0.1:8000/v1. Requests go to
@@ -26,22 +26,22 @@ class JudgeConfig:
     model: str = ""
     """Name of the model, needed with the reward judge."""
     prompt_file: Expanded = ""
-    """File with the text that the judge gets. It may contain {question}, {answers}, {answer}, {response} and
-    {record.FIELD}. Empty: a text that asks whether the answer is correct."""
+    """File with the prompt for the judge. It may contain the placeholders {question}, {answers}, {answer}, {response}
+    and {record.FIELD}. Empty: a prompt that asks whether the answer is correct."""
     pattern: str = r"\b(correct|incorrect)\b"
     """Regular expression with one group. The group's last match in the reply, in lower case, is the verdict."""
     scores: dict[str, float] = field(default_factory=_scores)
-    """Value of each verdict. A verdict that is not listed must be a number."""
+    """Value of each verdict. A verdict that is not listed must be a number, which is then its value."""
     max_tokens: int = 16
-    """Most tokens of a reply. A model that thinks before it replies needs more."""
+    """Maximum number of tokens in a reply. A model that thinks before it replies needs more than the default."""
     timeout_s: float = 30.0
     """Seconds that one request waits for the reply."""
     max_attempts: int = 3
-    """Number of attempts to get a verdict. A reply without a verdict is a failed attempt. If all fail, the
+    """Number of attempts to get a verdict. A reply without a verdict is a failed attempt. If all attempts fail, the
     rollout has no reward."""
     max_calls_per_step: int = 0
-    """Most requests that each engine's first rank sends for the rollouts of a step; 0: no limit. Once the limit
-    is reached, further rollouts have no reward. Requests of evaluations are neither limited nor counted."""
+    """Maximum number of requests that each engine's first rank sends for the rollouts of a step; 0: no limit. Once
+    the limit is reached, further rollouts have no reward. Requests of evaluations are neither limited nor counted."""
     token_file: Expanded = ""
     """File with the server's bearer token. Without a file, the environment variable A2TGPO_JUDGE_TOKEN is used, if it
     exists."""

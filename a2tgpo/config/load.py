@@ -223,7 +223,7 @@ def _entries(settings: list[tuple[str, Any]], source: str) -> Iterator[tuple[str
     """Check the keys and the types of the settings from one source, and yield the settings.
 
     Raises:
-        ConfigError: with a one-line message, if a key names no field, or if a value has another type than the field.
+        ConfigError: with a one-line message, if a key names no field, or if a value does not have its field's type.
     """
     if renamed := [f"{key} was renamed: {RENAMED[key]}" for key, _ in settings if key in RENAMED]:
         raise ConfigError(f"{source}: {'; '.join(renamed)}")
@@ -253,7 +253,7 @@ def _typed(value: Any, key: str, source: str) -> Any:
         is_list = isinstance(value, list) and all(type(item) is get_args(kind)[0] for item in value)
         typed = tuple(value) if is_list else None
     elif kind in _NUMBERS_BY_NAME and isinstance(value, dict):
-        # What is no number stays, and the section's own check names the rule.
+        # A value that is no number is not changed. The section's own check refuses it.
         typed = {name: _read_number(item) for name, item in value.items()}
     elif kind == str | dict[str, float]:
         typed = value if isinstance(value, str) else None
@@ -311,7 +311,7 @@ def _is_whole(text: str) -> bool:
 
 
 def _nearest(key: str, candidates: Sequence[str]) -> str:
-    """Return the candidate that is most similar to the dotted key `key`. The last part of a key counts twice."""
+    """Return the candidate that is most similar to the dotted key `key`. The last part of a key has double weight."""
     key = key[:100]  # the time of a comparison grows with the square of the length
     leaf = key.rpartition(".")[2]
 

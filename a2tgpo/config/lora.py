@@ -18,8 +18,8 @@ class LoraConfig:
     alpha: float = 32.0
     """Scale of the adapters. B A is multiplied by alpha / rank."""
     targets: tuple[str, ...] = PROJECTIONS
-    """Projections that have adapters. In a mixture of experts only q_proj, k_proj, v_proj and o_proj can have them;
-    the others are left out there."""
+    """Projections that have adapters. In a mixture of experts only q_proj, k_proj, v_proj and o_proj can have
+    adapters; other names are ignored."""
 
     @property
     def enabled(self) -> bool:

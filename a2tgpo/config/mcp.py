@@ -1,4 +1,4 @@
-"""Settings of the mcp tool, which calls one tool of a server of the Model Context Protocol."""
+"""Settings of the mcp tool, which calls a tool of an MCP server (Model Context Protocol)."""
 
 from dataclasses import dataclass
 
@@ -9,20 +9,20 @@ from a2tgpo.io.web_address import is_http_address
 
 @dataclass(frozen=True, kw_only=True)
 class McpConfig:
-    """The MCP server, and its tool that the policy calls (docs/tools.md)."""
+    """The MCP server, and the one of its tools that the policy calls (docs/tools.md)."""
 
     command: tuple[str, ...] = ()
     """Program and arguments that start the server. Requests go to the server's standard input, and answers come
     from its standard output."""
     url: Expanded = ""
-    """Address of a server that runs already (Streamable HTTP), in place of `command`."""
+    """Address of a running server (Streamable HTTP), instead of `command`."""
     tool: str = ""
     """Name of the server's tool. Empty: the server's only tool."""
     timeout_s: float = 60.0
     """Longest time, in seconds, that a call waits for the server's answer. A server that `command` starts may
     also take this long to start."""
     stateful: bool = False
-    """Each trajectory has a connection of its own, and with `command` a server process of its own. false: all
+    """true: each trajectory has its own connection, and with `command` its own server process. false: all
     trajectories of a rank share one connection."""
 
     def __post_init__(self) -> None:

@@ -27,9 +27,10 @@ class ParallelConfig:
     """Number of model chunks per pipeline stage (interleaved 1F1B). It must divide every stage's number of layers. A
     number > 1 needs pipeline > 1."""
     first_stage_layers: int = 0
-    """Number of layers in the first pipeline stage, which also holds the embedding; 0: as many as other stages."""
+    """Number of layers in the first pipeline stage, which also holds the embedding; 0: as many as in other stages."""
     last_stage_layers: int = 0
-    """Number of layers in the last pipeline stage, which also holds the output layer; 0: as many as other stages."""
+    """Number of layers in the last pipeline stage, which also holds the output layer; 0: as many as in other
+    stages."""
     timeout_s: float = 7200.0
     """Seconds that a rank waits in one collective before the job ends."""
     start_timeout_s: float = 300.0

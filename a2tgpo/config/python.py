@@ -15,7 +15,7 @@ class PythonConfig:
     """The python tool's limits, and what isolates the code from the machine (docs/tools.md)."""
 
     timeout_s: float = 10.0
-    """Seconds after which a call's code is ended. The time to start the code's process does not count."""
+    """Seconds after which a call's code is ended, without the time to start the code's process."""
     memory_mib: int = 1024
     """Limit of the address space of the code's process, MiB."""
     max_output_chars: int = 4000

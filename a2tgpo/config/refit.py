@@ -8,8 +8,8 @@ from a2tgpo.io.errors import require
 @dataclass(frozen=True, kw_only=True)
 class RefitConfig:
     bucket_mib: int = 256
-    """Most MiB of weights that are gathered at once. Two of these buckets are in memory at a time: the engine loads
-    one while the other is gathered."""
+    """Size, in MiB, of a bucket: the weights that are gathered at once. Two buckets are in memory at a time: the
+    engine loads one while the other is gathered."""
     probe_tokens: int = 64
     """Length, in tokens, of a fixed probe sequence. After every refit, trainer and engine compute the sequence's
     log-probs, and the results are compared."""

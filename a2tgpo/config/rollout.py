@@ -10,8 +10,8 @@ from a2tgpo.io.errors import one_of, require
 FORMATS_PACKAGE = "a2tgpo.protocol.formats"
 
 GPU_STEP_TOKENS = 8192
-"""Most tokens, of prefill and decoding together, that an engine on a GPU processes in one engine step. vLLM's general
-default is only 2,048 (vllm/engine/arg_utils.py, get_batch_defaults)."""
+"""Maximum number of tokens, in prefill and decoding together, that an engine on a GPU processes in one engine step.
+vLLM's general default is only 2,048 (vllm/engine/arg_utils.py, get_batch_defaults)."""
 
 
 def call_formats() -> list[str]:
@@ -26,16 +26,16 @@ class GainConfig:
     """How information gain is computed (Eq. 2-3)."""
 
     scorer: Literal["policy", "reference"] = "policy"
-    """The model whose probabilities of the gold answer define the gains. policy: the policy that plays, which the
-    engine scores during the rollout (paper). reference: the frozen initial policy, which the trainer scores after the
-    rollout."""
+    """The model whose probabilities of the gold answer define the gains. policy: the policy that plays; the engine
+    computes the probabilities during the rollout (paper). reference: the frozen initial policy; the trainer computes
+    the probabilities after the rollout."""
     measure: Literal["probability", "log_probability"] = "probability"
     """probability: a gain is a difference of probabilities (Eq. 3). log_probability: a gain is a difference of mean
     log-probs, as in the authors' released code."""
     answer_reduction: Literal["first", "max"] = "first"
     """first: score only the first gold answer. max: score all aliases, and use each turn's most probable alias."""
     max_aliases: int = 8
-    """Most aliases that answer_reduction=max scores. An alias with too many tokens is left out."""
+    """Maximum number of aliases that answer_reduction=max scores. An alias that is too long is ignored."""
     scaffold: str = "</think> <answer> \\boxed{"
     """Text between a context and the gold answer. A leading </think> is left out if the context has no open thought.
     A leading <think> is left out if the context has an open thought. With rollout.protocol=chat, \\boxed{
@@ -71,7 +71,7 @@ class PartialConfig:
     """Number of prompts, over all ranks, that are played in addition to prompts_per_step; at most prompts_per_step.
     The next step continues at most this many groups."""
     max_staleness: int = 1
-    """Most steps that may lie between a trajectory's oldest turn and the training step that uses the trajectory."""
+    """Maximum number of steps between a trajectory's oldest turn and the training step that uses the trajectory."""
 
     def __post_init__(self) -> None:
         require(self.tokens_per_step >= 0, "rollout.partial.tokens_per_step", self.tokens_per_step, ">= 0")
@@ -88,7 +88,7 @@ class PartialConfig:
         return self.tokens_per_step > 0
 
     def check_questions(self, num_questions: int, *, prompts_per_step: int) -> None:
-        """Raise `ConfigError` if there are so few questions that a question in flight could be drawn again."""
+        """Raise `ConfigError` if a question could be drawn again while its trajectories are still in flight."""
         # The sampler moves questions in flight to the end of an epoch, but only when the epoch starts.
         needed = self.extra_prompts + (self.max_staleness + 1) * prompts_per_step
         require(
@@ -113,7 +113,8 @@ class TreeConfig:
     """entropy: a branch plays one of the turns with the highest entropy again (AT2PO). random: a branch continues
     after a turn that is drawn at random, and each tree gets the same number of branches (Tree-GRPO)."""
     sibling_penalty: float = 0.05
-    """For entropy: nats that are subtracted from a turn's entropy for each other turn that follows the same turn."""
+    """For choice=entropy: nats that are subtracted from a turn's entropy for each sibling of the turn. Siblings
+    follow the same turn."""
 
     def __post_init__(self) -> None:
         require(self.initial >= 0, "rollout.tree.initial", self.initial, ">= 0")
@@ -142,8 +143,8 @@ class RolloutConfig:
     """DAPO's dynamic sampling: drop a group if all its outcome rewards are equal, and draw prompts until the step has
     prompts_per_step groups."""
     max_draws: int = 10
-    """Most draws of prompts in one step with dynamic_sampling. If groups are still missing, dropped groups fill up
-    the step."""
+    """With dynamic_sampling, a step draws prompts at most this many times. If groups are then still missing, dropped
+    groups fill the step."""
     temperature: float = 1.0
     """Sampling temperature T (paper: 1.0). Ratios, KL, entropy and likelihood use softmax(logits / T). Information
     gain uses temperature 1."""
@@ -157,17 +158,18 @@ class RolloutConfig:
     """With protocol=chat, the form of a call: hermes, llama_json, qwen_xml, or another module in protocol/formats/.
     auto: the form in which the chat template writes calls."""
     max_calls_per_turn: int = 4
-    """With protocol=chat, most calls that one turn makes. They run at the same time. Further calls of the turn get an
-    error as their result."""
+    """With protocol=chat, maximum number of calls in one turn. These calls run at the same time. Further calls of the
+    turn get an error as their result."""
     strict_format: bool = True
-    """With protocol=chat, the rule for a well-formed response. true: no turn has a wrong call, and each turn of a
-    thinking model has one thought. false: only the last turn, which has the answer, is judged."""
+    """With protocol=chat, the rule for a well-formed response. true: no turn may have a wrong call, and each turn of
+    a thinking model must have one thought. false: only the last turn, which has the answer, is checked."""
     max_turns: int = 6
-    """Most turns with tool calls in a trajectory (paper: 6). One more turn with calls ends the trajectory."""
+    """Maximum number of turns with tool calls in a trajectory (paper: 6). One more turn with calls ends the
+    trajectory."""
     max_turn_tokens: int = 1024
-    """Most tokens that the policy may sample in one turn."""
+    """Maximum number of tokens that the policy may sample in one turn."""
     max_response_tokens: int = 6192
-    """Most sampled tokens and observation tokens, together, in one trajectory (paper: 6192)."""
+    """Maximum number of sampled tokens and observation tokens, together, in one trajectory (paper: 6192)."""
     tensor_parallel: int = 1
     """Number of ranks that share one engine."""
     check_lockstep_every: int = 1
@@ -179,7 +181,7 @@ class RolloutConfig:
     """Quantise linear layers to e4m3 when weights are loaded; GPUs only. fp8: one scale for 128x128 weights, and one
     for 128 activations. fp8_per_channel: one scale for a row of weights, and one for all activations of a token."""
     max_concurrent: int = 256
-    """Most trajectories that one engine decodes at a time."""
+    """Maximum number of trajectories that one engine decodes at a time."""
     kv_cache_gib: float = 0.0
     """GiB of KV cache on each rank of the engine; 0 is allowed only on GPUs. With 0, the KV cache gets the part
     of gpu_memory_fraction that vLLM finds unused. If gpu_memory_fraction is 0 too, the plan chooses both."""

@@ -44,7 +44,7 @@ class RunSettings:
     on the layout of the processes."""
     deterministic: bool = False
     """Compute in a fixed order on GPUs, so that two runs with the same settings on the same machines are equal to the
-    bit. Runs on CPUs are always equal. Rollouts and updates become slower. GPUs need compute capability 9.0 or
+    bit. Runs on CPUs are always reproducible. Rollouts and updates become slower. GPUs need compute capability 9.0 or
     higher."""
     log_rollouts: int = 8
     """Number of trajectories per step that TensorBoard shows: half of them the best, half the worst. The run's folder
@@ -190,7 +190,8 @@ class RunConfig:
         self._check_gain()
 
     def _check_tools(self) -> None:
-        """Check that the tools can work, and that `tools.call_timeout_s` gives their calls enough time."""
+        """Check that the tools have the settings they need, and that `tools.call_timeout_s` gives calls enough
+        time."""
         if "web_search" in self.tools.names or (
             "visit" in self.tools.names and self.web.backend == "recorded"
         ):
@@ -212,7 +213,8 @@ class RunConfig:
             )
 
     def _check_gain(self) -> None:
-        """Check that the gold answers can be scored by the reference, and checked by the trainer, as configured."""
+        """Check the settings by which the reference scores gold answers, or the trainer verifies the engine's
+        scores."""
         gain, context = self.rollout.gain, self.parallel.context
         by_reference = gain.scorer == "reference"
         require(

@@ -26,7 +26,7 @@ class SearchConfig:
     request_timeout_s: float = 30.0
     """Seconds that one request waits for the server."""
     max_attempts: int = 3
-    """Number of attempts for a query. If all of them fail, the server counts as out of service."""
+    """Number of attempts for a query. If all attempts fail, the server is considered down."""
     break_after: int = 16
     """Number of consecutive failures that open the circuit breaker. Further searches then fail at once."""
     break_s: float = 15.0

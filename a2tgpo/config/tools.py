@@ -32,7 +32,7 @@ class ToolsConfig:
     """Tools that the policy may call. NAME: a module in environment/tools/. `path/to/file.py:NAME`: a class or
     function of your own (docs/tools.md). With protocol=tags, a call is <NAME> text </NAME>."""
     max_concurrent_calls: int = 16
-    """Most calls that each rank runs at a time."""
+    """Maximum number of calls that each rank runs at a time."""
     call_timeout_s: float = 240.0
     """Seconds after which a call fails. With a search server, this must be at least 2 x search.request_timeout_s x
     (search.max_attempts + 1)."""
@@ -80,7 +80,7 @@ class ToolsConfig:
 @dataclass(frozen=True, kw_only=True)
 class CalculatorConfig:
     max_digits: int = 1000
-    """Most digits in a number. A calculation is refused if its result has more digits."""
+    """Maximum number of digits in a number. A calculation is refused if its result has more digits."""
     decimals: int = 10
     """Number of decimal places of a result."""
 

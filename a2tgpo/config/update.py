@@ -15,18 +15,19 @@ class ExtrapolationConfig:
     """Number of steps to which the two probe steps are extrapolated, at least 2 (GXPO: 3, 5 or 10). 0: plain
     updates."""
     alpha: float = 0.5
-    """Share of the extrapolated way that is taken before the corrective step (GXPO: 0.5)."""
+    """Share of the extrapolated distance that the weights move before the corrective step (GXPO: 0.5)."""
     old_logprobs: Literal["probe", "step"] = "probe"
     """The policy in the denominator of the ratios of the second and third pass. probe: the policy that the pass
-    itself runs, so every ratio is 1 (GXPO). step: the policy that played, as in the first pass. With step and a
-    narrow clipping range, these passes give many turns no gradient."""
+    itself evaluates, so every ratio is 1 (GXPO). step: the policy that played the trajectories, as in the first pass.
+    With step and a narrow clipping range, these passes give many turns no gradient."""
     window: int = 30
-    """The gate compares the gradient norm of a step with the norms of this many earlier steps."""
+    """A gate can end the extrapolation. It compares the gradient norm of a step with the norms of this many earlier
+    steps."""
     tau: float = 3.0
-    """A step counts against the extrapolation if its gradient norm is this many standard deviations above the mean
-    of the window."""
+    """A step is an outlier if its gradient norm is at least this many standard deviations above the mean of the
+    window."""
     patience: int = 3
-    """After this many consecutive steps that count against it, the extrapolation ends for the rest of the run."""
+    """After this many consecutive outliers, the extrapolation ends for the rest of the run."""
     warmup: int = 50
     """Number of steps before the gate's window begins."""
 
@@ -51,7 +52,7 @@ class UpdateConfig:
     prompts_per_minibatch: int = 8
     """Number of prompts per optimizer step (paper: 8); a divisor of rollout.prompts_per_step."""
     max_microbatch_tokens: int = 16384
-    """Most tokens in one forward pass. A trajectory with more tokens gets its own micro-batch."""
+    """Maximum number of tokens in one forward pass. A trajectory with more tokens gets its own micro-batch."""
     lr: float = 1e-6
     """Highest learning rate (paper: 1e-6)."""
     min_lr: float = 0.0

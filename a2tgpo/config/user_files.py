@@ -1,4 +1,4 @@
-"""The user's files whose content, and not only their path, decides what a run computes."""
+"""The user's files whose content determines what a run computes."""
 
 from __future__ import annotations
 

@@ -34,8 +34,7 @@ class WebConfig:
     request_timeout_s: float = 20.0
     """Seconds that one request waits for its answer."""
     max_attempts: int = 3
-    """Number of times that a query is sent. If none is answered, the service counts as out of service
-    (`tools.on_outage`)."""
+    """Number of attempts for a query. If all attempts fail, the service is considered down (`tools.on_outage`)."""
 
     def __post_init__(self) -> None:
         for name in ("top_k", "max_attempts"):
@@ -44,7 +43,7 @@ class WebConfig:
 
     @property
     def longest_call_s(self) -> float:
-        """Seconds that one web_search takes at most."""
+        """Longest duration of one web_search, seconds."""
         return (self.request_timeout_s + LONGEST_WAIT_S) * self.max_attempts
 
     def require_source(self) -> None:
@@ -62,11 +61,11 @@ class VisitConfig:
     """The tool visit, which reads a web page."""
 
     max_chars: int = 8000
-    """Most characters of a page's text in an answer. `tools.max_part_tokens` cuts the answer too."""
+    """Maximum number of characters of a page's text in an answer. `tools.max_part_tokens` also limits the answer."""
     max_bytes: int = 5_000_000
-    """Largest page that is read; of a larger page, the first bytes are used."""
+    """Maximum number of bytes of a page that are read. The rest of the page is ignored."""
     timeout_s: float = 20.0
-    """Seconds in which the page must arrive, with all redirects. Its text is then extracted in at most 60 s."""
+    """Seconds in which the page must arrive, including redirects. Its text is then extracted in at most 60 s."""
     allow_private: bool = False
     """Allow addresses that are not on the public internet, such as those of this cluster. The policy can then reach
     every server that this machine can reach."""
@@ -77,5 +76,5 @@ class VisitConfig:
 
     @property
     def longest_call_s(self) -> float:
-        """Seconds that one visit takes at most."""
+        """Longest duration of one visit, seconds."""
         return self.timeout_s + LONGEST_EXTRACTION_S

@@ -71,9 +71,9 @@ class Session(Protocol):
 class SessionTool(Protocol):
     """A tool that keeps a state between the calls of one trajectory. Many threads may call its methods.
 
-    If a trajectory goes on in a later step (partial rollouts), or if a branch leaves it (trees), a new session is
-    opened, and the trajectory's earlier calls are repeated. If this does not restore the state, the tool must have
-    the attribute `replayable` = False.
+    If a trajectory continues in a later step (partial rollouts) or in a branch (trees), a new session is opened, and
+    the trajectory's earlier calls are repeated. If this does not restore the state, the tool must have the attribute
+    `replayable` = False.
     """
 
     def open(self, record: Mapping[str, Any], question: str) -> Session:
@@ -94,7 +94,7 @@ def function_schema(name: str, tool: AnyTool) -> dict[str, Any]:
     """Return the description of a tool, in the form that chat templates expect. A tool without `parameters` takes one
     text.
 
-    JSON schemas may be true or false. For the schemas of parameters, equal objects are returned instead."""
+    If a parameter's schema is true or false, as JSON Schema allows, an equivalent object replaces it."""
     one_text = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
     parameters = dict(getattr(tool, "parameters", one_text))
     if isinstance(properties := parameters.get("properties"), Mapping):
@@ -108,7 +108,7 @@ def function_schema(name: str, tool: AnyTool) -> dict[str, Any]:
 
 
 def _as_object(schema: Any) -> Any:
-    """Return a JSON schema as an object, if it is true (any value is allowed) or false (no value is)."""
+    """Return a JSON schema as an object, even if it is true (any value is allowed) or false (no value is allowed)."""
     if isinstance(schema, bool):
         return {} if schema else {"not": {}}
     return schema
@@ -123,7 +123,7 @@ class Toolset:
     max_concurrent_calls: int = 16
     """Largest number of calls that run at the same time on one rank."""
     call_timeout_s: float = 240.0
-    """Seconds from the start of a call until the call fails. Time in the queue does not count."""
+    """Seconds from the start of a call until the call fails. The time in the queue is not included."""
     outage_limit_s: float | None = None
     """Seconds for which a call that raises `ToolUnavailableError` is repeated before the run ends. If 0, the run ends
     at once. If None, the call is not repeated, and the policy reads that the call failed."""

@@ -33,7 +33,7 @@ ADDED = {
     "rollout.protocol": "tags",
     "rollout.strict_format": True,
 }
-"""Settings that evaluations of earlier versions did not record, and the values that these evaluations had."""
+"""Settings that evaluations of earlier versions did not record, and the values that these evaluations used."""
 Key = tuple[str, str, str, int]
 """Identifies an answer: name of the data set, `GREEDY` or `SAMPLE`, question id, sample index."""
 
@@ -85,7 +85,7 @@ def open_log(folder: Path, settings: Mapping[str, Any]) -> dict[Key, Answer]:
     one process may call this.
 
     Args:
-        settings: all settings that decide the answers, as JSON values by name.
+        settings: all settings that determine the answers, as JSON values by name.
 
     Raises:
         ConfigError: with a one-line message, if `folder` contains answers for other settings, or if it cannot be read

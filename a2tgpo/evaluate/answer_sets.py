@@ -36,7 +36,7 @@ def answer_sets(
     Args:
         num_samples: the number of answers to draw per question. 0 means one greedy answer.
         engine_group: the ranks that share this rank's engine.
-        known: the answers that exist already, equal on all ranks. Their questions are not played again.
+        known: answers of an earlier start, equal on all ranks. Their questions are not played again.
         log: the answer log of this engine. It is None unless this rank is the leader of its engine.
         rewards: computes the scores of the answers, on the leader of each engine.
         stop: reports a requested stop, which interrupts the evaluation.

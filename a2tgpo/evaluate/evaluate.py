@@ -22,7 +22,7 @@ from a2tgpo.rollout.judging import Judging
 from a2tgpo.trajectory import Prompt
 
 _SQUARE, _NUMBER = "square of ", "number of "
-"""Marks in the names of two metrics of each score: the mean of its squares, and the number of its values."""
+"""Parts of the names of two metrics of each score: the mean of its squares, and the number of its values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,8 @@ class Answer:
     """{name: value} of the run's rewards and of their parts. The entry `reward` is the weighted sum of the rewards.
     Empty if no rewards were computed, or if a reward could not judge the answer."""
     reward_error: str | None = None
-    """Why a reward could not judge the answer, in one line. None if all rewards judged it, or none was computed."""
+    """Why a reward could not judge the answer, in one line. None if all rewards judged the answer, or if no rewards
+    were computed."""
 
     @property
     def exact_match_gated(self) -> float:
@@ -189,7 +190,7 @@ def _answer(done: Finished, episode: Episode) -> Answer:
 
 
 def _with_standard_errors(metrics: dict[str, float]) -> dict[str, float]:
-    """Return `metrics`, in which standard errors of scores replace the means of squares.
+    """Return `metrics` with the standard error of each score instead of the mean of its squares.
 
     The standard error is sqrt((mean of squares - square of mean) / n).
     """

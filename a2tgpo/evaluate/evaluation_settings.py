@@ -1,4 +1,4 @@
-"""Collect the settings that decide an evaluation's answers. A resumed evaluation must have the same settings."""
+"""Collect the settings that determine an evaluation's answers. They must be the same when it is resumed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _DECIDING = (
     "tools.max_part_tokens",
     "tools.names",
 )
-"""Keys of the settings that decide the answers. The layout and `search.url` are not among them, so they may change
+"""Keys of the settings that determine the answers. The layout and `search.url` are not among them, so they may change
 when an evaluation is resumed."""
 _OF_METHOD = f"{PREFIX}algorithm."
 """Beginning of the names of files that only training uses."""
@@ -55,13 +55,13 @@ _OF_TOOLS = {
     "visit": ("visit.allow_private", "visit.max_bytes", "visit.max_chars", "web.backend", "web.cassette"),
     "web_search": ("web.backend", "web.cassette", "web.top_k"),
 }
-"""Further keys for each tool; they decide only if `tools.names` has the tool."""
+"""Further keys for each tool. They have an effect only if `tools.names` has the tool."""
 
 
 def evaluation_settings(
     config: RunConfig, weights: str, sets: Mapping[str, Sequence[Question]]
 ) -> dict[str, Any]:
-    """Return the settings that decide an evaluation, as JSON values by name.
+    """Return the settings that determine an evaluation's answers, as JSON values by name.
 
     Args:
         weights: the identity of the model's weights (`SavedModel.identity`).

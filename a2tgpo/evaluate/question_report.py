@@ -20,7 +20,8 @@ def describe_questions(
 
     Args:
         left_out: the number of source items that were left out, by reason.
-        others: another set, for example the training set. The report then gives the number of questions in both sets.
+        others: another set, for example the training set. The report then gives the number of questions that are in
+            both sets.
     """
     texts = Counter(normalize_answer(question.question) for question in questions)
     first_golds = [normalize_answer(question.answers[0]) for question in questions]

@@ -1,4 +1,4 @@
-"""Aggregate token losses to a weighted sum, in which all tokens of a trajectory have the same weight.
+"""Aggregate token losses into a weighted sum, in which all tokens of a trajectory have the same weight.
 
 The weights are normalised over the whole mini-batch. Therefore the sum does not depend on how the trajectories are
 divided over micro-batches and ranks.

@@ -1,4 +1,4 @@
-"""What the loss of a micro-batch is computed from, and what objectives and token credits return."""
+"""The inputs of a micro-batch's loss, and the results of objectives and token credits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

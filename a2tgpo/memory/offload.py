@@ -181,8 +181,8 @@ def moment_tensors(optimizer: Any) -> list[Tensor]:
 
 
 def adam_groups(optimizer: Any) -> list[dict[str, Any]]:
-    """Return Adam's parameter groups. Their `params` are the float32 weights that Adam steps, or this rank's shards
-    of them."""
+    """Return Adam's parameter groups. Their `params` are the float32 weights that Adam updates, or this rank's shards
+    of these weights."""
     return [group for adam in _adams(optimizer) for group in adam.param_groups]
 
 

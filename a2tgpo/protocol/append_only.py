@@ -13,7 +13,7 @@ _SHOWN = 40
 
 
 def template_difference(template: PromptTemplate, probe: tuple[str, str], *, thinks: bool) -> str | None:
-    """Return how the template changes earlier turns in a longer conversation, or None if it changes none.
+    """Return a text that shows how the template changes an earlier turn as the conversation grows, or None.
 
     The rollout is consistent even if turns change, because it renders no turn twice.
 

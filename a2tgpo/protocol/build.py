@@ -26,7 +26,7 @@ def build_protocol(
     schemas: Sequence[Mapping[str, Any]],
     date: datetime.date | None,
 ) -> AgentProtocol:
-    """Build the protocol of `config`. The tokenizer gets the template in the file `data.chat_template`, if it is set.
+    """Build the protocol of `config`. If `data.chat_template` is set, the tokenizer gets the template in this file.
 
     Args:
         schemas: descriptions of the tools (`Toolset.schemas`).

@@ -1,4 +1,4 @@
-"""Check the arguments of a call against the tool's parameters, and convert them to the text that the tool gets."""
+"""Check the arguments of a call against the tool's parameters, and convert them to the tool's input text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ArgumentError(ValueError):
 
 
 def argument_text(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
-    """Return the text that a tool gets for `arguments`.
+    """Return the input text of a tool for `arguments`.
 
     If a text is the tool's only parameter, the tool gets this text without blank lines around it. Other tools get all
     arguments as a JSON object.

@@ -58,7 +58,7 @@ def load_format(name: str) -> CallFormat:
 def decode_object(text: str, start: int) -> tuple[Any, int]:
     """Decode the JSON value that begins at `start`, and return the value and the position of its end.
 
-    If a key is repeated, its last value counts.
+    If a key is repeated, its last value is used.
 
     Raises:
         ValueError: if there is no valid JSON value.
@@ -69,7 +69,7 @@ def decode_object(text: str, start: int) -> tuple[Any, int]:
             dump_json(value).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except UnicodeEncodeError:  # a lone surrogate, which no file can hold
+    except UnicodeEncodeError:  # a lone surrogate, which UTF-8 cannot encode
         raise ValueError("a text has half of a surrogate pair") from None
     return value, end
 

@@ -36,7 +36,7 @@ class ChatProtocol(AgentProtocol):
 
     Args:
         template: a template whose prompts describe the tools.
-        schemas: descriptions of the tools, as chat templates expect them. At least one.
+        schemas: one or more descriptions of tools, as chat templates expect them.
         call_format: name of the call format. "auto" means the format in which the template writes calls.
         max_calls: largest number of calls in one turn. Further calls get an error as their result.
         scaffold: text between a context and the gold answer. If empty, the scaffold is the usual beginning of an
@@ -196,7 +196,7 @@ class ChatProtocol(AgentProtocol):
         return Call(tool=written.name, arguments=text)
 
     def _fitted(self, texts: Sequence[str], room: int) -> list[int]:
-        """Cut all texts to one length, the longest that fits in `room`, and return the observation's tokens."""
+        """Cut all texts to the same length, the largest that fits in `room`, and return the observation's tokens."""
         fitting = self._literal.encode_joined([""] * len(texts), self.frames.join)
         low, high = 0, max(map(len, texts))
         while low + 1 < high:
@@ -226,7 +226,7 @@ class ChatProtocol(AgentProtocol):
 
 
 def _format_of(frames: ResultFrames, name: str, *, expected: tuple[str, Mapping[str, Any]]) -> CallFormat:
-    """Return the format `name`. "auto" means the first format that reads the template's own call."""
+    """Return the format `name`. "auto" means the first format that can parse a call that the template rendered."""
     if name != AUTO:
         return load_format(name)
     for one in call_formats():
@@ -241,7 +241,7 @@ def _format_of(frames: ResultFrames, name: str, *, expected: tuple[str, Mapping[
 
 
 def _thinks(template: PromptTemplate) -> bool:
-    """Return whether the model writes thoughts. The template must know thoughts, and the prompt must skip none."""
+    """Return whether the model writes thoughts: the template supports them, and the prompt has no empty thought."""
     if template.opening_tags:
         return thought_is_open(template.opening_tags)
     return THINK_CLOSE in template.tokenizer.get_chat_template()

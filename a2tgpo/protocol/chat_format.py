@@ -21,7 +21,7 @@ class ChatFormat:
     opening_tags: str = ""
     """The think tags at the end of the prompt (`PromptTemplate.opening_tags`). They precede every turn."""
     is_strict: bool = True
-    """Whether the format of all turns counts, and not only the format of the last turn."""
+    """Whether the format of all turns is checked, and not only the format of the last turn."""
 
     @property
     def starts_in_thought(self) -> bool:
@@ -39,7 +39,7 @@ class ChatFormat:
     def is_well_formed(self, trajectory: Trajectory, texts: Sequence[str]) -> bool:
         """Return whether the last turn has an answer and no call.
 
-        With `is_strict`, the last turn must also end by itself, no call may have a problem, and each turn must have
+        With `is_strict`, no limit may have ended the trajectory, no call may have a problem, and each turn must have
         exactly one thought if the model thinks.
         """
         if self.answer_of(trajectory, texts) is None or self.calls.find_calls(self.visible(texts[-1])):

@@ -15,7 +15,7 @@ REPLACEMENT = "\ufffd"
 
 
 MAX_TOKEN_CHARS = 64
-"""Characters of a text that are read per token, so that the time of a cut does not grow with the text."""
+"""To cut a text to n tokens, only its first n * MAX_TOKEN_CHARS characters are tokenised. This bounds the time."""
 
 
 class PartCut:

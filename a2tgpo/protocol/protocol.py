@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedTurn:
-    """What a turn asks for: calls, or the end of the trajectory."""
+    """The content of a turn: calls, or the reason why it ends the trajectory."""
 
     calls: tuple[Call, ...] = ()
     """The calls in the order in which the policy wrote them."""
@@ -80,11 +80,11 @@ class AgentProtocol(ABC):
         self.template = template
         self.tools = tuple(tools)
         self.stop_tokens: tuple[int, ...] = () if template.end_of_turn is None else (template.end_of_turn,)
-        """Ids that end a turn, in addition to the end of sequence."""
+        """Ids of the tokens that end a turn, in addition to the end-of-sequence token."""
 
     @property
     def warning(self) -> str | None:
-        """What a user should know about the chat template, in one line, or None."""
+        """A warning for the user about the chat template, in one line, or None."""
         return None
 
     @property
@@ -93,7 +93,7 @@ class AgentProtocol(ABC):
 
     @abstractmethod
     def parse(self, text: str, *, finish_reason: str, stop_string: str | None) -> ParsedTurn:
-        """Return what the turn `text` asks for. No text raises an error.
+        """Return the calls in a turn's `text`, or the reason why the trajectory ends. No text raises an error.
 
         Args:
             finish_reason: "length" if the turn used up its tokens, else "stop".

@@ -43,8 +43,8 @@ def judged_text(turns: Sequence[tuple[str, bool]], *, opening_tags: str | None =
 
     Args:
         turns: for each turn, its decoded text and whether an observation followed it.
-        opening_tags: the think tags at the end of the prompt, which count as part of the response. None means that
-            the tags are unknown. Then <think> is added if the first think tag of the response is </think>.
+        opening_tags: the think tags at the end of the prompt, which are treated as part of the response. None means
+            that the tags are unknown. Then <think> is added if the first think tag of the response is </think>.
     """
     text = "".join(text + (" <result></result>" if answered else "") for text, answered in turns)
     if opening_tags is None:

@@ -96,4 +96,4 @@ def _lines(text: str) -> str:
 
 
 SEARCH_CALLS = CallSyntax(("search",))
-"""The syntax of the search tool alone."""
+"""The syntax if search is the only tool."""

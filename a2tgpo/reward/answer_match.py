@@ -1,4 +1,4 @@
-"""Exact match and token F1 between an answer and its golds, after SQuAD normalisation (Eq. 14).
+"""Exact match and token F1 between an answer and its gold answers, after SQuAD normalisation (Eq. 14).
 
 Text in Latin letters follows SQuAD's rules, so that its scores can be compared with published scores. SQuAD's rules
 remove only ASCII punctuation, and split text into words only at spaces. If a text has letters of a script other than

@@ -1,4 +1,4 @@
-"""What a reward sees of a rollout, and what it returns (docs/rewards.md)."""
+"""The argument of a reward, which is an episode, and its result, which is a score (docs/rewards.md)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class EpisodeCall:
 
     tool: str
     text: str
-    """What the tool got: a query, or the JSON of several arguments."""
+    """Input of the tool: a query, or the JSON of several arguments."""
     problem: str | None
-    """What is wrong with the call. None if nothing is wrong. A wrong call reaches no tool."""
+    """What is wrong with the call. None if nothing is wrong. A wrong call is not passed to a tool."""
     failed: bool
     """Whether the tool gave no answer."""
 
@@ -69,19 +69,19 @@ class Episode:
     num_tokens: int
     """Number of tokens of the response: sampled tokens and observations."""
     is_evaluation: bool
-    """Whether an evaluation played the rollout, and not a training step."""
+    """Whether an evaluation, not a training step, played the rollout."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a reward may return in place of a number."""
+    """A reward may return a score instead of a number."""
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)
     """Further numbers, which are recorded but do not change the reward."""
     turn_scores: Sequence[float | None] | None = None
-    """One entry per process turn: how much the turn increased the chance of success, or None if that is unknown.
-    `algorithm.turn_signal=scores` uses these values in place of information gains."""
+    """One entry for each turn with tool calls: how much the turn increased the chance of success, or None if that is
+    unknown. `algorithm.turn_signal=scores` uses these values in place of information gains."""
 
 
 class Reward(Protocol):
@@ -100,7 +100,7 @@ class Reward(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class EpisodeReader:
-    """Turns trajectories into episodes."""
+    """Converts trajectories to episodes."""
 
     format: ResponseFormat
     """Finds the answer in a response, and judges the response's format."""

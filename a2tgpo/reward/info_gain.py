@@ -49,7 +49,7 @@ def info_gains(logprobs: Sequence[float | None], *, measure: str = "probability"
 def set_gains(
     trajectory: Trajectory, context_logprobs: Sequence[list[list[float]] | None], *, measure: str
 ) -> None:
-    """Set the gold answer's probability in every context of `trajectory`, and the gain of every process turn.
+    """Set the gold answer's probability in every context of `trajectory`, and the gain of every turn with tool calls.
 
     Args:
         context_logprobs: for each context c_0..c_n, the log-probs of each alias and token, in nats. None: no score.

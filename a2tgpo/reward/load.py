@@ -90,7 +90,7 @@ def _of_user(spec: str, config: RunConfig) -> tuple[Reward, Path]:
 
 
 def _require_takes_episode(function: Any, spec: str, wanted: str) -> None:
-    """Raise `ConfigError` unless `function` can be called with one argument and returns its result at once."""
+    """Raise `ConfigError` unless `function` can be called with one argument and is not asynchronous."""
     problem = ""
     if not callable(function):
         problem = (

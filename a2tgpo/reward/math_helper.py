@@ -5,7 +5,7 @@ from __future__ import annotations
 from a2tgpo.lifecycle.helper_process import serve
 
 COMPARE_S, LONGEST_S = 3, 60
-"""Longest CPU time and longest time in seconds for the comparison of one answer."""
+"""Limits for comparing one answer: seconds of CPU time, and seconds of wall-clock time."""
 
 
 def are_equal(answer: str, golds: list[str]) -> bool:

@@ -103,4 +103,4 @@ class RewardPool:
 
 
 def _nothing() -> None:
-    """Take the place of a method that a reward lacks."""
+    """Do nothing, instead of a method that a reward lacks."""

@@ -27,7 +27,7 @@ class Verdict:
     """The value of each reward by its label, and each part of a reward by LABEL.PART. The format gate does not change
     these values."""
     turn_scores: tuple[float | None, ...] | None = None
-    """The score of each process turn, or None if no reward of a weight other than 0 gives turn scores."""
+    """The score of each turn with tool calls, or None if no reward with a weight other than 0 returns turn scores."""
     error: str | None = None
     """Why a reward could not judge the episode, in one line. None if all rewards judged the episode."""
 
@@ -56,7 +56,7 @@ def judge(rewards: Sequence[NamedReward], episode: Episode, *, format_gate: bool
             score = _checked(returned, episode)
         except ValueError as error:
             raise RewardFaultError(f"reward {named.path.name} {named.label}: {error} {question}") from None
-        except Exception:  # for example, parts that are no mapping
+        except Exception:  # for example, `parts` is not a mapping
             shown = f"{returned!r:.80}"
             raise RewardFaultError(
                 f"reward {named.path.name} {named.label}: it returned {shown}, not a finite number or a Score with "
@@ -89,7 +89,7 @@ def _checked(returned: object, episode: Episode) -> Score:
 
 def _number(value: object) -> float:
     try:
-        number = float(value)  # type: ignore[arg-type]  # bool, NumPy's numbers and tensors of one element included
+        number = float(value)  # type: ignore[arg-type]  # also a bool, a number of NumPy, or a tensor of one element
     except (TypeError, ValueError):
         number = math.nan
     if isinstance(value, str) or not math.isfinite(number):

@@ -65,7 +65,7 @@ def write_agent_file(folder: Path, config: RunConfig) -> None:
 
 
 def require_harmless(path: Path, config: RunConfig, *, overridden: Collection[str]) -> None:
-    """Raise `ConfigError` if the agent file `path` names code to run or secrets to send, or opens private addresses.
+    """Raise `ConfigError` if the agent file `path` names code to run or secrets to send, or allows private addresses.
 
     A stranger may have written the agent file in a model's folder. So a program calls this if the user named only the
     folder, and not the file itself.

@@ -74,7 +74,7 @@ def load_saved(
         key: the option with which the user gave `path`, for error messages.
 
     Raises:
-        ConfigError: in the cases of `load_config`, `find_model` and `inference_config`.
+        ConfigError: if `load_config`, `find_model` or `inference_config` raises it.
     """
     config = load_config(file, [*UNDIVIDED, *overrides])
     model = find_model(path, untrained=config.model.path, key=key)

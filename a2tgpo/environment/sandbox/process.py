@@ -35,7 +35,8 @@ class SandboxProcess:
     """A process that runs the launcher. Only one thread at a time may call the methods.
 
     Args:
-        command: the launcher's command line without its last argument, which is the number of the control pipe.
+        command: the launcher's command line without its last argument, which is the file descriptor of the control
+            pipe.
         environment: all environment variables of the process.
         folder: folder that `close` removes.
         start: `subprocess.Popen`, or a function with the same arguments.

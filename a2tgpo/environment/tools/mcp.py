@@ -1,4 +1,4 @@
-"""The mcp tool. It calls the tool of a Model Context Protocol server that the section `mcp` names."""
+"""The mcp tool, which calls a tool of an MCP server (Model Context Protocol). The section `mcp` names both."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ class McpTool:
             connection.close()
 
     def _arguments(self, text: str) -> dict[str, Any] | None:
-        """Return the call's arguments, or None if `text` is no JSON object. A tool of one text gets `text` itself."""
+        """Return the call's arguments, or None if `text` is no JSON object. If the tool takes only one text, `text`
+        is its argument."""
         properties = self.parameters.get("properties", {})
         if [schema.get("type") for schema in properties.values()] == ["string"]:
             return dict.fromkeys(properties, text)
@@ -103,7 +104,7 @@ class StatefulMcpTool:
         """
         try:
             return McpTool(self._config)
-        except ConfigError as error:  # the first server had the tool, so the configuration is no bug
+        except ConfigError as error:  # the first server had the tool, so the configuration is right
             raise ToolUnavailableError(f"the MCP server has other tools than at the start: {error}") from None
 
     def close(self) -> None:
@@ -111,7 +112,7 @@ class StatefulMcpTool:
 
 
 class Connection:
-    """A connection to a server, which an event loop in its own thread serves. Many threads may use the connection.
+    """A connection to a server, run by an event loop in its own thread. Many threads may use the connection.
 
     Raises:
         ToolUnavailableError: the server does not start or answer.

@@ -1,4 +1,4 @@
-"""The web_search tool, which asks a web search service. The section `web` names the service."""
+"""The web_search tool, which queries a web search service. The section `web` names the service."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The program of a helper process of the tool `visit`, which extracts the main text of web pages.
 
-Strangers write the pages. The extractor may take long for them, and its libraries in C may fail.
+The pages are untrusted: the extractor may take long, and its libraries in C may crash.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class WebResult:
 
 
 class _TransientError(ToolUnavailableError):
-    """A failure that an immediate retry may cure."""
+    """A failure after which an immediate retry may succeed."""
 
     def __init__(self, message: str, *, retry_after_s: float | None = None):
         super().__init__(message)

@@ -15,7 +15,7 @@ from a2tgpo.loss.turn_ratio import shared_log_ratio
 
 
 def token_losses(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
-    """Return the policy term of each sampled token. A token is clipped if its weight is not its ratio."""
+    """Return the policy term of each sampled token. A token is clipped if its weight differs from its ratio."""
     segment_ids, num_segments = inputs.segments(config.ratio)
     log_ratio = shared_log_ratio(logprobs.detach(), inputs.old_logprobs, segment_ids, num_segments)
     ratio = log_ratio.exp()

@@ -14,7 +14,7 @@ from a2tgpo.loss.turn_ratio import shared_log_ratio
 
 
 def token_losses(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmConfig) -> TokenLosses:
-    """Return the gated policy term of each sampled token. No token counts as clipped."""
+    """Return the gated policy term of each sampled token. No token is marked as clipped."""
     segment_ids, num_segments = inputs.segments(config.ratio)
     ratio = shared_log_ratio(logprobs, inputs.old_logprobs, segment_ids, num_segments).exp()
     negative = torch.full_like(ratio, config.sapo_tau_negative)

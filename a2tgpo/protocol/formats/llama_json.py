@@ -1,4 +1,4 @@
-"""The call of Llama 3: the whole turn is one JSON object, perhaps after <|python_tag|>."""
+"""The call of Llama 3: the whole turn is one JSON object, optionally after <|python_tag|>."""
 
 from __future__ import annotations
 
