@@ -92,6 +92,9 @@ class Turn:
     """Rise in the chance of success through a process turn, according to a reward or a tool. None if unknown."""
     version: int = 0
     """Version of the weights that sampled this turn. Version N is the result of N training steps."""
+    experts: bytes = b""
+    """Experts that the engine chose (`batch.expert_rows`), if `rollout.router_replay` is on. The rows of all turns,
+    end to end, are those of the positions 0, 1, ... of the trajectory, up to the turn's last token but one."""
 
     def __post_init__(self) -> None:
         self.tokens = _as(TokenIds, self.tokens)
@@ -228,14 +231,19 @@ class Trajectory:
         """P_0 .. P_n, the gold answer's probability after each context."""
         return [self.baseline_prob, *(turn.answer_prob for turn in self.process_turns)]
 
+    @property
+    def experts(self) -> bytes:
+        """The rows of experts of all turns, end to end. Empty if the engine returned none."""
+        return b"".join(turn.experts for turn in self.turns)
+
     def staleness(self, version: int) -> int:
         """Return `version` minus the oldest version among the turns."""
         return max(version - turn.version for turn in self.turns)
 
     def to_dict(self) -> dict:
-        """Return all fields as a dict. Turns, calls and the branch become dicts, and arrays become lists.
+        """Return the fields as a dict. Turns, calls and the branch become dicts, and arrays become lists.
 
-        A turn also has `query`, `tool` and `tool_failed`.
+        A turn also has `query`, `tool` and `tool_failed`, but not `experts`.
         """
         branch = None if self.branch is None else {**vars(self.branch), "owners": list(self.branch.owners)}
         turns = [_plain_turn(turn) for turn in self.turns]
@@ -301,7 +309,8 @@ def _as(kind: type, values: Any) -> Any:
 def _plain_turn(turn: Turn) -> dict[str, Any]:
     calls = [dict(vars(call)) for call in turn.calls]
     first = {"query": turn.query, "tool": turn.tool, "tool_failed": turn.tool_failed}
-    return {**_plain(vars(turn)), "calls": calls, **first}
+    fields = {name: value for name, value in _plain(vars(turn)).items() if name != "experts"}
+    return {**fields, "calls": calls, **first}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from a2tgpo.parallel.groups import ParallelGroups
+
 
 def context_positions(cu_seqlens: Tensor, cp_size: int) -> Tensor:
     """Return, for each context-parallel rank, the positions of the packed row that this rank holds.
@@ -28,3 +30,19 @@ def context_positions(cu_seqlens: Tensor, cp_size: int) -> Tensor:
     rank = torch.minimum(piece, num_pieces - 1 - piece)
     # Each row of the result ascends, because the sort is stable.
     return torch.argsort(rank, stable=True).view(cp_size, -1)
+
+
+def layer_positions(cu_seqlens: Tensor, groups: ParallelGroups, *, sequence_parallel: bool) -> Tensor:
+    """Return the positions of a packed row that the layers of this rank compute, apart from attention.
+
+    Context-parallel ranks divide the row, and under sequence parallelism tensor-parallel ranks divide the result. The
+    row must have the padding of `packing.alignment`.
+
+    Returns:
+        [n] int64, on the device of `cu_seqlens`.
+    """
+    if groups.cp_size > 1:
+        positions = context_positions(cu_seqlens, groups.cp_size)[groups.cp_rank]
+    else:
+        positions = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+    return positions.chunk(groups.tp_size)[groups.tp_rank] if sequence_parallel else positions

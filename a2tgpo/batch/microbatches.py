@@ -8,6 +8,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from a2tgpo.batch.balance import microbatches
+from a2tgpo.batch.expert_rows import ExpertShape
 from a2tgpo.batch.packing import Alignment, PackedBatch, pack, packed_length
 from a2tgpo.parallel.collectives import all_reduce_max
 from a2tgpo.trajectory import Trajectory
@@ -20,6 +21,7 @@ def pack_microbatches(
     max_tokens: int,
     align: Alignment,
     dp_group: ProcessGroup,
+    expert_shape: ExpertShape | None = None,
 ) -> list[PackedBatch]:
     """Pack `trajectories[i] for i in rows` of this data-parallel replica. Every rank must call this.
 
@@ -30,4 +32,8 @@ def pack_microbatches(
     fewest = torch.tensor(len(microbatches(lengths, max_tokens, row=align.row)))
     agreed = int(all_reduce_max(fewest, dp_group))
     grouped = microbatches(lengths, max_tokens, min_count=agreed, row=align.row)
-    return [pack(trajectories, [rows[i] for i in members], align=align) for members in grouped if members]
+    return [
+        pack(trajectories, [rows[i] for i in members], align=align, expert_shape=expert_shape)
+        for members in grouped
+        if members
+    ]

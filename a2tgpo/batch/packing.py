@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from a2tgpo.batch.expert_rows import ExpertShape
 from a2tgpo.config.fp8 import Fp8Config
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.trajectory import Trajectory
@@ -71,6 +72,10 @@ class PackedBatch:
     """[U] int64, the index of each turn's trajectory in the list that was passed to `pack`."""
     turn_index: Tensor
     """[U] int64, the index of each turn in its trajectory, counted from 0."""
+    experts: Tensor | None = None
+    """[T, layers, chosen] uint8 or int16, the experts that the engine chose for each of `tokens`. Positions without a
+    row, among them all padding, have `ExpertShape.no_expert`. None: no position has a row. This tensor stays in host
+    memory."""
     tree: tuple[TreeNode, ...] | None = None
     """The nodes that define the attention, see `probes`. None: attention is causal within each segment."""
 
@@ -88,13 +93,16 @@ class PackedBatch:
         return self.turn_index.numel()
 
     def to(self, device: torch.device) -> PackedBatch:
-        """Return this batch with its tensors on `device`, except `cu_seqlens`, which the host reads in every pass."""
+        """Return this batch with its tensors on `device`, except `cu_seqlens` and `experts`.
+
+        The host reads `cu_seqlens` in every pass. Only a part of `experts` is needed on a device at a time.
+        """
         if self.tokens.device == device:
             return self
         moved = {
             field.name: getattr(self, field.name).to(device, non_blocking=True)
             for field in dataclasses.fields(self)
-            if field.name not in ("trajectory_indices", "tree", "cu_seqlens")
+            if field.name not in ("trajectory_indices", "tree", "cu_seqlens", "experts")
         }
         return dataclasses.replace(self, **moved)
 
@@ -139,14 +147,24 @@ def packed_length(trajectory: Trajectory) -> int:
     return len(trajectory.prompt_tokens) + sum(len(turn.tokens) for turn in turns) + observed - 1
 
 
-def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: Alignment) -> PackedBatch:
+def pack(
+    trajectories: Sequence[Trajectory],
+    indices: Sequence[int],
+    *,
+    align: Alignment,
+    expert_shape: ExpertShape | None = None,
+) -> PackedBatch:
     """Pack `trajectories[i] for i in indices` end to end in this order.
 
     Trajectories without a sampled token and turns without tokens are left out. If no trajectory remains, the batch
     has `align.row` masked positions, and contributes nothing to the loss.
 
+    Args:
+        expert_shape: the shape of the trajectories' rows of experts. None: the batch gets no experts.
+
     Raises:
         ValueError: if a prompt is empty, or if a turn has more or fewer `rollout_logprobs` than tokens.
+        RuntimeError: if a trajectory has rows of experts, but not one for each position.
     """
     kept = [index for index in indices if trajectories[index].num_sampled_tokens]
     spans: list[
@@ -204,10 +222,32 @@ def pack(trajectories: Sequence[Trajectory], indices: Sequence[int], *, align: A
         turn_ids=row_of(target_turns.clamp(min=0)),
         sequence_ids=row_of(sequence, fill=PADDING),
         rollout_logprobs=row_of(read_logprobs[target]),
+        experts=_experts([trajectories[index] for index in kept], expert_shape, place, len(positions)),
         trajectory_indices=tuple(kept),
         turn_trajectory=torch.tensor(turn_trajectory, dtype=torch.int64),
         turn_index=torch.tensor(turn_index, dtype=torch.int64),
     )
+
+
+def _experts(
+    trajectories: Sequence[Trajectory], shape: ExpertShape | None, place: Tensor, num_positions: int
+) -> Tensor | None:
+    """Return `PackedBatch.experts`. `place` has the row's positions of all trajectories, end to end."""
+    if shape is None or not trajectories:
+        return None
+    rows = np.full((num_positions, shape.layers, shape.chosen), shape.no_expert, shape.dtype)
+    first = 0
+    for trajectory in trajectories:
+        last = first + packed_length(trajectory)
+        if content := trajectory.experts:
+            if len(content) != (last - first) * shape.row_bytes:
+                raise RuntimeError(
+                    f"trajectory {trajectory.prompt_id}, sample {trajectory.sample_index}: "
+                    f"{len(content) / shape.row_bytes:g} rows of experts for {last - first} positions"
+                )
+            rows[place[first:last].numpy()] = shape.decode(content)
+        first = last
+    return torch.from_numpy(rows)
 
 
 def empty_batch(align: Alignment) -> PackedBatch:

@@ -15,6 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
+from a2tgpo.batch.expert_rows import ExpertShape
 from a2tgpo.batch.packing import alignment
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
@@ -28,6 +29,7 @@ from a2tgpo.model.lora import attach_adapters
 from a2tgpo.model.policy import Policy
 from a2tgpo.model.precision import require_number_formats, spec_provider, uses_transformer_engine
 from a2tgpo.model.rope import rope_of
+from a2tgpo.model.router_replay import RouterReplay
 from a2tgpo.model.transformer_config import DTYPES, check_layout, padded_vocab_size, transformer_config
 from a2tgpo.model.weights import load_hf_weights, make_bridge
 from a2tgpo.parallel.groups import ParallelGroups
@@ -43,6 +45,7 @@ def build_policy(
     update: UpdateConfig | None,
     trainable: bool = True,
     with_weights: bool = True,
+    router_replay: bool = False,
 ) -> Policy:
     """Build this rank's part of the checkpoint in `model.path` and load its weights. Every rank must call this.
 
@@ -52,6 +55,7 @@ def build_policy(
             False, the parameters have no gradients.
         with_weights: read the weights. If False, the weights stay as Megatron initialises them. A model with adapters
             always reads its weights, because its checkpoints have only the adapters.
+        router_replay: replay the experts of packed batches that have them.
 
     Raises:
         ConfigError: if the checkpoint is missing, malformed or unsupported, if the layout does not divide the model,
@@ -81,6 +85,14 @@ def build_policy(
         trainable=trainable,
         adapters=adapters,
     )
+    if router_replay:
+        policy.router_replay = RouterReplay(
+            gpt_models,
+            groups,
+            shape=ExpertShape.of(hf_config),
+            sequence_parallel=config.sequence_parallel,
+            recomputes=config.recompute_granularity == "full",
+        )
     # Load before wrapping, because the distributed optimizer copies its float32 weights from the model.
     if with_weights or adapters is not None:
         load_hf_weights(policy)

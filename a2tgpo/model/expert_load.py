@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from a2tgpo.batch.context_split import context_positions
+from a2tgpo.batch.context_split import layer_positions
 from a2tgpo.batch.packing import PADDING, PackedBatch
 from a2tgpo.parallel.collectives import all_reduce_sum, world_group
 from a2tgpo.parallel.groups import ParallelGroups
@@ -44,14 +44,8 @@ class ExpertLoad:
         A layer that is computed again in the backward pass is not counted again, because the backward pass runs
         outside the block.
         """
-        is_real, groups = batch.sequence_ids[0] != PADDING, self._groups
-        if groups.cp_size > 1:
-            is_real = is_real[
-                context_positions(batch.cu_seqlens, groups.cp_size)[groups.cp_rank].to(is_real.device)
-            ]
-        if self._sequence_parallel:
-            is_real = is_real.chunk(groups.tp_size)[groups.tp_rank]
-        self._is_real = is_real
+        own = layer_positions(batch.cu_seqlens, self._groups, sequence_parallel=self._sequence_parallel)
+        self._is_real = batch.sequence_ids[0, own.to(batch.sequence_ids.device)] != PADDING
         try:
             yield
         finally:

@@ -14,9 +14,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from transformers import PretrainedConfig
 
+from a2tgpo.batch.expert_rows import ExpertShape
 from a2tgpo.batch.packing import Alignment
 from a2tgpo.model.expert_load import ExpertLoad
 from a2tgpo.model.lora import Adapters
+from a2tgpo.model.router_replay import RouterReplay
 from a2tgpo.parallel.groups import ParallelGroups
 
 
@@ -48,6 +50,13 @@ class Policy:
     """The low-rank adapters, if only these are trained."""
     is_base: bool = False
     """Whether passes and exports leave out the adapters (see `base`)."""
+    router_replay: RouterReplay | None = None
+    """Replays the engine's choice of experts. None: the routers always choose on their own."""
+
+    @property
+    def expert_shape(self) -> ExpertShape | None:
+        """The shape of the rows of experts that the policy replays, or None if it replays none."""
+        return self.router_replay.shape if self.router_replay else None
 
     @property
     def gpt_models(self) -> list[GPTModel]:
@@ -63,7 +72,7 @@ class Policy:
     def base(self) -> Policy:
         """The model without its adapters. It shares all weights with this policy, so it takes no memory."""
         assert self.adapters is not None, "only a policy with adapters has a base"
-        return replace(self, is_base=True, trainable=False, expert_load=None)
+        return replace(self, is_base=True, trainable=False, expert_load=None, router_replay=None)
 
     def adapting(self) -> AbstractContextManager[None]:
         """Return a context in which the chunks use the adapters as this policy does."""

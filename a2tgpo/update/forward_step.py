@@ -16,7 +16,7 @@ from a2tgpo.batch.packing import PackedBatch, empty_batch
 from a2tgpo.model.context_gather import gather_context
 from a2tgpo.model.forward import forward_packed
 from a2tgpo.model.logprobs import TokenDistribution, token_logprobs
-from a2tgpo.model.policy import Policy, require_weights
+from a2tgpo.model.policy import Policy, require_weights, unwrapped
 from a2tgpo.parallel.collectives import all_reduce_max
 from a2tgpo.parallel.groups import ParallelGroups
 
@@ -44,6 +44,8 @@ def run_pipeline(
 
     If `forward_only` is False, the model afterwards holds the gradients of the objective. The objective is the sum of
     `token_function`'s values over all micro-batches and all data-parallel replicas.
+
+    If the policy has a `router_replay`, its routers choose the experts of the micro-batches that have `experts`.
 
     Args:
         distribution: the next-token distribution whose log-probs and entropies `token_function` receives.
@@ -73,12 +75,15 @@ def run_pipeline(
             loss = loss + 0.0 * logprobs.sum()  # backward must reach every stage and every parameter
         return loss * scale, {}
 
-    load = None if forward_only else policy.expert_load
+    load, replay = None if forward_only else policy.expert_load, policy.router_replay
 
     def forward_step(numbers: Iterator[int], chunk: nn.Module) -> tuple[Tensor, Any]:
         number = next(numbers)
         batch = batches[number]
-        with nullcontext() if load is None else load.counting(batch):
+        with (
+            nullcontext() if load is None else load.counting(batch),
+            nullcontext() if replay is None else replay.replaying(unwrapped(chunk), batch),
+        ):
             output = forward_packed(
                 chunk,
                 batch.tokens,
@@ -100,6 +105,8 @@ def run_pipeline(
             micro_batch_size=1,
             forward_only=forward_only,
         )
+    if replay is not None:
+        replay.check_spent()
 
 
 class _ScoredRows(NamedTuple):

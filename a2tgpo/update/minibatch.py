@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from a2tgpo.advantage.turn_table import TurnAdvantages
+from a2tgpo.batch.expert_rows import ExpertShape
 from a2tgpo.batch.microbatches import pack_microbatches
 from a2tgpo.batch.packing import Alignment, PackedBatch, pack
 from a2tgpo.config.run import RunConfig
@@ -85,6 +86,7 @@ def build_minibatches(
     groups: ParallelGroups,
     align: Alignment,
     contrast_prompts: Mapping[str, Sequence[int]] | None = None,
+    expert_shape: ExpertShape | None = None,
 ) -> list[Minibatch]:
     """Build mini-batches of `prompts_per_minibatch` prompts each, in the order of prompts.
 
@@ -95,6 +97,7 @@ def build_minibatches(
     Args:
         contrast_prompts: the token ids of the contrast prompt of each question, by the question's id. None: the run
             has no contrast prompts.
+        expert_shape: the shape of the rows of experts that the policy replays. None: the policy replays none.
     """
     prompts = config.update.prompts_per_minibatch
     is_correct = torch.tensor([t.exact_match == 1 for t in trajectories], dtype=torch.bool)
@@ -126,7 +129,12 @@ def build_minibatches(
         )
         limit = config.update.max_microbatch_tokens
         packed = pack_microbatches(
-            trajectories, rows, max_tokens=limit, align=align, dp_group=groups.dp_group
+            trajectories,
+            rows,
+            max_tokens=limit,
+            align=align,
+            dp_group=groups.dp_group,
+            expert_shape=expert_shape,
         )
         microbatches = [microbatch_of(batch) for batch in packed]
         if config.algorithm.clip_cov_share:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from checkpoint_checks import check_resume, check_values_again
 from layout_checks import check_gradients, check_scores, check_turn_ratios
 from model_worker import check_against_transformers, check_groups
+from replay_checks import check_router_replay
 from update_bench import (
     Bench,
     assert_close,
@@ -191,6 +192,7 @@ CHECKS = {
         check_updates,
         check_nan_is_skipped,
         check_resume,
+        check_router_replay,
     ],
     "dp4": [check_transformers, check_gradients, check_updates, check_from_two_expert_ranks],
     "ep4": [check_transformers, check_gradients, check_updates, check_idle_experts],
@@ -201,15 +203,23 @@ CHECKS = {
         check_updates,
         check_expert_load,
         check_frozen_router,
+        check_router_replay,
     ],
     "tp2_sequence_ep4": [check_gradients, check_scores, check_updates, check_from_two_expert_ranks],
-    "cp2_ep2": [check_gradients, check_turn_ratios, check_updates, check_expert_load],
+    "cp2_ep2": [
+        check_gradients,
+        check_turn_ratios,
+        check_updates,
+        check_expert_load,
+        check_router_replay,
+    ],
     "pp2_ep2": [
         check_transformers,
         check_gradients,
         check_updates,
         check_from_two_expert_ranks,
         check_expert_load,
+        check_router_replay,
     ],
 }
 

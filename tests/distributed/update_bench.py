@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from a2tgpo.batch.balance import deal, microbatches
+from a2tgpo.batch.expert_rows import ExpertShape
 from a2tgpo.batch.packing import PackedBatch, alignment, pack, packed_length
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.fp8 import Fp8Config
@@ -209,14 +210,19 @@ class Bench:
         assert len(policy.chunks[0].buffers[0].buckets) > 2
         return policy, update
 
-    def batches(self, *, max_tokens: int = 60, replicas: int | None = None) -> list[PackedBatch]:
+    def batches(
+        self, *, max_tokens: int = 60, replicas: int | None = None, expert_shape: ExpertShape | None = None
+    ) -> list[PackedBatch]:
         """Return this replica's micro-batches. The trajectories are divided among the first `replicas` replicas."""
         align = alignment(self.parallel, Fp8Config())
         lengths = [align.segment_length(packed_length(t)) for t in self.trajectories]
         dealt = deal(lengths, replicas or self.groups.dp_size)
         mine = [index for index, replica in enumerate(dealt) if replica == self.groups.dp_rank]
         grouped = microbatches([lengths[index] for index in mine], max_tokens)
-        return [pack(self.trajectories, [mine[i] for i in group], align=align) for group in grouped]
+        return [
+            pack(self.trajectories, [mine[i] for i in group], align=align, expert_shape=expert_shape)
+            for group in grouped
+        ]
 
     def loss_function(self, batches: list[PackedBatch]) -> LossFunction:
         def loss(number: int, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
