@@ -46,6 +46,8 @@ def engine_arguments(
     )
     if dist.is_initialized() and dist.get_world_size() > 1:
         arguments["distributed_executor_backend"] = "external_launcher"
+    if config.router_replay:
+        arguments["enable_return_routed_experts"] = True
     if config.quantization != "none":
         arguments["quantization"] = quantization_name(config, dtype, hf_config)
     if ON_GPU:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from a2tgpo.batch.expert_rows import ExpertShape
 from a2tgpo.config.fp8 import ENGINE_CAPABILITY, LinearSizes, quantization_fault
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.data.tokenizer import load_tokenizer
@@ -71,6 +73,23 @@ def quantization_name(config: RolloutConfig, dtype: str, hf_config: Any) -> str:
     return QUANTIZATION_NAMES[value]
 
 
+def check_router_replay(hf_config: Any) -> ExpertShape:
+    """Return the shape of the rows of experts that an engine returns for `rollout.router_replay`.
+
+    Raises:
+        ConfigError: if the model has no experts, or if engines on this machine do not return experts.
+    """
+    shape = ExpertShape.of(hf_config)
+    # vLLM's runner for GPUs needs Triton, so engines on CPUs use it only if this variable enforces it.
+    has_second_runner = torch.cuda.is_available() or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+    if not has_second_runner:
+        raise ConfigError(
+            "rollout.router_replay is true; allowed: false without a visible GPU, since vLLM's model runner for CPUs "
+            "does not return experts"
+        )
+    return shape
+
+
 def explain_refusal(error: ValueError, max_model_len: int) -> str:
     """Return a one-line explanation of vLLM's refusal in terms of this project's settings."""
     text = " ".join(str(error).split())
@@ -83,5 +102,10 @@ def explain_refusal(error: ValueError, max_model_len: int) -> str:
         return (
             f"data.max_prompt_tokens + rollout.max_response_tokens is {max_model_len}, more than the model's "
             f"positions; lower one of them ({text:.200})"
+        )
+    if "AuxOutput" in text or "routed-experts" in text.lower():
+        return (
+            "rollout.router_replay is true; allowed: false, since the engine cannot return the experts it chooses "
+            f"({text:.200})"
         )
     return f"the engine refuses the model or its settings: {text:.300}"

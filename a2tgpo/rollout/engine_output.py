@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from a2tgpo.batch.expert_rows import ExpertShape
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOutput:
@@ -22,6 +24,9 @@ class EngineOutput:
     num_prompt_tokens: int
     num_cached_tokens: int
     """Number of prompt tokens that were in the prefix cache."""
+    experts: bytes = b""
+    """The rows of experts of the positions from `experts_from` to the last sampled token but one, see
+    `VllmEngine.submit`. Empty if the engine does not return experts, and on all ranks of an engine but the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,7 @@ class ScoreOutput:
     num_cached_tokens: int
 
 
-def generation_output(output: Any) -> EngineOutput:
+def generation_output(output: Any, *, experts: bytes) -> EngineOutput:
     """Convert the vllm.RequestOutput of a finished generation to an `EngineOutput`."""
     sampled = output.outputs[0]
     tokens, logprobs = list(sampled.token_ids), list(sampled.logprobs.logprobs)
@@ -48,8 +53,26 @@ def generation_output(output: Any) -> EngineOutput:
         text=sampled.text,
         finish_reason=str(sampled.finish_reason),
         stop_string=sampled.stop_reason if isinstance(sampled.stop_reason, str) else None,
+        experts=experts,
         **_prompt_counts(output),
     )
+
+
+def expert_rows(output: Any, shape: ExpertShape, *, first: int) -> bytes:
+    """Return the rows of experts of the positions from `first` to the last sampled token but one.
+
+    Raises:
+        RuntimeError: if vLLM returned other positions, or rows that the model cannot have chosen.
+    """
+    rows, num_tokens = output.outputs[0].routed_experts, len(output.outputs[0].token_ids)
+    expected = len(output.prompt_token_ids) + num_tokens - 1 - first
+    found = 0 if rows is None else len(rows)
+    if found != expected:
+        raise RuntimeError(f"the engine returned {found} rows of experts for {expected} positions")
+    try:
+        return shape.encode(rows)
+    except ValueError as error:
+        raise RuntimeError(f"the engine returned wrong experts: {error}") from error
 
 
 def score_output(output: Any, num_scored: int, *, is_second_runner: bool) -> ScoreOutput:

@@ -254,6 +254,8 @@ class MultiTurnLoop:
             top_p=self._sampling.top_p,
             stop=self._protocol.stop_strings,
             stop_tokens=self._protocol.stop_tokens,
+            # An earlier turn of this call has the rows up to its last token but one.
+            experts_from=max(0, live.num_known - 1),
         )
 
     def _take_turn(self, live: LiveTrajectory, output: EngineOutput) -> None:
@@ -262,7 +264,12 @@ class MultiTurnLoop:
             tokens=TokenIds(output.tokens),
             rollout_logprobs=LogProbs(output.logprobs),
             version=self._sampling.version,
+            experts=output.experts,
         )
+        if turn.experts and not live.num_known:
+            # The rows begin at position 0, and replace the rows of turns that earlier calls played.
+            past = [dataclasses.replace(earlier, experts=b"") for earlier in live.trajectory.turns]
+            live.trajectory.turns[:] = past
         live.trajectory.turns.append(turn)
         self._counts.known_prefix_tokens += live.num_known
         self._counts.cached_prefix_tokens += min(output.num_cached_tokens, live.num_known)

@@ -26,9 +26,16 @@ from a2tgpo.rollout.engine_guest import (
     cap_cache_hits,
     environment_kept,
     preserved_host_state,
+    return_experts_on_first_rank,
 )
-from a2tgpo.rollout.engine_limits import explain_refusal, read_model
-from a2tgpo.rollout.engine_output import EngineOutput, ScoreOutput, generation_output, score_output
+from a2tgpo.rollout.engine_limits import check_router_replay, explain_refusal, read_model
+from a2tgpo.rollout.engine_output import (
+    EngineOutput,
+    ScoreOutput,
+    expert_rows,
+    generation_output,
+    score_output,
+)
 from a2tgpo.rollout.lockstep import Lockstep, LockstepError
 from a2tgpo.rollout.vllm_environment import prepare_environment
 from a2tgpo.rollout.weight_names import checked_weights, checkpoint_shapes
@@ -133,6 +140,11 @@ class VllmEngine:
         self._in_flight: set[str] = set()
         self._answers: dict[str, int] = {}  # id of each scoring in flight -> number of answer tokens
         hf_config, tokenizer = read_model(model_path)
+        self._expert_shape = check_router_replay(hf_config) if config.router_replay else None
+        self._returns_experts = config.router_replay and (replica_group is None or replica_group.rank() == 0)
+        self._experts_from: dict[
+            str, int
+        ] = {}  # id of each generation in flight -> first position with a row
         self.num_token_ids = num_token_ids(tokenizer)
         self.vocab_size: int = hf_config.vocab_size
         self._tied = bool(hf_config.tie_word_embeddings)
@@ -163,6 +175,8 @@ class VllmEngine:
         core = client.engine_core
         cap_cache_hits(core.scheduler.kv_cache_manager)
         abort_in_order(core)
+        if config.router_replay:
+            return_experts_on_first_rank(core.scheduler, self._returns_experts)
         self._lockstep: Lockstep | None = None
         if replica_group is not None and config.check_lockstep_every:
             self._lockstep = Lockstep(core.scheduler, replica_group, every=config.check_lockstep_every)
@@ -184,6 +198,7 @@ class VllmEngine:
         top_p: float,
         stop: Sequence[str],
         stop_tokens: Sequence[int] = (),
+        experts_from: int = 0,
     ) -> None:
         """Queue a generation. A later call of `step` returns its `EngineOutput`.
 
@@ -195,6 +210,7 @@ class VllmEngine:
             stop: texts that end the generation. The output includes the text that ended it.
             stop_tokens: ids that end the generation, in addition to the end-of-sequence ids of the tokenizer and of
                 generation_config.json. The output includes the id that ended the generation.
+            experts_from: first position whose experts the output has, if the engine returns experts.
 
         Raises:
             ConfigError: if the context leaves no room for one token.
@@ -212,8 +228,10 @@ class VllmEngine:
             logprobs=0,
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            routed_experts_prompt_start=experts_from,
         )
         self._add(request_id, list(tokens), params)
+        self._experts_from[request_id] = experts_from
 
     def submit_score(self, request_id: str, prefix: Sequence[int], answer: Sequence[int]) -> None:
         """Queue a scoring of log p(answer | prefix). A later call of `step` returns its `ScoreOutput`.
@@ -260,6 +278,7 @@ class VllmEngine:
         self._engine.abort_request(sorted(self._in_flight))  # sorted, so that all ranks use the same order
         self._in_flight.clear()
         self._answers.clear()
+        self._experts_from.clear()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Replace all weights. Any order is allowed, but the order of the layers needs the least memory.
@@ -358,6 +377,8 @@ class VllmEngine:
             skip_reading_prefix_cache=False,
             extra_args={MAX_CACHE_HIT: max_hit},
             output_kind=RequestOutputKind.FINAL_ONLY,
+            # Otherwise vLLM would copy the experts of the whole context, if the engine returns experts.
+            routed_experts_prompt_start=len(tokens),
             **logprob_options,
         )
         self._add(request_id, tokens, params)
@@ -367,5 +388,8 @@ class VllmEngine:
         self._in_flight.discard(output.request_id)
         num_scored = self._answers.pop(output.request_id, None)
         if num_scored is None:
-            return generation_output(output)
+            first, experts = self._experts_from.pop(output.request_id), b""
+            if self._expert_shape is not None and self._returns_experts:
+                experts = expert_rows(output, self._expert_shape, first=first)
+            return generation_output(output, experts=experts)
         return score_output(output, num_scored, is_second_runner=self._has_second_runner)

@@ -13,6 +13,7 @@ from scripted_search import toolset_of
 from tiny_models import CAPITALS, prompt_ids
 from transformers import AutoModelForCausalLM
 
+from a2tgpo.batch.packing import packed_length
 from a2tgpo.collect.state import RolloutState
 from a2tgpo.collect.step import StepRollout
 from a2tgpo.config.rollout import PartialConfig, RolloutConfig
@@ -184,6 +185,49 @@ def test_going_on_in_the_same_step_changes_no_token(rollout, begin):
     assert sum(counts.sampled_tokens for counts in counted) == sum(
         t.num_sampled_tokens for t in members(whole)
     )
+
+
+@pytest.fixture
+def play_with_rows(engine, monkeypatch, rollout):
+    """Return a function that plays groups. The engine's rows are bytes that tell the position and the version."""
+    submit, step, first = engine.submit, engine.step, {}
+
+    def submit_rows(request_id, tokens, *, experts_from, **options):
+        first[request_id] = experts_from
+        submit(request_id, tokens, experts_from=experts_from, **options)
+
+    def play(groups, *, budget, version):
+        def step_rows():
+            return [
+                dataclasses.replace(output, experts=row_bytes(first[output.request_id], end, version))
+                if (end := output.num_prompt_tokens + len(getattr(output, "tokens", ())) - 1)
+                and output.request_id in first
+                else output
+                for output in step()
+            ]
+
+        monkeypatch.setattr(engine, "submit", submit_rows)
+        monkeypatch.setattr(engine, "step", step_rows)
+        return run_on(rollout, groups, budgets=[budget] * len(groups), version=version)[0]
+
+    return play
+
+
+def row_bytes(start, end, version):
+    return bytes((position + 100 * version) % 256 for position in range(start, end))
+
+
+def test_each_position_has_one_row_of_experts_from_the_weights_that_end_it(play_with_rows, begin):
+    paused = play_with_rows(begin(*range(6)), budget=1, version=0)
+    before = copy.deepcopy(paused)
+    ended = play_with_rows(paused, budget=None, version=1)
+    assert paused == before, "what was handed in has changed"
+    versions = set()
+    for old, new in zip(members(paused), members(ended), strict=True):
+        version = 0 if old.stop_reason else 1
+        versions.add((version, len(new.turns) > 1))
+        assert new.experts == row_bytes(0, packed_length(new), version)
+    assert versions == {(0, False), (1, True)}
 
 
 class NumberedSearch:
