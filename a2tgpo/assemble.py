@@ -40,6 +40,7 @@ from a2tgpo.reward.episode import reader_of
 from a2tgpo.reward.load import build_rewards, need_answers
 from a2tgpo.reward.pool import RewardPool
 from a2tgpo.reward.score import TrajectoryReward
+from a2tgpo.rollout.engine_limits import check_router_replay
 from a2tgpo.rollout.engine_share import settle_engine_share
 from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.vllm_engine import VllmEngine
@@ -120,6 +121,8 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
     with timers.stage("startup_data"):
         hf_config = load_hf_config(config.model.path)
         check_positions(config.model.path, hf_config, config.max_model_len)
+        if config.rollout.router_replay:
+            check_router_replay(hf_config)
         mix = load_question_mix(config.data.train_files, need_answers=with_answers)
         test_questions = load_evaluation_sets(config, need_answers=with_answers)
     with timers.stage("startup_tools"):
@@ -148,7 +151,12 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         )
     with timers.stage("startup_model"):
         policy = build_policy(
-            config.model, config.parallel, groups, update=config.update, with_weights=resume_from is None
+            config.model,
+            config.parallel,
+            groups,
+            update=config.update,
+            with_weights=resume_from is None,
+            router_replay=config.rollout.router_replay,
         )
         reference = build_reference(config, groups, policy)
         minibatches = config.rollout.prompts_per_step // config.update.prompts_per_minibatch

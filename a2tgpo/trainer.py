@@ -37,6 +37,7 @@ from a2tgpo.update.policy_update import (
     lay_out_ratios,
     update_policy,
 )
+from a2tgpo.update.routing_check import routing_metrics
 
 
 class Trainer:
@@ -203,6 +204,7 @@ class Trainer:
                 groups=self.parts.groups,
                 align=self.parts.policy.alignment,
                 contrast_prompts=self._contrast_prompts(trajectories),
+                expert_shape=self.parts.policy.expert_shape,
             )
         with self.timers.stage("score"):
             self.parts.phases.enter("score")
@@ -213,6 +215,9 @@ class Trainer:
                 before_each=lambda: self.early_stop.agree_before("update"),
             )
             learning_metrics.merge(metrics)
+            learning_metrics.merge(
+                routing_metrics(self.parts.policy, minibatches, distribution=self.parts.distribution)
+            )
             if self.parts.reference is not None and self.config.algorithm.kl_coef > 0:
                 minibatches = compute_ref_logprobs(
                     self.parts.reference, minibatches, distribution=self.parts.distribution

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+from a2tgpo.batch.expert_rows import ExpertShape
 from a2tgpo.config.load import dump_config
 from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_mix import load_question_mix
@@ -56,6 +57,8 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
     hf_config = load_hf_config(config.model.path)
     check_layout(hf_config, config.parallel, config.model.fp8)
     check_positions(config.model.path, hf_config, config.max_model_len)
+    if config.rollout.router_replay:
+        ExpertShape.of(hf_config)
     mix = load_question_mix(config.data.train_files, need_answers=with_answers)
     test_sets = load_evaluation_sets(config, is_whole=True, need_answers=with_answers)
     toolset = build_tools(config)

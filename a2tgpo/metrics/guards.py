@@ -221,6 +221,7 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             threshold=config.max_train_engine_gap,
             limit=lambda _: config.max_train_engine_gap,
             advice="the engine does not compute with the policy's precision: raise rollout.dtype, "
+            "set rollout.router_replay=true for a mixture of experts, "
             "or set algorithm.correction.kind=truncate and raise guard.max_train_engine_gap",
         ),
         "failed_calls": Alarm(

@@ -41,8 +41,9 @@ def inference_config(
     """Return `config` with the layout in which `world_size` processes run or convert the model.
 
     The trainer's model is divided over as many tensor-parallel processes as its sizes allow. Its experts are divided
-    over as many processes as their number allows. The model has one pipeline stage and no FP8. An engine has
-    gcd(`rollout.tensor_parallel`, `world_size`) processes and uses `MEMORY_FRACTION` of each GPU.
+    over as many processes as their number allows. The model has one pipeline stage and no FP8, and replays no
+    experts. An engine has gcd(`rollout.tensor_parallel`, `world_size`) processes and uses `MEMORY_FRACTION` of each
+    GPU.
 
     Args:
         config: a run's configuration with the overrides `UNDIVIDED`.
@@ -92,5 +93,9 @@ def _engine(rollout: RolloutConfig, world_size: int, explicit: Set[str]) -> Roll
         # total size, so a rank's part grows if the engine has fewer ranks than `rollout.tensor_parallel`.
         cache = 0.0 if torch.cuda.is_available() else cache * rollout.tensor_parallel / size
     return dataclasses.replace(
-        rollout, tensor_parallel=size, gpu_memory_fraction=fraction, kv_cache_gib=cache
+        rollout,
+        tensor_parallel=size,
+        gpu_memory_fraction=fraction,
+        kv_cache_gib=cache,
+        router_replay=False,
     )

@@ -53,10 +53,12 @@ def cache_shortage(plan: Plan) -> str:
 def host_needs(memory: HostMemory) -> str:
     """Return a text that says how much host memory the ranks need for each purpose."""
     copies = f"{memory.before_update / GIB:.0f} for what precedes an extrapolated update, "
+    experts = f"{memory.experts / GIB:.0f} for the experts of router replay, "
     return (
         f"{memory.total / GIB:.0f} GiB of a node's memory are needed ({memory.offloaded / GIB:.0f} for what leaves "
         f"the cards, {memory.saving / GIB:.0f} for a checkpoint being written, "
-        f"{copies if memory.before_update else ''}{memory.processes / GIB:.0f} for processes)"
+        f"{copies if memory.before_update else ''}{experts if memory.experts else ''}"
+        f"{memory.processes / GIB:.0f} for processes)"
     )
 
 

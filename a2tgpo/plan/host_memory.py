@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, fields
 
+from a2tgpo.batch.expert_rows import ExpertShape
 from a2tgpo.config.run import RunConfig
 from a2tgpo.plan.activations import FLOAT32_BYTES
 from a2tgpo.plan.adapters import all_adapters, trained_parameters
@@ -13,6 +14,7 @@ from a2tgpo.plan.engine import ELEMENT_BYTES
 from a2tgpo.plan.hardware import GIB
 from a2tgpo.plan.memory import trainer_memory
 from a2tgpo.plan.parameters import largest_tensor, optimizer_parameters
+from a2tgpo.plan.workload import Geometry
 
 PROCESS_GIB = 4.0
 """GiB of a rank's process for Python, torch, and the host side of CUDA and NCCL. The value is a guess."""
@@ -33,11 +35,13 @@ class HostMemory:
     before_update: float = 0.0
     """Page-locked copies of weights and optimizer state, from which extrapolated updates are computed. They stay
     allocated between updates."""
+    experts: float = 0.0
+    """The experts that the engine chose for the tokens of a step; 0 without `rollout.router_replay`."""
 
     @property
     def lasting(self) -> float:
         """Peak while the run trains. All parts exist together, because the next step runs during a save."""
-        return self.processes + self.offloaded + self.saving + self.before_update
+        return self.processes + self.offloaded + self.saving + self.before_update + self.experts
 
     @property
     def total(self) -> float:
@@ -49,15 +53,12 @@ class HostMemory:
 
 
 def host_memory_by_rank(
-    config: RunConfig, dimensions: ModelDimensions, *, data_parallel: int
+    config: RunConfig, dimensions: ModelDimensions, divided: Geometry
 ) -> list[HostMemory]:
     """Return each rank's host memory, in rank order. Ranks of the same pipeline stage have consecutive numbers."""
     parallel = config.parallel
-    by_stage = [
-        _of_stage(config, dimensions, stage, data_parallel=data_parallel)
-        for stage in range(parallel.pipeline)
-    ]
-    ranks_of_stage = data_parallel * parallel.context * parallel.tensor
+    by_stage = [_of_stage(config, dimensions, stage, divided) for stage in range(parallel.pipeline)]
+    ranks_of_stage = divided.data_parallel * parallel.context * parallel.tensor
     first, *others = [memory for memory in by_stage for _ in range(ranks_of_stage)]
     # Rank 0 holds PEFT's file of all adapters, and the tensors from which it makes the file.
     files = 2 * all_adapters(config, dimensions) * ELEMENT_BYTES[config.model.dtype]
@@ -78,9 +79,8 @@ def sum_of(ranks: list[HostMemory]) -> HostMemory:
     return sum(others, start=first)
 
 
-def _of_stage(
-    config: RunConfig, dimensions: ModelDimensions, stage: int, *, data_parallel: int
-) -> HostMemory:
+def _of_stage(config: RunConfig, dimensions: ModelDimensions, stage: int, divided: Geometry) -> HostMemory:
+    data_parallel = divided.data_parallel
     trainer = trainer_memory(config, dimensions, stage=stage, data_parallel=data_parallel)
     element_bytes = ELEMENT_BYTES[config.model.dtype]
     # A data-parallel rank writes only its own part of the optimizer's state and of the weights.
@@ -94,4 +94,21 @@ def _of_stage(
         loading=2 * largest_tensor(dimensions, config.parallel.tensor) * element_bytes,
         processes=PROCESS_GIB * GIB,
         before_update=trainer.before_update if config.update.extrapolation.is_on else 0.0,
+        experts=_expert_bytes(config, dimensions, divided),
     )
+
+
+def _expert_bytes(config: RunConfig, dimensions: ModelDimensions, divided: Geometry) -> float:
+    """Return the bytes of the rows of experts on a rank, averaged over the ranks of an engine.
+
+    A rank has its replica's trajectories twice, before and after packing. The first rank of an engine has the
+    trajectories that the engine played, and vLLM's copy for the cached tokens.
+    """
+    if not config.rollout.router_replay:
+        return 0.0
+    shape = ExpertShape(
+        layers=dimensions.layers, chosen=dimensions.experts_per_token, experts=dimensions.experts
+    )
+    of_engine = divided.tokens / divided.engines + divided.kv_tokens
+    tokens = 2 * divided.tokens / divided.data_parallel + of_engine / config.rollout.tensor_parallel
+    return tokens * shape.row_bytes

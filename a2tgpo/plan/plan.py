@@ -191,7 +191,7 @@ def make_plan(
         **vars(given),
         given_config=given_config,
         phases=memory_phases(config, dimensions, gpu, divided, assumed),
-        host_by_rank=host_memory_by_rank(config, dimensions, data_parallel=divided.data_parallel),
+        host_by_rank=host_memory_by_rank(config, dimensions, divided),
         rollout=rollout_time(given),
         score=score_time(given),
         update=update_time(given),

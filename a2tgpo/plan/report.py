@@ -224,6 +224,7 @@ def _host_table(plan: Plan) -> str:
             if host.before_update
             else []
         ),
+        *([["experts of the step's tokens", _size(host.experts)]] if host.experts else []),
         ["processes", _size(host.processes)],
         ["sum", f"{_size(host.lasting)} of {_size(capacity)}"],
         ["while loading, processes included", _size(host.loading + host.processes)],

@@ -142,9 +142,7 @@ class VllmEngine:
         hf_config, tokenizer = read_model(model_path)
         self._expert_shape = check_router_replay(hf_config) if config.router_replay else None
         self._returns_experts = config.router_replay and (replica_group is None or replica_group.rank() == 0)
-        self._experts_from: dict[
-            str, int
-        ] = {}  # id of each generation in flight -> first position with a row
+        self._experts_from: dict[str, int] = {}  # id of each generation in flight -> `experts_from`
         self.num_token_ids = num_token_ids(tokenizer)
         self.vocab_size: int = hf_config.vocab_size
         self._tied = bool(hf_config.tie_word_embeddings)

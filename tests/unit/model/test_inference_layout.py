@@ -38,7 +38,7 @@ def test_a_72b_run_of_64_ranks_is_played_by_the_8_of_one_node():
 def test_a_mixture_of_128_experts_is_played_by_the_8_ranks_of_one_node():
     config = laid_out("train_30b_a3b", QWEN_30B_A3B, 8)
     assert divided(config) == (4, 8, 1, 4)  # 4 key-value heads: two data-parallel replicas, two engines
-    assert config.parallel.sequence
+    assert config.parallel.sequence and not config.rollout.router_replay
 
 
 @pytest.mark.parametrize(

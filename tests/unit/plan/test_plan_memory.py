@@ -33,6 +33,7 @@ from a2tgpo.plan.host_memory import PROCESS_GIB
 from a2tgpo.plan.layouts import LEAST_HEADROOM
 from a2tgpo.plan.memory import PHASES, chunks_in_flight, trainer_memory
 from a2tgpo.plan.plan import Plan, make_plan
+from a2tgpo.plan.report import plan_text
 from a2tgpo.plan.transfers import transfer_bytes
 
 ROOT = Path(__file__).parents[3]
@@ -303,6 +304,19 @@ def test_a_node_has_room_for_what_leaves_its_cards_and_a_checkpoint_beside_it():
         "written, 32 for processes), but the node has 290 GiB; set update.offload=false, raise parallel.tensor, or "
         "use more nodes"
     ]
+
+
+def test_rows_of_experts_take_384_bytes_a_token_of_qwen3_30b_a3b_on_the_host():
+    config, dimensions = CONFIGS["train_30b_a3b"], KNOWN_MODELS["qwen3-30b-a3b"]
+    plan = make_plan(config, dimensions, H100, gpus=16)
+    tokens = 64 * 16 * 2000
+    # On each of a node's 8 ranks twice its replica's quarter; on its 2 engines what they played, and their caches.
+    expected = 384 * (8 * 2 * tokens / 4 + 2 * (tokens / 4 + plan.geometry.kv_tokens))
+    assert plan.host.experts == pytest.approx(expected) and 3e9 < expected < 10e9
+    assert plan.host.total == plan.host.offloaded + plan.host.saving + expected + 8 * PROCESS_GIB * GIB
+    assert "experts of the step's tokens" in plan_text(plan, source="built in")
+    plain = make_plan(changed(config, "rollout", router_replay=False), dimensions, H100, gpus=16)
+    assert plain.host.experts == 0 and "experts of" not in plan_text(plain, source="built in")
 
 
 def test_a_rank_writes_the_state_that_it_owns_whoever_holds_the_rest(config_8b):
