@@ -3,6 +3,7 @@
     python tools/prepare_data.py worldqa --out FOLDER [--seed 0]
     python tools/prepare_data.py arithmetic --out FOLDER [--seed 0]
     python tools/prepare_data.py SET --in RAW --out FILE [--against FILE] [--limit N]
+    python tools/prepare_data.py jsonl --in RAW --out FILE --data-source NAME
 
 `worldqa` writes questions of 1, 2 and 3 hops about countries and cities, a corpus that contains their answers, and
 demonstrations of mixed quality for a warm start. `arithmetic` writes sums that the agent computes with the
@@ -10,9 +11,9 @@ calculator, and demonstrations. Equal seeds give equal files.
 
 SET is one of hotpotqa, 2wiki, musique, bamboogle, nq, triviaqa, popqa and jsonl. RAW is the published file, which may
 be compressed. For jsonl, RAW is a JSONL or Parquet file that has the fields `question` and `answers`, or the format
-of verl's training sets for search agents. FILE can be used as data.train or data.test. FILE.report.json has counts,
-duplicates and lengths. With --against, the report also has the number of questions that FILE shares with the other
-file.
+of verl's training sets for search agents. If RAW joins several sets, --data-source takes only the questions whose
+field `data_source` is NAME. FILE can be used as data.train or data.test. FILE.report.json has counts, duplicates and
+lengths. With --against, the report also has the number of questions that FILE shares with the other file.
 """
 
 import argparse
@@ -45,9 +46,13 @@ def build_questions(args: argparse.Namespace) -> dict:
     questions: list[Question] = []
     sources: list[str] = []
     left_out: Counter[str] = Counter()
+    others_of_file: Counter[str] = Counter()
     for number, item in enumerate(read_items(args.set, args.source, aliases=args.aliases)):
         if args.limit and len(questions) == args.limit:
             break
+        if args.data_source and item.source != args.data_source:
+            others_of_file[item.source] += 1
+            continue
         reason = item.left_out or ("" if item.answers else NO_ANSWER)
         if reason:
             left_out[reason] += 1
@@ -62,6 +67,9 @@ def build_questions(args: argparse.Namespace) -> dict:
             raise ConfigError(f"{item.where}: the question is empty")
         questions.append(question)
         sources.append(item.source)
+    if others_of_file and not questions and not left_out:
+        names = " | ".join(name or "questions without data_source" for name in others_of_file)
+        raise ConfigError(f"--data-source is {args.data_source!r}; {args.source} has: {names}")
     if not questions:
         found = ", ".join(f"{count} x {reason}" for reason, count in left_out.items()) or "no item"
         raise ConfigError(
@@ -103,6 +111,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
         published.add_argument("--limit", type=int, default=0, help="only the first N questions; 0: all")
         published.add_argument(
+            "--data-source", default="", metavar="NAME", help="jsonl: only the questions of this data_source"
+        )
+        published.add_argument(
             "--aliases", type=path_argument, help="2wiki: id_aliases.json, for other names of the answers"
         )
     args = parser.parse_args(argv)
@@ -117,6 +128,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.set in READERS:
         require(not args.out.is_dir(), "--out", str(args.out), "a file, not a folder")
         require(args.limit >= 0, "--limit", args.limit, ">= 0")
+        require(
+            args.set == "jsonl" or not args.data_source, "--data-source", args.data_source, "with jsonl only"
+        )
     return args
 
 

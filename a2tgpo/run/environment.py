@@ -16,7 +16,7 @@ from a2tgpo.run.versions import UNCOMMITTED, UNKNOWN, code_fingerprint, commit_l
 
 
 def describe_environment(files: Mapping[str, str] | None = None) -> str:
-    """Return user, time, place, command, package versions and code of this process, one per line as `NAME VALUE`.
+    """Return facts about this process, such as time, place, GPU, package versions and code, as lines `NAME VALUE`.
 
     Args:
         files: digests of the user's files (`config.user_files.file_digests`).
@@ -28,6 +28,7 @@ def describe_environment(files: Mapping[str, str] | None = None) -> str:
         "job": os.environ.get("SLURM_JOB_ID", "none"),
         "command": shlex.join(sys.argv),
         "platform": platform.platform(),
+        "gpu": _gpus(),
         **package_versions(),
         "commit": commit_line(),
         "code": code_fingerprint(),
@@ -61,6 +62,16 @@ def environment_changes(before: Mapping[str, str], now: Mapping[str, str]) -> tu
 def _short(line: str) -> str:
     commit, _, rest = line.partition(" ")
     return f"commit {commit[:10]}" + (f" {rest}" if rest else "")
+
+
+def _gpus() -> str:
+    """Return the number of ranks and the kind of this rank's GPU, or "none" without a GPU."""
+    import torch  # here, because programs import this module before they parse their arguments
+    import torch.distributed as dist
+
+    if not torch.cuda.is_available():
+        return "none"
+    return f"{dist.get_world_size() if dist.is_initialized() else 1} x {torch.cuda.get_device_name()}"
 
 
 def _user() -> str:

@@ -329,6 +329,22 @@ def test_ids_that_repeat_are_made_unique_and_counted(tmp_path):
     assert json.loads((tmp_path / "o.jsonl.report.json").read_text())["ids_made_unique"] == 2
 
 
+def test_one_set_of_a_file_that_joins_several_is_taken(tmp_path):
+    raw, out = tmp_path / "raw.parquet", tmp_path / "o.jsonl"
+    rows = [
+        {"id": f"test_{i}", "question": f"{source} {i}?", "golden_answers": ["a"], "data_source": source}
+        for i in range(2)
+        for source in ("nq", "hotpotqa")
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), raw)
+    prepare(["jsonl", "--in", str(raw), "--out", str(out), "--data-source", "hotpotqa"])
+    assert [question.question for question in load_questions(str(out))] == ["hotpotqa 0?", "hotpotqa 1?"]
+    with pytest.raises(ConfigError, match=r"--data-source is 'popqa'; .* has: nq \| hotpotqa"):
+        prepare(["jsonl", "--in", str(raw), "--out", str(out), "--data-source", "popqa"])
+    with pytest.raises(ConfigError, match="--data-source is 'a'; allowed: with jsonl only"):
+        prepare(["nq", "--in", str(raw), "--out", str(out), "--data-source", "a"])
+
+
 def test_a_disk_that_is_full_names_the_file_and_keeps_what_was_there(tmp_path):
     raw, out = tmp_path / "in.jsonl", tmp_path / "q.jsonl"
     raw.write_text("".join(f'{{"question": "what is {i}?", "answers": ["{i}"]}}\n' for i in range(2000)))

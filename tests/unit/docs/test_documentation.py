@@ -132,6 +132,7 @@ RUN_BY = {
     "tools/compare_runs.py": "tests/unit/tools/test_compare_runs.py",
     "tools/convert.py": USER_PATH,
     "tools/evaluate.py": USER_PATH,
+    "tools/fill_recipe.py": "tests/unit/tools/test_fill_recipe.py",
     "tools/fp8_study/study.py": "tests/unit/tools/test_fp8_study.py",
     "tools/gpu_check.py": "tests/unit/tools/test_gpu_check.py",
     "tools/gpu_checks/hardware_table.py": "tests/unit/tools/test_gpu_check.py",
