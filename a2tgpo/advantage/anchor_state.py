@@ -31,4 +31,6 @@ def _key(text: str, tokens: Sequence[int]) -> int:
     # Hash the text's length too, so that the text and the tokens after it cannot be confused.
     digest = hashlib.blake2b(len(encoded).to_bytes(8, "little") + encoded, digest_size=8)
     digest.update(array("q", tokens))
-    return int.from_bytes(digest.digest(), "big") >> 1  # within a signed 64-bit number
+    return (
+        int.from_bytes(digest.digest(), "big") >> 1
+    )  # The shift keeps the key within a signed 64-bit number.

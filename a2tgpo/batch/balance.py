@@ -56,7 +56,9 @@ def microbatches(
 
 def _even(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[int]]:
     """Return the smallest number of micro-batches for which `deal` keeps the limit `max_tokens`."""
-    num_halves = sum(2 * size > max_tokens for size in sizes)  # each needs its own micro-batch
+    num_halves = sum(
+        2 * size > max_tokens for size in sizes
+    )  # Each of these items needs a micro-batch of its own.
     fewest = max(min_count, num_halves, -(-sum(sizes) // max_tokens))
     for count in range(fewest, max(fewest, len(sizes)) + 1):
         groups: list[list[int]] = [[] for _ in range(count)]

@@ -1,6 +1,8 @@
 """Pack a sequence together with all texts that are scored after its prefixes, so that the model runs the sequence
 once.
 
+The diagram shows the tokens of such a row, and the position of each token:
+
     row        trunk x_0 .. x_{n-1} | scaffold answer | scaffold answer | ...
     positions  0 .. n-1             | c_0, c_0 + 1 .. | c_1, c_1 + 1 .. | ...
 

@@ -12,8 +12,8 @@ The writer (`writer.py`) writes the files to `.step_N.unfinished`, adds `complet
 of all files, and renames the folder. If `complete.json` is missing or does not match the files, the folder is not a
 checkpoint. No code in a checkpoint is ever executed.
 
-All ranks see the same file system. Every rank must call each public function, unless the function's docstring says
-otherwise.
+All ranks must see the same file system. Every rank must call each public function, unless the function's docstring
+says otherwise.
 """
 
 from __future__ import annotations

@@ -8,12 +8,14 @@ groups. All other groups are carried over to the next step.
 If too few groups are complete, the step plays the oldest unfinished groups to their end. The step also plays a group
 to its end if the group would be too stale for a later step. While the settings stay the same, no group is dropped.
 
-    partial/carried_trajectories  number of unfinished trajectories that continue in the next step
-    partial/carried_tokens        number of sampled tokens in these trajectories
-    partial/pool_groups           number of complete and unfinished groups that are left for later steps
-    partial/unbounded_groups      number of unfinished groups that the step continued without a token budget
-    partial/staleness_mean        mean staleness of a trajectory: the number of steps since its oldest turn was played
-    partial/staleness_max         largest staleness of a trajectory
+The staleness of a trajectory is the number of steps since its oldest turn was played. A step records these metrics:
+
+    partial/carried_trajectories  counts the unfinished trajectories that continue in the next step.
+    partial/carried_tokens        counts the sampled tokens in these trajectories.
+    partial/pool_groups           counts the complete and unfinished groups that are left for later steps.
+    partial/unbounded_groups      counts the unfinished groups that the step continued without a token budget.
+    partial/staleness_mean        is the mean staleness of the step's trajectories.
+    partial/staleness_max         is the largest staleness of the step's trajectories.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ _COMPANIONS = (
     "generation_config.json",
 )
 TEMPLATE_FILE = "chat_template.jinja"
-"""File of the tokenizer's folder whose template transformers prefers to that in tokenizer_config.json."""
+"""Name of a file in the tokenizer's folder. transformers uses its template instead of tokenizer_config.json's."""
 _TEMPLATES = ("chat_template*", "additional_chat_templates")
 
 

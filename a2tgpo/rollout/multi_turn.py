@@ -1,12 +1,14 @@
 """The event loop of a rollout. All trajectories play at once, and each pauses only for its own tool calls.
 
 A trajectory ends with one of these stop reasons:
-    answer       it gave an answer, in the form of the protocol
-    eos          it ended the sequence or the chat template's turn without an answer
-    length       it used up the token budget of the turn or of the response
-    context      it reached the longest sequence that the engine allows
-    max_turns    it called a tool after the last allowed process turn
-    empty_query  it called a tool with an empty query
+
+    answer       The trajectory gave an answer in the form of the protocol.
+    eos          The trajectory ended the sequence or the chat template's turn without an answer.
+    length       The trajectory used up the token budget of the turn or of the response.
+    context      The trajectory reached the longest sequence that the engine allows.
+    max_turns    The trajectory called a tool after the last allowed process turn.
+    empty_query  The trajectory called a tool with an empty query.
+
 The turn in which a trajectory ends is its final turn. A final turn has neither calls nor an observation.
 
 A trajectory with a budget may also pause after an observation. A paused trajectory has no stop reason, and a later

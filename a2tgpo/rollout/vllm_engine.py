@@ -178,7 +178,7 @@ class VllmEngine:
         self._lockstep: Lockstep | None = None
         if replica_group is not None and config.check_lockstep_every:
             self._lockstep = Lockstep(core.scheduler, replica_group, every=config.check_lockstep_every)
-        # vLLM uses its V2 model runner if Triton works, unless VLLM_USE_V2_MODEL_RUNNER overrides that.
+        # vLLM has two model runners, V1 and V2. It uses V2 if Triton works, unless VLLM_USE_V2_MODEL_RUNNER decides.
         self._has_second_runner: bool = self._engine.vllm_config.use_v2_model_runner
 
     @property
@@ -360,7 +360,7 @@ class VllmEngine:
         self, request_id: str, tokens: list[int], num_scored: int, max_hit: int
     ) -> None:
         if self._has_second_runner:
-            # V2 computes logits for every token unless prompt_logprob_start is set. V1 always scores the answer only.
+            # Runner V2 computes logits for every token unless prompt_logprob_start is set. V1 scores the answer only.
             logprob_options: dict[str, Any] = dict(
                 prompt_logprob_token_ids=[[token] for token in tokens[-num_scored:]],
                 prompt_logprob_start=len(tokens) - num_scored - 1,

@@ -4,9 +4,9 @@ The bench plays a step of SmolLM2-135M in float32 with four trajectories of 2,00
 process turns and a final turn. The engine plays the trajectories, and the trainer trains on them. Each variant scores
 the gold answer after the prompt and after every process turn:
 
-    engine   requests to the engine that use the cached prefix, as in training runs
-    tree     one pass of the trainer per trajectory with all answers as branches, as in training runs' check of gains
-    in full  one row of the trainer per pair of trajectory and turn, as in the paper's code
+    engine   The engine scores each answer with the cached prefix, as in training runs.
+    tree     The trainer scores a trajectory in one pass with all answers as branches, as in training runs' checks.
+    in full  The trainer scores one row per pair of trajectory and turn, as in the paper's code.
 
 A variant's share of step time is the CPU seconds of its scoring, divided by the CPU seconds of a step. A step has
 generation, the old policy's log-probs, the update, and the variant's scoring. The bench also counts the tokens that

@@ -3,9 +3,9 @@
 A small model plays 64 trajectories, two for each slot of the engine. Each trajectory has up to four searches. The
 lengths of turns have a long-tailed distribution with a mean of about 130 tokens, and are the same in all variants:
 
-    loop      this project: a trajectory continues as soon as its own search has returned
-    waves     all trajectories generate until the slowest has ended its turn, then all wait for the slowest search
-    engine    vLLM alone: every turn follows the previous turn at once, without tools, tokenisation or judging
+    loop      This project plays: a trajectory continues as soon as its own search has returned.
+    waves     All trajectories generate until the slowest has ended its turn. Then all wait for the slowest search.
+    engine    vLLM generates alone: every turn follows the previous turn at once, without tools or judging.
 
 Tokens/s are sampled tokens divided by wall seconds. An engine step takes about 10 ms, as for a large model on a GPU,
 so tool calls and Python take realistic shares of the time.

@@ -1,7 +1,8 @@
 """HGPO's advantage (arXiv:2602.22817): turns are compared in nested groups of ever longer equal histories.
 
-For k = 1 .. K + 1, a turn is compared with the turns of its prompt that were written after the same last k states
-(`anchor_state.turn_states`), where K is `algorithm.hgpo_history`. A turn at index t has groups for k <= t only.
+K is `algorithm.hgpo_history`. A turn has up to K + 1 groups, numbered k = 1 .. K + 1. Its group k consists of the
+turns of the same prompt that were written after the same last k states (`anchor_state.turn_states`). A turn at index
+t has groups for k <= t only.
 
     A_{i,t} = sum_k w_k z_k(gamma^{T_i - t} R_i),    w_k = (k + 1)^alpha / sum_j (j + 1)^alpha
 
