@@ -152,7 +152,7 @@ def read_result(run: Path) -> tuple[str, Column]:
         *(f"{scores[name]:.3f}" for name in QUESTIONS),
         f"{statistics.fmean(scores.values()):.3f}",
         f"{seconds:.1f}",
-        f"{sum(planned.stage_seconds.values()):.1f} on {gpus} x {config.cluster.gpu}",
+        f"{planned.step_seconds:.1f} on {gpus} x {config.cluster.gpu}",
         last.get("gpu", "unknown"),
         str(config.run.seed),
         first.get("date", "unknown")[:10],
