@@ -26,9 +26,9 @@ OUTCOMES = {1.0: "all right", 0.0: "all wrong", -1.0: "all ill-formed"}
 
 
 def facts(steps: Sequence[Sequence[Trajectory]], config: AlgorithmConfig) -> dict[str, float]:
-    """Return the columns of `config`'s row, by name. Each of `steps` is normalised alone, as a trainer does.
+    """Return the values of `config`'s row, by column. Each of `steps` is normalised separately, as in training.
 
-    A column is missing if no trajectory has such a value.
+    A column is missing if no trajectory has a value for it.
     """
     sums = MetricSums()
     for trajectories in steps:

@@ -6,11 +6,11 @@
     python tools/ablation/compare.py --report DIR
 
 A run of the method NAME reads CONFIG and FOLDER/NAME.yaml, which overrides CONFIG. Runs with the same seed draw the
-same questions, and sample with the same random seeds. With --warm-starts, they also have the same initial policy,
-which no other seed has: the program makes it before the seed's first run. If you start the same command again, it
-skips finished runs and resumes the other runs. A failed run does not stop the other runs. DIR contains runs/ and
-logs/, and warm_starts/ if there are any. Whenever a run ends, the program rewrites results.csv, curves.csv,
-report.md, the figures and tensorboard/ in DIR. --report DIR only rewrites these files.
+same questions, and sample with the same random seeds. With --warm-starts, each seed has its own initial policy, which
+the program makes before the seed's first run. If you start the same command again, it skips finished runs and resumes
+the other runs. A failed run does not stop the other runs. DIR contains runs/ and logs/, and warm_starts/ if there are
+any. Whenever a run ends, the program rewrites results.csv, curves.csv, report.md, the figures and tensorboard/ in
+DIR. --report DIR only rewrites these files.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def play(
     """Train `runs` in order, `jobs` at a time, and rewrite the report when a run ends. Return the results of failed
     runs.
 
-    A warm start comes before the first run that needs it. While it lasts, runs of other seeds may start.
+    A warm start comes before the first run that needs it. During a warm start, runs of other seeds may start.
     """
     waiting, running, failed = with_warm_starts(experiment, runs), list[Job](), list[RunResult]()
     try:

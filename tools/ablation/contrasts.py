@@ -17,7 +17,7 @@ SCORE = "evaluation/em"
 def area(result: RunResult) -> float:
     """Return the mean of held-out exact match over a finished run: the area under its curve, divided by its steps.
 
-    The curve is straight between two evaluations. A run of 0 steps has its only score.
+    The curve is straight between two evaluations. For a run of 0 steps, the result is its only score.
     """
     points = [(record["step"], record[SCORE]) for record in result.evaluations()]
     pairs = list(itertools.pairwise(points))
@@ -48,7 +48,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def contrasts_text(contrasts: Sequence[str], scores: Mapping[str, Mapping[int, float]]) -> str:
     """Return a table with the mean difference of each contrast "METHOD-BASE", its interval and its p-values.
 
-    A contrast with fewer than two seeds has no p-value, and does not count in the correction.
+    A contrast with fewer than two seeds has no p-value, and the correction does not include it.
     """
     estimates = [
         paired_difference(*(scores.get(method, {}) for method in contrast.split("-")))

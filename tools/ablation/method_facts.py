@@ -1,4 +1,4 @@
-"""Print what the methods' advantages say about the same recorded trajectories, before anything is trained with them.
+"""Compare the advantages of all methods on the same recorded trajectories, without any training.
 
     python tools/ablation/method_facts.py RUN_DIR [RUN_DIR ...]
 

@@ -93,8 +93,8 @@ def interleaved(
     second round has the opposite order.
 
     Args:
-        clock: returns seconds. By default it counts the CPU time of all threads, so waits for other programs do not
-            count.
+        clock: returns seconds. By default it counts the CPU time of all threads, which excludes waits for other
+            programs.
         warm_up: whether to run each variant once before the first round, without measuring.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}

@@ -25,7 +25,7 @@ LAYOUTS = {"train_4b": 8, "train_8b": 4, "train_70b": 2}
 
 
 def packed_share(trajectories: Sequence[Trajectory], config: RunConfig, replicas: int) -> float:
-    """Return the share of real tokens if every replica has as many positions as the replica with the most."""
+    """Return the share of real tokens if every replica has as many positions as the largest replica."""
     align = alignment(config.parallel, config.model.fp8)
     limit = config.update.max_microbatch_tokens
     lengths = [packed_length(t) for t in trajectories]
