@@ -135,8 +135,7 @@ def checked_reading(folder: Path, pieces: Mapping[str, list[Piece]]) -> Iterator
         yield
         return
     reader = _CheckedReader(folder, pieces)
-    # Megatron's loading strategy gets its reader from `_get_filesystem_reader`, and has no argument for another
-    # reader.
+    # Megatron's loading strategy has no argument for the reader, so replace the function that creates it.
     choose = torch_strategy._get_filesystem_reader
     torch_strategy._get_filesystem_reader = lambda *_, **__: reader
     try:
@@ -178,7 +177,7 @@ def size_and_crc(path: Path) -> tuple[int, int]:
     """Return the size of a file in bytes and the CRC-32 of its content."""
     size = crc = 0
     # Read small blocks, because every save runs in a new thread. glibc keeps the freed memory of an ended thread in
-    # the thread's arena, so megabytes would stay allocated in every arena of the process.
+    # the thread's arena, so larger blocks would keep megabytes allocated in every arena of the process.
     block = memoryview(bytearray(1 << 18))
     with path.open("rb", buffering=0) as stream:
         while count := stream.readinto(block):

@@ -69,7 +69,8 @@ class DamagedCheckpointError(ValueError):
 def load_newest(
     path: Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
 ) -> tuple[Path, dict[str, Any]]:
-    """Load `path`, a result of `latest`. If it is damaged, load the newest undamaged checkpoint before it.
+    """Load `path`, a result of `latest`. If this checkpoint is damaged, load the newest undamaged checkpoint before
+    it.
 
     Returns:
         The path of the checkpoint that was loaded, and the `state` in it.
@@ -144,7 +145,7 @@ def load(
 
 
 def load_weights(path: str | Path, policy: Policy) -> None:
-    """Load and check only the weights of a checkpoint, which may have any layout.
+    """Load and check only the weights of a checkpoint of any layout.
 
     Raises:
         ValueError: with a one-line message, if `path` is not a complete checkpoint or belongs to another model.
@@ -259,7 +260,7 @@ def _read_marker(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list
     """Return a map from each file to its size and checksum, and a map from each tensor file to its pieces.
 
     Raises:
-        ValueError: with a few words, if the checkpoint is incomplete or its list of files is damaged.
+        ValueError: with a short message, if the checkpoint is incomplete or its list of files is damaged.
     """
     try:
         marker = json.loads((path / MARKER).read_text())
@@ -279,7 +280,7 @@ def _read_marker(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list
 
 def _first_fault(path: Path, expected: dict[str, tuple[int, int]], pieces: Collection[str]) -> str:
     """Return the first fault of the files in `expected`, or "". For a file in `pieces`, only check the size."""
-    # For a name that no file can have, os.path.isfile returns False, but `Path.is_file` raises an error.
+    # For an invalid file name, os.path.isfile returns False, but `Path.is_file` raises an error.
     for name in expected:
         if not os.path.isfile(path / name):
             return f"{name} is missing"
@@ -348,7 +349,7 @@ def rng_file(rank: int) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """Replace each NumPy array in `value` by a marked tensor, so that `torch.load` unpickles no NumPy class."""
+    """Replace each NumPy array in `value` with a marked tensor, so that `torch.load` unpickles no NumPy class."""
     if isinstance(value, np.ndarray):
         return {"numpy": torch.from_numpy(value.astype(np.int64)), "dtype": str(value.dtype)}
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Describe a distributed optimizer's state as shards, one for each rectangle that a data-parallel rank owns.
+"""Describe a distributed optimizer's state as shards. A shard is a rectangle of a parameter that one rank owns.
 
 The distributed optimizer cuts its buffers into equal parts that ignore parameter boundaries, so a rank owns a range
 `start:stop` of a flattened parameter. On disk, a parameter's state is one tensor with the parameter's global shape. A
@@ -44,7 +44,7 @@ def owned_shards(optimizer: Any, models: dict[str, Any], *, piece_bytes: int) ->
     Args:
         optimizer: Megatron's chain of distributed optimizers, which must already have their moments.
         models: sharded state dicts of the model chunks, with the model's own parameters and no copies.
-        piece_bytes: largest size of a shard in bytes. A row that is larger is one shard.
+        piece_bytes: largest size of a shard in bytes. A larger row is one shard.
 
     Returns:
         Float32 shards, whose keys in the checkpoint are `optimizer.state.{param,exp_avg,exp_avg_sq}.PARAMETER`.
@@ -88,7 +88,8 @@ def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[B
 
 
 def pieces(shape: Sequence[int], start: int, stop: int, *, max_elements: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of the pieces of `start:stop`. A piece has at most `max_elements` elements or one row."""
+    """Yield (start, stop) for each piece of the range `start:stop`. A piece has at most `max_elements` elements or
+    one row."""
     row = math.prod(shape[1:])
     step = max(1, max_elements // row) * row
     cuts = [start, *range((start // step + 1) * step, stop, step), stop]
@@ -162,7 +163,7 @@ def _shards_of(
 def _shard(
     template: ShardedTensor, prefix: str, data: Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]
 ) -> ShardedTensor:
-    """Return a shard for the rectangle of `template` that has these offsets and sizes, counted within `template`."""
+    """Return a shard for the rectangle of `template` that has these offsets and sizes, relative to `template`."""
     ahead = template.prepend_axis_num
     data = data.view(*(1 for _ in range(ahead)), *sizes)
     return ShardedTensor(

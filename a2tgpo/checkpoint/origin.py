@@ -83,7 +83,7 @@ def _as_argument(value: Any) -> str:
 
 
 def require_same_optimizer(path: Path, record: dict[str, Any], optimizer: Any) -> None:
-    """Raise a one-line ValueError if exactly one of the saved optimizer and `optimizer` is distributed."""
+    """Raise a one-line ValueError if only one of the saved optimizer and `optimizer` is distributed."""
     mine = is_distributed(optimizer)
     saved = record.get("distributed_optimizer", mine)  # an older checkpoint has no such record
     if saved != mine:

@@ -44,7 +44,7 @@ from a2tgpo.parallel.collectives import all_gather_object, world_group
 
 WEIGHTS, OPTIMIZER = "sharded", "optimizer"
 _WRAPPED = "module."
-"""Prefix of every parameter's name on disk, because a save passes the model inside its data-parallel wrapper."""
+"""Prefix of every parameter's name on disk, because a save writes the model inside its data-parallel wrapper."""
 _SLICES = "optimizer_slices"
 """Key of a distributed optimizer's slices in a state dict in memory. The key does not appear on disk."""
 _INDEX_MODULES = {f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner")}
@@ -108,8 +108,8 @@ def write_sharded(path: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[st
 
     Raises:
         CheckpointException: on all ranks, if a rank could not write its tensors.
-        OSError: only on the first rank, if it could not write the common state. All ranks have written their tensors
-            even then.
+        OSError: only on the first rank, if it could not write the common state. Even then, all ranks have written
+            their tensors.
     """
     weights = {key: value for key, value in copy.tensors.items() if key.startswith(_WRAPPED)}
     others = {key: value for key, value in copy.tensors.items() if key not in weights}
@@ -155,8 +155,8 @@ def load_sharded(
 
     Each rank reads its own slice of the optimizer's state, and a share of the weights that all data-parallel ranks
     have (`shared_read`). A load takes `optimizer_shards.PIECE_BYTES` of host memory, because a rank reads one piece
-    at a time. A checkpoint of an earlier version has no pieces. Its load takes as much host memory as one rank's part
-    of a parameter.
+    at a time. A checkpoint of an earlier version has no pieces. Loading it takes as much host memory as one rank's
+    part of a parameter.
 
     Args:
         pieces: the results of `write_sharded` on all ranks. If empty, no checksum is compared.
@@ -186,7 +186,7 @@ def load_sharded(
             optimizer.load_state_dict(loaded["optimizer"])
     loaded = _read(path / WEIGHTS, models, pieces)
     for number, chunk in enumerate(policy.chunks):
-        # Not strict, because `loaded` lacks what is not saved, and the weights that other ranks read.
+        # Not strict, because `loaded` lacks the state that is not saved, and the weights that other ranks read.
         chunk.load_state_dict(loaded.get(_model_key(policy, number), {}), strict=False)
     send_shared(shared)
 
@@ -220,7 +220,7 @@ def load_sharded_weights(
 def _read(folder: Path, state: dict[str, Any], pieces: Mapping[str, list[Piece]]) -> dict[str, Any]:
     """Call `dist_checkpointing.load`, and if it fails on any rank, raise the error on all ranks.
 
-    Every rank must call this. In Megatron-Core 0.19 no rank waits for the others in a load.
+    Every rank must call this. Megatron-Core 0.19 does not do this: no rank waits for the others during a load.
     """
     inside = {
         name.split("/")[1]: of_file for name, of_file in pieces.items() if name.startswith(f"{folder.name}/")
@@ -353,7 +353,7 @@ def _saved_tensors(policy: Policy, state: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a chunk's `state` that a checkpoint contains.
 
     The modules' `_extra_state` is left out, because only FP8 delayed scaling needs it. If the policy has adapters,
-    the other weights are left out, because a start reads them from `model.path`.
+    the other weights are left out, because every start reads them from `model.path`.
     """
     return {
         name: value

@@ -31,18 +31,19 @@ class AlgorithmConfig:
 
     advantage: Expanded = "turn_group"
     """Name of a module in advantage/methods/ (docs/methods.md), or a function of yours as path/to/file.py:name.
-    turn_group is Eq. 6-9. turn_group_absent also counts turns that a trajectory did not take, as gain 0. igpo_joint
-    and igpo_separate pool the gains of all turns. grpo uses only the outcome. gigpo, hgpo, gtpo and mt_grpo are the
-    advantages of GiGPO, HGPO, GTPO and MT-GRPO. at2po and tree_grpo are those of AT2PO and Tree-GRPO, and need
-    rollout.tree."""
+    `turn_group` is Eq. 6-9. `turn_group_absent` also counts turns that a trajectory did not take, as gain 0.
+    `igpo_joint` and `igpo_separate` pool the gains of all turns. `grpo` uses only the outcome. `gigpo`, `hgpo`,
+    `gtpo` and `mt_grpo` are the advantages of GiGPO, HGPO, GTPO and MT-GRPO. `at2po` and `tree_grpo` are those of
+    AT2PO and Tree-GRPO, and need rollout.tree."""
     objective: Expanded = "clipped_ratio"
     """Shape of the loss: name of a module in loss/objectives/ (docs/methods.md), or a function of yours as
-    path/to/file.py:name. clipped_ratio is Eq. 12. cispo, sapo and gmpo are the losses of CISPO, SAPO and GMPO.
-    gspo_token is GSPO's variant for tokens that share a ratio but have different advantages."""
+    path/to/file.py:name. `clipped_ratio` is Eq. 12. `cispo`, `sapo` and `gmpo` are the losses of CISPO, SAPO and
+    GMPO. `gspo_token` is GSPO's variant for tokens that share a ratio but have different advantages."""
     token_credit: Expanded = NO_CREDIT
     """How the advantage of a turn is divided over its tokens: name of a module in loss/credits/ (docs/methods.md), or
-    a function of yours as path/to/file.py:name. none: every token of a turn has the turn's advantage. gcpo: tokens
-    that depend more on the instructions get a larger share (algorithm.contrast). This needs one more forward pass."""
+    a function of yours as path/to/file.py:name. `none`: every token of a turn has the turn's advantage. `gcpo`:
+    tokens that depend more on the instructions get a larger share (algorithm.contrast). `gcpo` needs one more forward
+    pass."""
     gamma: float = 1.0
     """Discount factor per turn, in [0, 1] (paper: 1.0)."""
     alpha: float = 1.0
@@ -52,10 +53,10 @@ class AlgorithmConfig:
     rescale: bool = True
     """Divide the accumulated gain by the square root of its number of terms (Eq. 8)."""
     normalize_by_std: bool = True
-    """true: normalise a group's values to mean 0 and standard deviation 1. false: only subtract the mean."""
+    """`true`: normalise a group's values to mean 0 and standard deviation 1. `false`: only subtract the mean."""
     gain_spread_floor: float = 0.0
     """The gains of a turn group are divided by their standard deviation, or by this number if the standard
-    deviation is smaller. Raise it if advantage/narrow_signal_share is large (docs/methods.md)."""
+    deviation is smaller. Raise this floor if advantage/narrow_signal_share is large (docs/methods.md)."""
     hgpo_history: int = 2
     """For hgpo: HGPO compares histories of different lengths. This is the number of states before the present state
     in the longest histories (HGPO: 2 or 4)."""
@@ -67,10 +68,10 @@ class AlgorithmConfig:
     clip_high: float = 4e-3
     """epsilon_high of the paper. A ratio is clipped to at most 1 + c * clip_high, where clip_beta defines c."""
     clip_beta: float = 0.3
-    """beta, in [0, 1), of the clipping factor c = 1 + beta (2 sigmoid(gain) - 1) (Eq. 11). With 0, c is 1."""
+    """beta, in [0, 1), of the clipping factor c = 1 + beta (2 sigmoid(gain) - 1) (Eq. 11). If beta is 0, c is 1."""
     dual_clip: float = 0.0
     """Largest loss of a token with a negative advantage A, in units of |A|. A value > 1 needs ratio=token and
-    objective=clipped_ratio. 0: no limit."""
+    objective=clipped_ratio. `0`: no limit."""
     sapo_tau_positive: float = 1.0
     """For objective=sapo: temperature of the gate for tokens with a positive advantage (SAPO: 1.0). With a higher
     temperature, the gradient falls faster as the ratio moves away from 1."""
@@ -79,11 +80,11 @@ class AlgorithmConfig:
     aggregation: Aggregation = "seq-mean-token-mean"
     """How the losses of all tokens become one number; see loss.policy_loss."""
     turn_signal: Literal["gain", "scores"] = "gain"
-    """Value of a turn with tool calls. gain: its information gain. scores: the score that a reward or a tool gave the
-    turn (docs/rewards.md). Questions then need no gold answers, and a turn without a score is neutral."""
+    """Value of a turn with tool calls. `gain`: its information gain. `scores`: the score that a reward or a tool gave
+    the turn (docs/rewards.md). Questions then need no gold answers, and a turn without a score is neutral."""
     failed_calls: Literal["neutral", "count"] = "neutral"
-    """neutral: a turn with a failed tool call has no gain and no place in its turn group. count: the turn is treated
-    like any other turn."""
+    """`neutral`: a turn with a failed tool call has no gain and no place in its turn group. `count`: the turn is
+    treated like any other turn."""
     kl_coef: float = 0.0
     """Weight of the KL divergence from the reference model; 0: no KL term."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -93,7 +94,7 @@ class AlgorithmConfig:
     this is the largest weight."""
     entropy_target: float = 0.0
     """Entropy in nats per token below which the entropy term is switched on (Skywork-OR1: 0.2, with entropy_coef
-    0.005). 0: the weight is always entropy_coef."""
+    0.005). `0`: the weight is always entropy_coef."""
     entropy_delta: float = 1e-4
     """With entropy_target, the weight starts at 0. Each step raises the weight by this number if the entropy is
     below the target, and lowers it if not."""

@@ -20,9 +20,9 @@ class ClusterConfig:
     gpu: GpuKind = "h100-80gb"
     """Kind of GPU."""
     plan_margin: float = 0.5
-    """A run on GPUs is refused if its plan exceeds the memory of a GPU, or the free host memory of a machine, by
-    more than this share of that memory. If the excess is smaller, a warning is printed. 0: never refuse a run.
-    The default is high, because the plan has not been compared with a real GPU yet."""
+    """A run on GPUs is refused if its plan exceeds the memory of a GPU, or the free host memory of a machine, by more
+    than this share of that memory. If the excess is smaller, a warning is printed. `0`: never refuse a run. The
+    default is high, because the plan has not been compared with a real GPU yet."""
 
     def __post_init__(self) -> None:
         require(self.gpus >= 1, "cluster.gpus", self.gpus, ">= 1")

@@ -1,7 +1,7 @@
 """Refuse combinations of settings that contradict each other.
 
-Each setting is valid alone, but together they would not give the method that they name. `RunConfig.check_training`
-refuses such a combination before anything is built. All other combinations work.
+Each setting is valid alone, but one setting would change or disable the effect of the other.
+`RunConfig.check_training` refuses such a combination before anything is built. All other combinations work.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def _check_clipping(algorithm: AlgorithmConfig) -> None:
 
 
 def _check_tree(config: RunConfig) -> None:
-    """Check that rollouts branch if and only if the advantage compares branches. A user's function allows both."""
+    """Check that rollouts branch if and only if the advantage compares branches. A user's advantage function may be
+    used with or without branches."""
     advantage, tree = config.algorithm.advantage, config.rollout.tree
     needs_tree = advantage in OF_TREES
     require(

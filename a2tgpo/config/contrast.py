@@ -19,7 +19,7 @@ class ContrastConfig:
     """Text that follows the question in its contrast prompt. With this text, the prompt must not have more than
     data.max_prompt_tokens tokens."""
     level: Literal["token", "turn"] = "token"
-    """Unit that has one weight. turn: the turns of a trajectory are ranked by the mean divergence of their tokens.
+    """Unit that has one weight. `turn`: the turns of a trajectory are ranked by the mean divergence of their tokens.
     algorithm.ratio=turn needs level turn."""
     top_share: float = 0.4
     """Share of the ranked units that together get `top_mass` of the weight (GCPO: 0.4)."""

@@ -14,7 +14,7 @@ class CorrectionConfig:
     """
 
     kind: Literal["none", "truncate", "mask"] = "none"
-    """none: no weights. truncate: w is at most `upper`. mask: w becomes 0 outside [`lower`, `upper`]."""
+    """`none`: no weights. `truncate`: w is at most `upper`. `mask`: w becomes 0 outside [`lower`, `upper`]."""
     level: Literal["token", "turn", "sequence"] = "token"
     """Unit that has one w: the token, the turn, or the sequence. The w of a turn or sequence is the geometric mean
     over its tokens."""

@@ -40,7 +40,7 @@ class EvaluationConfig:
     evaluation/SET/em."""
     samples: int = 0
     """Number of answers per question for mean@k and pass@k, sampled at rollout.temperature in addition to the greedy
-    answer. 0: only the greedy answer."""
+    answer. `0`: only the greedy answer."""
 
     def __post_init__(self) -> None:
         for name in ("every", "max_questions", "samples"):

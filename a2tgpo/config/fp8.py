@@ -33,17 +33,18 @@ ENGINE_BLOCK = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Config:
-    """Transformer Engine computes the decoder's linear layers in FP8 (docs/fp8.md).
+    """Settings of FP8. Transformer Engine computes the decoder's linear layers in FP8 (docs/fp8.md).
 
     Attention, norms, embedding and LM head stay in bfloat16. Log-probs, loss and optimizer state stay in float32. The
     weights are stored in bfloat16, and each matrix product quantises the weights that it reads.
     """
 
     format: Format = "none"
-    """none: no FP8. hybrid: weights and activations in e4m3, gradients of activations in e5m2. e4m3: all in e4m3."""
+    """`none`: no FP8. `hybrid`: weights and activations in e4m3, gradients of activations in e5m2. `e4m3`: all in
+    e4m3."""
     recipe: Recipe = "blockwise"
-    """Values that share one scale. blockwise: 1x128 activations, 128x128 weights. tensorwise: a whole tensor. mxfp8:
-    1x32 values, only on Blackwell."""
+    """Values that share one scale. `blockwise`: 1x128 activations, 128x128 weights. `tensorwise`: a whole tensor.
+    mxfp8: 1x32 values, only on Blackwell."""
     param_gather: bool = False
     """Store the weights in FP8 and gather them in FP8 from other ranks. true is refused (docs/fp8.md)."""
     first_layers_bf16: int = 0
@@ -151,8 +152,8 @@ def fp8_layout_fault(
         )
     stages = parallel.stage_layers(num_layers)
     for name, stage_layers in (("first_layers_bf16", stages[0]), ("last_layers_bf16", stages[-1])):
-        # Megatron limits both settings to num_layers // pipeline, even if the stages are uneven
-        # (transformer_config.py:995).
+        # Megatron limits first_layers_bf16 and last_layers_bf16 to num_layers // pipeline, even if the stages are
+        # uneven (transformer_config.py:995).
         most = min(stage_layers, num_layers // parallel.pipeline)
         if getattr(fp8, name) > most:
             return (

@@ -28,10 +28,10 @@ class GuardConfig:
     max_failed_calls: float = 0.2
     """Alarm if more than this share of a step's tool calls fails."""
     stop_after: int = 0
-    """After this many consecutive steps with an alarm, the run saves and stops with exit code 3. 0: never."""
+    """After this many consecutive steps with an alarm, the run saves and stops with exit code 3. `0`: never."""
     stop_after_skipped: int = 5
-    """After this many consecutive steps whose update was skipped as not finite, the run saves and stops with exit
-    code 3. 0: never."""
+    """After this many consecutive steps whose update was skipped because it was not finite, the run saves and stops
+    with exit code 3. `0`: never."""
 
     def __post_init__(self) -> None:
         require(self.baseline_steps >= 1, "guard.baseline_steps", self.baseline_steps, ">= 1")

@@ -1,6 +1,6 @@
 """Convert YAML files and `section.field=value` arguments to a checked `RunConfig`, and a `RunConfig` to YAML.
 
-A file may name a base file under the key `base`, by a path relative to the file's folder. A file's values override
+A file may name a base file under the key `base`, as a path relative to the file's folder. A file's values override
 those of its base, and arguments override files. All other relative paths are relative to the folder in which the
 program starts.
 """

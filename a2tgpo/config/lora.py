@@ -14,7 +14,8 @@ class LoraConfig:
     are trained."""
 
     rank: int = 0
-    """Rank of the adapters, the number of rows of A and of columns of B. 0: no adapters; all weights are trained."""
+    """Rank of the adapters, the number of rows of A and of columns of B. `0`: no adapters; all weights are
+    trained."""
     alpha: float = 32.0
     """Scale of the adapters. B A is multiplied by alpha / rank."""
     targets: tuple[str, ...] = PROJECTIONS

@@ -9,7 +9,7 @@ from a2tgpo.io.web_address import is_http_address
 
 @dataclass(frozen=True, kw_only=True)
 class McpConfig:
-    """The MCP server, and the one of its tools that the policy calls (docs/tools.md)."""
+    """The MCP server, and the server's tool that the policy calls (docs/tools.md)."""
 
     command: tuple[str, ...] = ()
     """Program and arguments that start the server. Requests go to the server's standard input, and answers come
@@ -22,7 +22,7 @@ class McpConfig:
     """Longest time, in seconds, that a call waits for the server's answer. A server that `command` starts may
     also take this long to start."""
     stateful: bool = False
-    """true: each trajectory has its own connection, and with `command` its own server process. false: all
+    """`true`: each trajectory has its own connection, and with `command` its own server process. `false`: all
     trajectories of a rank share one connection."""
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ class MethodPart:
     key: str
     """The setting."""
     package: str
-    """The package whose modules are the names that the setting may have."""
+    """Package whose module names are allowed values of the setting."""
     function: str
     """Name of the function that each module of the package defines."""
     arguments: tuple[str, ...]

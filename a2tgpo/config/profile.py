@@ -16,8 +16,8 @@ class ProfileConfig:
     steps: tuple[int, ...] = ()
     """Steps to profile, counted from 1. A profiled step is slower."""
     tool: Literal["torch", "nsys"] = "torch"
-    """torch: every rank writes a trace of each step, with the operations of CPU and GPU. nsys: the steps are marked
-    for Nsight Systems, which must have started the ranks."""
+    """`torch`: every rank writes a trace of each step, with the operations of CPU and GPU. `nsys`: the steps are
+    marked for Nsight Systems, which must have started the ranks."""
     memory: tuple[str, ...] = ()
     """Phases (bank, refit, rollout, score, update) at whose end every rank writes a snapshot of its GPU's memory, in
     the steps of `steps`."""

@@ -15,17 +15,17 @@ class PythonConfig:
     """The python tool's limits, and what isolates the code from the machine (docs/tools.md)."""
 
     timeout_s: float = 10.0
-    """Seconds after which a call's code is ended, without the time to start the code's process."""
+    """Seconds that a call's code may run, not counting the start of its process."""
     memory_mib: int = 1024
     """Limit of the address space of the code's process, MiB."""
     max_output_chars: int = 4000
     """If the output of a call is longer than this many characters, its middle is left out."""
     isolation: Literal["auto", "bwrap", "namespace", "seccomp"] = "auto"
-    """What isolates the code. seccomp: only a filter of system calls. namespace: the filter, and the kernel's user
-    and network namespaces. bwrap: the filter, and the program bubblewrap, which hides the machine's files. auto: the
-    strongest of the three that works on this machine."""
+    """What isolates the code. `seccomp`: only a filter of system calls. `namespace`: the filter, and the kernel's
+    user and network namespaces. `bwrap`: the filter, and the program bubblewrap, which hides the machine's files.
+    `auto`: the strongest of the three that works on this machine."""
     stateful: bool = False
-    """true: the calls of one trajectory share their variables. false: every call starts anew."""
+    """`true`: the calls of one trajectory share their variables. `false`: every call starts anew."""
     packages: Expanded = ""
     """Folder of packages that the code may import, made for example by `pip install --target`. Empty: the standard
     library only."""

@@ -37,11 +37,11 @@ class RewardConfig:
     weights: tuple[float, ...] = ()
     """Weight of each reward, in the order of `names`. Empty: each weight is 1. Weights are not normalised."""
     format_gate: bool = True
-    """true: a response with a wrong format gets -1 in place of the weighted sum (Eq. 13-15)."""
+    """`true`: a response with a wrong format gets -1 in place of the weighted sum (Eq. 13-15)."""
     num_workers: int = 16
     """Number of rollouts that each engine's first rank scores at a time, in threads."""
     timeout_s: float = 120.0
-    """Seconds after which scoring a rollout counts as failed."""
+    """Seconds after which the scoring of a rollout is treated as failed."""
     max_failed_share: float = 0.25
     """Largest share of a step's rollouts that may have no reward because a reward failed. The step does not train on
     these rollouts. If a larger share has no reward, the run ends."""
@@ -49,7 +49,7 @@ class RewardConfig:
     """DAPO's soft overlong penalty begins this many tokens before rollout.max_response_tokens, and grows linearly. 0:
     no penalty."""
     overlong_penalty: float = 1.0
-    """Penalty of a response with rollout.max_response_tokens tokens."""
+    """Penalty for a response with rollout.max_response_tokens tokens."""
 
     def __post_init__(self) -> None:
         known = reward_names()

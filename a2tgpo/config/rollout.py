@@ -26,14 +26,15 @@ class GainConfig:
     """How information gain is computed (Eq. 2-3)."""
 
     scorer: Literal["policy", "reference"] = "policy"
-    """The model whose probabilities of the gold answer define the gains. policy: the policy that plays; the engine
-    computes the probabilities during the rollout (paper). reference: the frozen initial policy; the trainer computes
-    the probabilities after the rollout."""
+    """The model whose probabilities of the gold answer define the gains. `policy`: the policy that plays; the engine
+    computes the probabilities during the rollout (paper). `reference`: the frozen initial policy; the trainer
+    computes the probabilities after the rollout."""
     measure: Literal["probability", "log_probability"] = "probability"
-    """probability: a gain is a difference of probabilities (Eq. 3). log_probability: a gain is a difference of mean
-    log-probs, as in the authors' released code."""
+    """`probability`: a gain is a difference of probabilities (Eq. 3). `log_probability`: a gain is a difference of
+    mean log-probs, as in the authors' released code."""
     answer_reduction: Literal["first", "max"] = "first"
-    """first: score only the first gold answer. max: score all aliases, and use each turn's most probable alias."""
+    """`first`: score only the first gold answer. `max`: score all aliases, and use each turn's most probable
+    alias."""
     max_aliases: int = 8
     """Maximum number of aliases that answer_reduction=max scores. An alias that is too long is ignored."""
     scaffold: str = "</think> <answer> \\boxed{"
@@ -42,7 +43,7 @@ class GainConfig:
     replaces the default, after an empty thought if the model thinks. Any other text is used unchanged."""
     verify_every: int = 0
     """Number of steps between checks. In a check, the trainer also scores gold answers, and the difference from the
-    engine's scores is logged as `gain/engine_trainer_gap`. 0: no checks."""
+    engine's scores is logged as `gain/engine_trainer_gap`. `0`: no checks."""
     verify_trajectories: int = 4
     """Number of trajectories that a check scores on each data-parallel replica."""
 
@@ -65,8 +66,8 @@ class PartialConfig:
     """
 
     tokens_per_step: int = 0
-    """After a trajectory has sampled this many tokens in a step, it begins no further turn in the step. 0: no partial
-    rollouts."""
+    """After a trajectory has sampled this many tokens in a step, it begins no further turn in the step. `0`: no
+    partial rollouts."""
     extra_prompts: int = 0
     """Number of prompts, over all ranks, that are played in addition to prompts_per_step; at most prompts_per_step.
     The next step continues at most this many groups."""
@@ -106,15 +107,15 @@ class TreeConfig:
 
     initial: int = 0
     """Number of trajectories of a prompt that begin at the prompt. The other trajectories, up to group_size, branch
-    from trajectories of the same prompt that have ended. 0: no branches."""
+    from trajectories of the same prompt that have ended. `0`: no branches."""
     rounds: int = 1
     """Number of rounds in which the branches begin. In a later round, branches can branch again."""
     choice: Literal["entropy", "random"] = "entropy"
-    """entropy: a branch plays one of the turns with the highest entropy again (AT2PO). random: a branch continues
+    """`entropy`: a branch plays one of the turns with the highest entropy again (AT2PO). `random`: a branch continues
     after a turn that is drawn at random, and each tree gets the same number of branches (Tree-GRPO)."""
     sibling_penalty: float = 0.05
-    """For choice=entropy: nats that are subtracted from a turn's entropy for each sibling of the turn. Siblings
-    follow the same turn."""
+    """For choice=entropy: nats that are subtracted from a turn's entropy for each sibling of the turn. Siblings are
+    turns that follow the same turn."""
 
     def __post_init__(self) -> None:
         require(self.initial >= 0, "rollout.tree.initial", self.initial, ">= 0")
@@ -151,18 +152,18 @@ class RolloutConfig:
     top_p: float = 1.0
     """Threshold of nucleus sampling. It must be 1.0 in training, and may be lower in an evaluation."""
     protocol: Literal["tags", "chat"] = "tags"
-    """How the policy calls tools (docs/protocols.md). tags: a call is <search> query </search>, and its result is
-    text in <result> tags (paper). chat: a call has the form of the model's own chat template, and its result is a
+    """How the policy calls tools (docs/protocols.md). `tags`: a call is <search> query </search>, and its result is
+    text in <result> tags (paper). `chat`: a call has the form of the model's own chat template, and its result is a
     message of role tool."""
     call_format: str = "auto"
     """With protocol=chat, the form of a call: hermes, llama_json, qwen_xml, or another module in protocol/formats/.
-    auto: the form in which the chat template writes calls."""
+    `auto`: the form in which the chat template writes calls."""
     max_calls_per_turn: int = 4
     """With protocol=chat, maximum number of calls in one turn. These calls run at the same time. Further calls of the
     turn get an error as their result."""
     strict_format: bool = True
-    """With protocol=chat, the rule for a well-formed response. true: no turn may have a wrong call, and each turn of
-    a thinking model must have one thought. false: only the last turn, which has the answer, is checked."""
+    """With protocol=chat, the rule for a well-formed response. `true`: no turn may have a wrong call, and each turn
+    of a thinking model must have one thought. `false`: only the last turn, which has the answer, is checked."""
     max_turns: int = 6
     """Maximum number of turns with tool calls in a trajectory (paper: 6). One more turn with calls ends the
     trajectory."""
@@ -178,8 +179,9 @@ class RolloutConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the engine's weights; auto: model.dtype."""
     quantization: Literal["none", "fp8", "fp8_per_channel"] = "none"
-    """Quantise linear layers to e4m3 when weights are loaded; GPUs only. fp8: one scale for 128x128 weights, and one
-    for 128 activations. fp8_per_channel: one scale for a row of weights, and one for all activations of a token."""
+    """Quantise linear layers to e4m3 when weights are loaded; GPUs only. `fp8`: one scale for 128x128 weights, and
+    one for 128 activations. `fp8_per_channel`: one scale for a row of weights, and one for all activations of a
+    token."""
     router_replay: bool = False
     """Let the trainer use the experts that the engine chose for each token (docs/parallelism.md). Only for a mixture
     of experts. Needs vLLM's model runner for GPUs."""
@@ -189,14 +191,14 @@ class RolloutConfig:
     """GiB of KV cache on each rank of the engine; 0 is allowed only on GPUs. With 0, the KV cache gets the part
     of gpu_memory_fraction that vLLM finds unused. If gpu_memory_fraction is 0 too, the plan chooses both."""
     gpu_memory_fraction: float = 0.0
-    """Share of the GPU's memory that the engine takes. The share must be free when the engine starts. 0: the plan
+    """Share of the GPU's memory that the engine takes. The share must be free when the engine starts. `0`: the plan
     chooses a share that leaves a tenth of the memory free. `tools/plan.py` prints this share."""
     block_size: int = 0
     """Number of tokens in one block of the KV cache; 0: 32 on CPUs, 16 on GPUs."""
     enforce_eager: bool = False
     """Make vLLM skip graph capture and compilation. On CPUs, vLLM always skips them."""
     async_scheduling: bool = False
-    """Let vLLM schedule the next engine step while the GPU computes the present one. Measure its effect with
+    """Let vLLM schedule the next engine step while the GPU computes the current step. Measure its effect with
     `tools/gpu_check.py --checks engine_speed`."""
     gain: GainConfig = field(default_factory=GainConfig)
     partial: PartialConfig = field(default_factory=PartialConfig)

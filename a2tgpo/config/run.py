@@ -79,7 +79,7 @@ class CheckpointConfig:
     keep: int = 2
     """Number of newest checkpoints that are kept whole, so that a run can resume from them."""
     keep_every: int = 0
-    """The weights of an older checkpoint are kept if its step is a multiple of this number. 0: none are kept."""
+    """The weights of an older checkpoint are kept if its step is a multiple of this number. `0`: none are kept."""
     keep_gb: float = 0.0
     """GB of disk space for weights of older checkpoints; 0: no limit. The oldest weights are removed first. The
     weights of the best checkpoint are never removed."""
@@ -94,8 +94,8 @@ class CheckpointConfig:
     best_by: str = "em"
     """Held-out score that decides which checkpoint is the best: em, em_format_gated, f1, reward (the weighted sum of
     the rewards), or the name of a reward of reward.names. With evaluation.samples, mean_at_K and pass_at_K are
-    allowed, too. SET/em is the score of one of evaluation.sets. The weights of the best checkpoint are kept. none: no
-    checkpoint is the best."""
+    allowed, too. SET/em is the EM on the set SET of evaluation.sets. The weights of the best checkpoint are kept.
+    `none`: no checkpoint is the best."""
 
     def __post_init__(self) -> None:
         for name in ("every", "keep_every", "keep_gb", "keep_previous", "margin_s"):
@@ -213,8 +213,7 @@ class RunConfig:
             )
 
     def _check_gain(self) -> None:
-        """Check the settings by which the reference scores gold answers, or the trainer verifies the engine's
-        scores."""
+        """Check that `gain.scorer` and `gain.verify_every` fit the other settings."""
         gain, context = self.rollout.gain, self.parallel.context
         by_reference = gain.scorer == "reference"
         require(

@@ -13,7 +13,7 @@ class SearchConfig:
     """The search tool, which uses an index in the run's own processes or a retrieval server."""
 
     backend: Literal["bm25", "http"] = "bm25"
-    """bm25: each process builds an index of `corpus`. http: queries go to a Search-R1 server at `url`."""
+    """`bm25`: each process builds an index of `corpus`. `http`: queries go to a Search-R1 server at `url`."""
     corpus: Expanded = ""
     """JSONL file of passages, needed with bm25. A passage has `id` and `contents` ("title"\\ntext)."""
     url: Expanded = ""

@@ -39,8 +39,8 @@ class ToolsConfig:
     max_part_tokens: int = 400
     """Largest number of tokens in one part of a tool's answer, such as a passage. A longer part is cut."""
     on_outage: Literal["wait", "continue", "stop"] = "wait"
-    """Reaction if a tool's service does not answer. wait: pause the rollout, and repeat the calls. continue: tell the
-    policy that the call failed. stop: save and end the run."""
+    """Reaction if a tool's service does not answer. `wait`: pause the rollout, and repeat the calls. `continue`: tell
+    the policy that the call failed. `stop`: save and end the run."""
     outage_limit_s: float = 1800.0
     """With on_outage=wait, the run saves and ends with exit code 75 after an outage of this many seconds. With a
     search server, this must be less than parallel.timeout_s, because other ranks may wait in a collective during the

@@ -12,17 +12,17 @@ class ExtrapolationConfig:
     corrective step from there. All three passes use the same mini-batch (docs/methods.md)."""
 
     horizon: int = 0
-    """Number of steps to which the two probe steps are extrapolated, at least 2 (GXPO: 3, 5 or 10). 0: plain
+    """Number of steps to which the two probe steps are extrapolated, at least 2 (GXPO: 3, 5 or 10). `0`: plain
     updates."""
     alpha: float = 0.5
     """Share of the extrapolated distance that the weights move before the corrective step (GXPO: 0.5)."""
     old_logprobs: Literal["probe", "step"] = "probe"
-    """The policy in the denominator of the ratios of the second and third pass. probe: the policy that the pass
-    itself evaluates, so every ratio is 1 (GXPO). step: the policy that played the trajectories, as in the first pass.
-    With step and a narrow clipping range, these passes give many turns no gradient."""
+    """The policy in the denominator of the ratios of the second and third pass. `probe`: the policy that the pass
+    itself evaluates, so every ratio is 1 (GXPO). `step`: the policy that played the trajectories, as in the first
+    pass. With step and a narrow clipping range, these passes give many turns no gradient."""
     window: int = 30
-    """A gate can end the extrapolation. It compares the gradient norm of a step with the norms of this many earlier
-    steps."""
+    """A gate can end the extrapolation. The gate compares the gradient norm of a step with the norms of this many
+    earlier steps."""
     tau: float = 3.0
     """A step is an outlier if its gradient norm is at least this many standard deviations above the mean of the
     window."""
@@ -71,10 +71,10 @@ class UpdateConfig:
     """Leave the routers of a mixture of experts unchanged, so that a change of a router's weights never sends
     tokens to other experts. true is refused if the model has no experts."""
     distributed_optimizer: bool = True
-    """Divide the optimizer state over the data-parallel ranks. false: every rank stores all of it."""
+    """Divide the optimizer state over the data-parallel ranks. `false`: every rank stores all of it."""
     offload: bool = True
     """Keep the trainer's state in host memory in every phase that does not need it. `tools/plan.py` prints how much
-    host memory this takes. false: weights and optimizer state stay on the GPU."""
+    host memory this takes. `false`: weights and optimizer state stay on the GPU."""
 
     extrapolation: ExtrapolationConfig = field(default_factory=ExtrapolationConfig)
 

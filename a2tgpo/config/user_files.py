@@ -25,7 +25,7 @@ def user_files(config: RunConfig) -> dict[str, str]:
 
 
 def file_digests(config: RunConfig) -> dict[str, str]:
-    """Return the digest of each file, or `MISSING`, by `digest_name`."""
+    """Map the `digest_name` of each file to the file's digest, or to `MISSING`."""
     return {digest_name(key, path): _digest(path) for key, path in user_files(config).items()}
 
 

@@ -18,13 +18,13 @@ class WarmstartConfig:
     """Number of demonstrations per optimizer step over all ranks."""
     lr: float = 0.0
     """Highest learning rate. The rate rises linearly over the first tenth of the steps, and then falls along a cosine
-    to a tenth of this value. 0: 1e-5 x sqrt(8e9 / parameters), at most 1e-3."""
+    to a tenth of this value. `0`: 1e-5 x sqrt(8e9 / parameters), at most 1e-3."""
     weight_decay: float = 0.01
     observation_weight: float = 0.0
     """Weight of prompt and observation tokens in the loss; tokens that the policy writes have weight 1. A weight
     above 0 helps an untrained model learn to copy. Use 0 for pre-trained models."""
     fp8: bool = False
-    """true: compute in FP8 if `model.fp8` turns FP8 on. false: compute in model.dtype."""
+    """`true`: compute in FP8 if `model.fp8` turns FP8 on. `false`: compute in model.dtype."""
     held_out: float = 0.02
     """Share of the questions whose demonstrations are held out for the metric `warmstart/held_out_loss`."""
     evaluate_every: int = 50

@@ -18,12 +18,12 @@ class WebConfig:
     """The service that answers web_search, and the recorded answers of web_search and visit (docs/tools.md)."""
 
     backend: Literal["serper", "searxng", "recorded"] = "serper"
-    """Source of the results. serper: Google's results from serper.dev, or a service that answers in the same way.
-    searxng: a SearXNG server whose settings allow the format json. recorded: the answers in `cassette` only, also for
-    visit."""
+    """Source of the results. `serper`: Google's results from serper.dev, or a service that answers in the same way.
+    `searxng`: a SearXNG server whose settings allow the format json. `recorded`: the answers in `cassette` only, also
+    for visit."""
     url: Expanded = ""
-    """Address of the service. serper: the address of its endpoint; empty: https://google.serper.dev/search.
-    searxng: the address of the server."""
+    """Address of the service. `serper`: the address of the endpoint; if empty, https://google.serper.dev/search.
+    `searxng`: the address of the server."""
     top_k: int = 5
     """Number of results that a query returns."""
     cassette: Expanded = ""

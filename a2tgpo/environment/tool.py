@@ -84,7 +84,7 @@ class SessionTool(Protocol):
         """
 
     def close(self) -> None:
-        """Release the tool's resources. All sessions have been closed before."""
+        """Release the tool's resources. All sessions have been closed before this call."""
 
 
 AnyTool = Tool | SessionTool
@@ -154,7 +154,7 @@ class Toolset:
         return counts
 
     def close(self) -> None:
-        """Close all tools. Log a warning for each tool that fails."""
+        """Close all tools. Log a warning for each tool that fails to close."""
         for name, tool in self.tools.items():
             try:
                 tool.close()
@@ -265,7 +265,7 @@ def _require_description(tool: AnyTool, spec: str) -> None:
 
 
 def _is_object_schema(parameters: Any) -> bool:
-    """Return whether the program can check arguments against `parameters`, decoded JSON."""
+    """Return whether `parameters`, a decoded JSON value, is a schema against which arguments can be checked."""
     if not isinstance(parameters, dict):
         return False
     properties, required = parameters.get("properties", {}), parameters.get("required", [])

@@ -43,7 +43,7 @@ def answer_sets(
         bar: shows the progress of this engine. All engines progress at about the same rate.
 
     Raises:
-        StopAgreed: on all ranks, if the evaluation was interrupted. `log` contains the answers so far.
+        StopAgreed: on all ranks, if the evaluation was interrupted. `log` then contains the answers so far.
     """
     world = world_group()
     kind = SAMPLE if num_samples else GREEDY

@@ -41,8 +41,8 @@ class Answer:
     tool_calls: int
     stop_reason: str
     scores: dict[str, float] = field(default_factory=dict)
-    """{name: value} of the run's rewards and of their parts. The entry `reward` is the weighted sum of the rewards.
-    Empty if no rewards were computed, or if a reward could not judge the answer."""
+    """The values of the run's rewards and of their parts, by name. The entry `reward` is the weighted sum of the
+    rewards. Empty if no rewards were computed, or if a reward could not judge the answer."""
     reward_error: str | None = None
     """Why a reward could not judge the answer, in one line. None if all rewards judged the answer, or if no rewards
     were computed."""
@@ -74,12 +74,12 @@ def evaluate(
     Args:
         num_samples: number of further answers to draw per question, at `rollout.temperature`.
         seed: seed of the draws.
-        rewards: the rewards that the answers get as additional scores. None: no additional scores.
+        rewards: rewards to compute as additional scores of the answers. None: no additional scores.
         stop: reports a requested stop, which interrupts the evaluation. If None, nothing interrupts the evaluation.
 
     Returns:
-        A map from each metric's name to its value over all questions, equal on all ranks. The scores are em (a wrong
-        format does not change it), em_format_gated and f1 and, with samples, mean_at_K and pass_at_k.
+        A map from each metric's name to its value over all questions, equal on all ranks. The scores are em,
+        em_format_gated and f1, and with samples also mean_at_K and pass_at_k. A wrong format does not change em.
         standard_error_SCORE is the standard error of SCORE. Other metrics are format_ok_rate, tool_calls,
         num_questions, and em_N_hops, the em over the questions with N hops. If there are several sets, the map also
         has SET/METRIC for each set and metric. With `rewards`, the map also has the `Answer.scores` of the greedy
@@ -140,7 +140,7 @@ def answer_questions(
 
     Args:
         num_samples: the number of answers to draw per question at `rollout.temperature`. 0 means one greedy answer.
-        skip: pairs (index of the prompt, sample index) of answers that exist already.
+        skip: pairs (index of the prompt, sample index) of answers that already exist.
         rewards: computes the scores of the answers, on the leader of the engine. None: the answers get no scores.
         should_stop: returns whether to interrupt the rollout (see `GroupRollout.finished`).
     """

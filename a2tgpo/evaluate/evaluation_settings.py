@@ -1,4 +1,4 @@
-"""Collect the settings that determine an evaluation's answers. They must be the same when it is resumed."""
+"""Collect the settings that determine an evaluation's answers. A resumed evaluation must have the same settings."""
 
 from __future__ import annotations
 

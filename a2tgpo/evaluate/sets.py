@@ -67,7 +67,7 @@ def load_evaluation_sets(
     """Return the questions of each held-out set of `config`, by the name of the set.
 
     Args:
-        is_whole: whether to ignore the sets' limits for evaluations during training, and return all questions.
+        is_whole: whether to return all questions, and ignore the limits for evaluations during training.
         need_answers: whether a question without answers is an error.
 
     Raises:

@@ -1,7 +1,8 @@
 """Clip-Cov (arXiv 2505.22617): give no gradient to a few of the tokens that lower the entropy most.
 
-An update lowers the entropy where log-probs and advantages of tokens covary. A few tokens carry most of the
-covariance: confident tokens with a large advantage. Clip-Cov chooses a small share of these tokens at random.
+An update lowers the entropy if the log-probs and advantages of the tokens have a positive covariance. A few tokens
+carry most of the covariance: confident tokens with a large advantage. Clip-Cov chooses a small share of these tokens
+at random.
 """
 
 import torch
@@ -23,7 +24,7 @@ def clip_covariance(
 
     The covariance of a token is (log p - mean log p) (A - mean A), with means over the mini-batch. Of N tokens, about
     `clip_cov_share` * N are chosen among the tokens whose covariance is between `clip_cov_low` and `clip_cov_high`.
-    The choice depends only on the tokens and their draws, so it is the same in every layout. Every rank of `dp_group`
+    The choice depends only on the tokens and on `draws`, so it is the same in every layout. Every rank of `dp_group`
     must call this, even with no token. Tokens with a log-prob that is not finite are not chosen.
 
     Args:

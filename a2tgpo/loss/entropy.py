@@ -2,7 +2,7 @@
 
 The adaptation is the adaptive entropy control of Skywork-OR1 (arXiv 2505.22312). A level c starts at 0. After each
 step, c rises by delta if the step's entropy is below the target, and falls by delta otherwise. The weight of the next
-step is c if the entropy is below the target, and 0 otherwise. The paper uses the entropy of the present step. Here
+step is c if the entropy is below the target, and 0 otherwise. The paper uses the entropy of the current step. Here
 the weight follows the entropy of the previous step, because a step of one mini-batch measures its entropy only in its
 training pass.
 """
@@ -25,7 +25,7 @@ class EntropyWeight:
 
     @property
     def value(self) -> float:
-        """The weight; 0: the loss has no entropy term."""
+        """The weight. If it is 0, the loss has no entropy term."""
         if not self._config.entropy_target:
             return self._config.entropy_coef
         return self._level if self._is_below_target else 0.0

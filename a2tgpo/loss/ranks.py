@@ -19,7 +19,7 @@ def average_ranks(values: torch.Tensor, group_ids: torch.Tensor, num_groups: int
     groups, ordered = group_ids[order], values[order]
     begins = torch.ones_like(groups, dtype=torch.bool)
     begins[1:] = (groups[1:] != groups[:-1]) | (ordered[1:] != ordered[:-1])
-    ties = begins.cumsum(0) - 1  # number of the run of equal values
+    ties = begins.cumsum(0) - 1  # index of each run of equal values
     places = torch.arange(len(order), dtype=torch.float64, device=values.device)
     counts = torch.bincount(group_ids, minlength=num_groups)
     starts = counts.cumsum(0) - counts

@@ -96,7 +96,7 @@ class MovablePart:
 
 
 class HostCopy:
-    """A copy of contiguous tensors in host memory, which is allocated once and used again.
+    """A copy of contiguous tensors in host memory. The memory is allocated once and used again.
 
     On a GPU the memory is page-locked, and copies are ordered with the other work of the current stream. The tensors
     of every call must have the same sizes in the same order.
@@ -137,7 +137,7 @@ class _HostPages:
         self._pages = [torch.empty(size, dtype=torch.uint8, pin_memory=page_locked) for size in sizes]
 
     def beside(self, on_card: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each piece of `on_card` [bytes] with its place in the pages, beginning at the pages' byte `start`."""
+        """Yield each piece of `on_card` [bytes] with its place in the pages. The first place is byte `start`."""
         done = 0
         while done < on_card.numel():
             page, offset = divmod(start + done, PAGE_BYTES)

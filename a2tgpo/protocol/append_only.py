@@ -13,7 +13,7 @@ _SHOWN = 40
 
 
 def template_difference(template: PromptTemplate, probe: tuple[str, str], *, thinks: bool) -> str | None:
-    """Return a text that shows how the template changes an earlier turn as the conversation grows, or None.
+    """Return how the template changes an earlier turn as the conversation grows, or None if no turn changes.
 
     The rollout is consistent even if turns change, because it renders no turn twice.
 

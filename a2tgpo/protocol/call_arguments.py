@@ -23,7 +23,7 @@ class ArgumentError(ValueError):
 
 
 def argument_text(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
-    """Return the input text of a tool for `arguments`.
+    """Convert `arguments` to the tool's input text.
 
     If a text is the tool's only parameter, the tool gets this text without blank lines around it. Other tools get all
     arguments as a JSON object.
@@ -55,7 +55,7 @@ def argument_text(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -
 
 
 def typed(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `arguments`, whose values are texts. Decode each value that the tool does not take as a text."""
+    """Decode `arguments`, whose values are texts. A value stays a text if the tool takes it as a text."""
     properties: Mapping[str, Any] = parameters.get("properties", {})
     return {
         name: text if properties.get(name, {}).get("type") == "string" else _decoded(text)

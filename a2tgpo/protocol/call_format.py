@@ -19,7 +19,7 @@ MAX_CALL_CHARS = 32_768
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenCall:
-    """A call as the policy wrote it, before anything is known about the tool."""
+    """A call as the policy wrote it, before it is checked against the tool's parameters."""
 
     text: str
     """The call's own text, without the tags around it."""

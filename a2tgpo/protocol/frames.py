@@ -19,7 +19,7 @@ from a2tgpo.io.errors import ConfigError
 QUESTION, ARGUMENT = "Which river is it?", "ARGUMENT7"
 """Texts that are searched for in a rendered conversation."""
 _RESULTS = ('RESULT1 "a"', 'RESULT2 "b"', 'RESULT3 "c"')
-"""Results of a conversation. Their quotes show whether the template writes results as JSON."""
+"""Results of the calls in a rendered conversation. Their quotes show whether the template writes results as JSON."""
 _MANY = len(_RESULTS)
 
 
@@ -67,7 +67,7 @@ def find_frames(template: PromptTemplate, *, tool: str, argument: str) -> Result
 
     Raises:
         ConfigError: with a one-line message, if the template cannot render calls and results, or if the frame of
-            several results is not made of the frames of single results.
+            several results does not consist of the frames of single results.
     """
     one = _render(template, 1, tool, argument)
     if one is None:

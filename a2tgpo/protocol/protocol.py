@@ -23,7 +23,7 @@ class ParsedTurn:
     calls: tuple[Call, ...] = ()
     """The calls in the order in which the policy wrote them."""
     stop_reason: str = ""
-    """The reason for which the trajectory ends (see `Trajectory.stop_reason`). Empty if the turn has calls."""
+    """Why the trajectory ends (see `Trajectory.stop_reason`). Empty if the turn has calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class CallResult:
     parts: tuple[str, ...] = ()
     """The parts of the tool's answer, the best part first. Empty if the call has no answer."""
     error: str | None = None
-    """The reason for which the tool did not answer, in one line. None if the tool answered."""
+    """Why the tool did not answer, in one line. None if the tool answered."""
     score: float | None = None
     """The score that the tool's session gave after the call. None if it gave no score."""
 

@@ -87,7 +87,7 @@ def _is_balanced(tags: list[str], opening: str) -> bool:
 
 
 def _calls_are_answered(tags: list[str], tools: tuple[str, ...]) -> bool:
-    """Return whether the tags form a sequence of complete exchanges, each <NAME> </NAME> <result> </result>."""
+    """Return whether the tags form a sequence of complete exchanges of the form <NAME> </NAME> <result> </result>."""
     exchanges = {(f"<{name}>", f"</{name}>", "<result>", "</result>") for name in tools}
     return len(tags) % 4 == 0 and all(tuple(tags[i : i + 4]) in exchanges for i in range(0, len(tags), 4))
 

@@ -24,7 +24,7 @@ def tag_pattern(tools: Sequence[str]) -> re.Pattern[str]:
 def split_result(observation: str) -> tuple[str, str, str]:
     """Split an observation into the opening tag, the tool's answer and the closing tag.
 
-    The spaces around a tag stay with the tag, because a tokenizer may encode tag and spaces as one token.
+    The spaces around a tag are returned with the tag, because a tokenizer may encode tag and spaces as one token.
     """
     found = _RESULT.fullmatch(observation)
     assert found is not None, "the pattern matches every text"

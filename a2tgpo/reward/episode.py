@@ -1,4 +1,4 @@
-"""The argument of a reward, which is an episode, and its result, which is a score (docs/rewards.md)."""
+"""The episode that a reward judges, and the score that it may return (docs/rewards.md)."""
 
 from __future__ import annotations
 

@@ -103,4 +103,4 @@ class RewardPool:
 
 
 def _nothing() -> None:
-    """Do nothing, instead of a method that a reward lacks."""
+    """Do nothing. This replaces a method that a reward does not have."""

@@ -1,4 +1,4 @@
-"""Set a trajectory's gains, the match of its answer, and its reward."""
+"""Set a trajectory's gains, exact match and reward."""
 
 from __future__ import annotations
 

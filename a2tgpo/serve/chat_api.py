@@ -108,7 +108,7 @@ def build_app(
 def _order(
     request: ChatRequest, protocol: AgentProtocol, temperature: float, max_prompt_tokens: int
 ) -> Order:
-    """Return the order for a request. If the agent cannot do what the request demands, raise BadRequestError."""
+    """Return the order for a request. Raise BadRequestError if the agent cannot fulfil the request."""
     if [message.role for message in request.messages] != ["user"]:
         raise BadRequestError(
             "messages: give one message of role user; the agent has its own instructions and remembers nothing"
@@ -122,7 +122,7 @@ def _order(
     if len(tokens) > max_prompt_tokens:
         raise BadRequestError(f"the prompt has {len(tokens)} tokens; allowed: at most {max_prompt_tokens}")
     # Requests with the same seed get the same random draws, whatever other requests run at the same time. A request
-    # without a seed gets a seed of its own.
+    # without a seed gets a random seed.
     seed = secrets.randbits(32) if request.seed is None else request.seed
     prompt = Prompt(index=0, id=f"chat-{seed}", question=question, answers=(), tokens=tokens)
     return Order(prompt=prompt, is_greedy=request.temperature == 0)

@@ -1,4 +1,4 @@
-"""The parts with which a trained policy plays: the engine, the tools and the rollout, without the trainer."""
+"""The parts that are needed to play a trained policy: the engine, the tools and the rollout, without the trainer."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ SCORE = "evaluation/em"
 
 
 def area(result: RunResult) -> float:
-    """Return the mean of held-out exact match over a finished run: the area under its curve, divided by its steps.
+    """Return the mean of held-out exact match over a finished run: the area under its curve, divided by its number of
+    steps.
 
     The curve is straight between two evaluations. For a run of 0 steps, the result is its only score.
     """
@@ -36,7 +37,7 @@ def areas(results: Sequence[RunResult]) -> dict[str, dict[int, float]]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return the p-values after Holm's correction for their number, in the same order (Holm 1979)."""
+    """Return the p-values after Holm's correction, in the same order (Holm 1979)."""
     count, largest = len(p_values), 0.0
     corrected = [0.0] * count
     for rank, place in enumerate(sorted(range(count), key=p_values.__getitem__)):

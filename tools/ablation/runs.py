@@ -76,7 +76,7 @@ class Plan:
         return [Run(method=method, seed=seed, out=out) for seed in self.seeds for method in self.methods]
 
     def widen(self, earlier: Plan) -> None:
-        """Add what an earlier plan has and this plan lacks. This plan's methods and contrasts come first."""
+        """Add everything that only the earlier plan has. This plan's methods and contrasts come first."""
         self.methods += [method for method in earlier.methods if method not in self.methods]
         self.seeds = sorted({*self.seeds, *earlier.seeds})
         self.contrasts += [contrast for contrast in earlier.contrasts if contrast not in self.contrasts]

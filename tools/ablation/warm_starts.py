@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, kw_only=True)
 class WarmStart:
-    """The warm start of one seed: a tiny model with random weights of this seed, then supervised training.
+    """The warm start of one seed: supervised training of a tiny model whose random weights depend on the seed.
 
     Models differ by their initial weights and by the order of their demonstrations. An interrupted warm start is
     resumed.

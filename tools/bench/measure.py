@@ -90,7 +90,7 @@ def interleaved(
     """Run all variants in every round, and return each variant's seconds in each round.
 
     The variants alternate in one process, so that other load on the machine affects all variants equally. Every
-    second round has the opposite order.
+    second round reverses the order.
 
     Args:
         clock: returns seconds. By default it counts the CPU time of all threads, which excludes waits for other

@@ -8,7 +8,7 @@ that other ranks would have sent, so this process runs all the Python code of ra
 about 8,192 tokens for any number of ranks. The seconds are CPU seconds on rank 0, without the network.
 
 With --real, the bench runs three steps of the quickstart on each given number of gloo processes on this machine, and
-reads the resources that the processes use.
+measures the resources that the processes use.
 """
 
 from __future__ import annotations

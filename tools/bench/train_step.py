@@ -1,4 +1,4 @@
-"""Compare one update of SmolLM2-135M with a plain loop of transformers and torch.optim that pads.
+"""Compare one update of SmolLM2-135M with a plain loop that pads rows and uses transformers and torch.optim.
 
 Both programs run in float32 with one thread, on the same trajectories. Both run forward and backward passes of the
 turn-level loss in two micro-batches, clip the gradients, and take a step of AdamW. The forward pass of the update

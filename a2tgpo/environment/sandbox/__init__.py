@@ -1,1 +1,2 @@
-"""Processes that run the policy's Python code, with limits and without network or access to the trainer's files."""
+"""Processes that run the policy's Python code with limits, and without access to the network or the trainer's
+files."""

@@ -28,7 +28,7 @@ def has_landlock(version: int = 1) -> bool:
 
 
 def restrict_files(*, readable: Sequence[str], writable: Sequence[str]) -> bool:
-    """From now on, allow access only to files at and beneath these paths. Return False if the kernel has no Landlock.
+    """From now on, allow access only to files at or below these paths. Return False if the kernel has no Landlock.
 
     Paths that do not exist are skipped. From version 6 on, Landlock also refuses TCP connections, and signals to
     processes outside the sandbox.

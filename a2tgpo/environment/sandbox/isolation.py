@@ -1,4 +1,4 @@
-"""Start processes that run the policy's code, isolated in the best way that the machine offers."""
+"""Start processes that run the policy's code, isolated as strictly as the machine allows."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def build_sandbox(config: PythonConfig) -> Sandbox:
 
 
 def _problem(sandbox: Sandbox) -> str | None:
-    """Return why no code runs in the sandbox, or None if code runs."""
+    """Return why code does not run in the sandbox, or None if it runs."""
     if sandbox.isolation == "bwrap" and shutil.which("bwrap") is None:
         return "there is no program bwrap"
     try:

@@ -1,4 +1,5 @@
-"""The program that runs the policy's Python code. It gives up its rights, and then runs pieces of code in turn.
+"""The program that runs the policy's Python code. It gives up its rights, and then runs one piece of code after
+another.
 
     python -I -S launcher.py SETTINGS CONTROL
 
@@ -95,7 +96,8 @@ class _Packages:
 
 
 def _enter_namespaces(folder: str, folder_bytes: int) -> None:
-    """Move this process into new network, IPC and mount namespaces. In them, `folder` is empty and in memory."""
+    """Move this process into new network, IPC and mount namespaces. In these namespaces, `folder` is an empty folder
+    in memory."""
     user, group = os.geteuid(), os.getegid()
     libc = ctypes.CDLL(None, use_errno=True)
     _check(libc.unshare(_NEW_USER | _NEW_NETWORK | _NEW_MOUNTS | _NEW_IPC), libc, "unshare")
@@ -152,7 +154,8 @@ def _run(code: str, scope: dict[str, Any]) -> None:
 
 
 def _output() -> io.TextIOWrapper:
-    """Return a new writer to the standard output, because earlier code may have closed or replaced the last one."""
+    """Return a new writer to the standard output, because earlier code may have closed or replaced the previous
+    writer."""
     raw = io.BufferedWriter(io.FileIO(1, "w", closefd=False))
     return io.TextIOWrapper(raw, "utf-8", "replace", line_buffering=True)
 

@@ -22,7 +22,8 @@ MAX_CODE_BYTES = 60_000
 """Largest size of one piece of code."""
 _CHUNK = 1 << 16
 _CHUNKS_AFTER_END = 16
-"""Largest number of chunks that are read after the code has ended, because its threads may go on writing."""
+"""Largest number of chunks that are read after the code has ended, because the code's threads may continue to
+write."""
 
 Starter = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -126,7 +127,8 @@ class SandboxProcess:
                     data = data[os.write(self._stdin, data) :]
 
     def _wait(self, timeout_s: float, output: BoundedOutput) -> bytes | None:
-        """Collect output until a report. Return the report, b"" if the launcher ended, or None at the deadline."""
+        """Collect output until the launcher reports. Return the report, b"" if the launcher ended, or None at the
+        deadline."""
         deadline = time.monotonic() + timeout_s
         report = None
         while report is None and (left_s := deadline - time.monotonic()) > 0:
@@ -191,7 +193,7 @@ def _remove_tree(folder: str) -> None:
 
 
 def _remove_files(folder: int) -> list[str]:
-    """Remove the files in an open folder. Return the names of its folders, which can be opened then."""
+    """Remove the files in an open folder. Make its subfolders accessible, and return their names."""
     folders = []
     for name in os.listdir(folder):
         try:

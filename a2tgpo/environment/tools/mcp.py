@@ -1,4 +1,5 @@
-"""The mcp tool, which calls a tool of an MCP server (Model Context Protocol). The section `mcp` names both."""
+"""The mcp tool, which calls a tool of an MCP server (Model Context Protocol). The section `mcp` names server and
+tool."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Connections that end at a deadline, even if the server sends single bytes without end.
+"""Connections that end at a deadline, even if the server sends single bytes forever.
 
-The timeouts of httpx limit single reads. If a server sends a byte every second, these timeouts have no effect.
+The timeouts of httpx limit each read separately. If a server sends a byte every second, these timeouts have no
+effect.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def allowed_address(host: str, port: int, is_allowed: Callable[[str], bool]) -> 
     The connection must go to the returned address, because a second look-up could give another one.
 
     Raises:
-        NotPublicError: the host has no address, or none that is allowed.
+        NotPublicError: the host has no allowed address.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)

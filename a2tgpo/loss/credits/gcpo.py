@@ -6,8 +6,8 @@ A token has log-prob l+ after the prompt, and l- after the contrast prompt, both
     w_k = N u_k^a / sum_j u_j^a,            u_k = rank(eta_k) / N,    a = ln(1 - top_mass) / ln(1 - top_share) - 1
     A'_k = w_k A_k
 
-eta estimates the KL divergence between the two predictions (k3). Ranks are those among the N sampled tokens of a
-trajectory, over all its turns. Observations are not ranked. The mean of w is 1.
+eta estimates the KL divergence between the two predictions (k3). Each token is ranked among the N sampled tokens of
+its trajectory, over all turns. Observations are not ranked. The mean of w is 1.
 
 The authors' code ranks equal eta by their position, so that with two equal prompts the weights run from 0.04 to 2.5.
 Here equal eta have the mean of their ranks, so these weights are all 1. A token with a log-prob that is not finite
@@ -53,7 +53,7 @@ def token_credit(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmCo
 
 
 def divergence(logprobs: torch.Tensor, contrast: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return eta of each token, [n] float64, and whether both log-probs are finite, [n] bool. Otherwise eta is 0."""
+    """Return eta of each token, [n] float64, and whether both log-probs are finite, [n] bool. If not, eta is 0."""
     difference = contrast.double() - logprobs.double()
     is_usable = difference.isfinite()
     d = difference.where(is_usable, 0.0).clamp(-MAX_DIFFERENCE, MAX_DIFFERENCE)
@@ -89,7 +89,7 @@ def turn_weights(
 def rank_weights(
     eta: torch.Tensor, group_ids: torch.Tensor, num_groups: int, exponent: float
 ) -> torch.Tensor:
-    """Return w of each member, [n] float64. The mean of w over a group is 1.
+    """Return the weight w for each value of `eta`, [n] float64. The mean of w over a group is 1.
 
     Ranks are divided by the group's mean rank, so that equal eta give weights of exactly 1.
     """

@@ -2,8 +2,8 @@
 
     l_k = -(4 / tau) sigmoid(tau (s_k - 1)) A_k,    tau = sapo_tau_positive if A_k > 0, else sapo_tau_negative
 
-At s = 1 the gradient is that of the plain ratio. It falls smoothly as s moves away from 1 on either side. The paper
-has one ratio per token.
+At s = 1 the gradient is that of the plain ratio. The gradient falls smoothly as s moves away from 1 on either side.
+The paper has one ratio per token.
 """
 
 import torch
