@@ -94,7 +94,7 @@ class RunParts:
         return TokenDistribution(temperature=temperature, num_ids=self.engine.num_token_ids)
 
     def close(self) -> None:
-        """Stop the tools, the rewards and the engine, but not the process group."""
+        """Stop the tools, the rewards and the engine. The process group is not destroyed."""
         self.rollout.close()
         self.reward_pool.close()
         self.toolset.close()

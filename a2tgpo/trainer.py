@@ -49,10 +49,10 @@ class Trainer:
         guards: checks the metrics of each step.
         folder: the run's folder, which has the rollout bank and the profiles.
         step: the number of steps that the run has already done.
-        startup: metrics of this start, reported with its first rollout.
+        startup: metrics of the start-up of this process. They are reported with its first rollout.
         watchdog: limits the time of each stage. None: no limits.
-        stop: reports a requested stop. The next start continues bit for bit as if the run had not stopped. None: the
-            run never stops early.
+        stop: reports a requested stop. The next start continues the run bit for bit as if it had not stopped. None:
+            the run never stops early.
     """
 
     def __init__(
@@ -111,8 +111,9 @@ class Trainer:
     def train(self) -> bool:
         """Run the remaining steps, evaluations and saves; return False if the run stopped before its last step.
 
-        If the guards stop the run, the run first makes a due evaluation and saves a checkpoint. The next start will
-        stop again before its first step. A requested stop saves a checkpoint of the last finished step.
+        If the guards stop the run, the evaluation that is due is made first, and a checkpoint is saved. Another start
+        would stop again before its first step. If a stop is requested, a checkpoint of the last finished step is
+        saved.
         """
         evaluation_is_due = self.checkpoints.evaluation_is_due
         try:
@@ -159,8 +160,8 @@ class Trainer:
         """Run one step, and return its metrics. The metrics are equal on all ranks.
 
         The stages are refit, rollout (which includes gain and reward), exchange, advantage, score, update and record.
-        If an earlier start crashed after the rollout of this step, the bank has this rollout. The stages refit and
-        rollout are then left out.
+        If an earlier start crashed after the rollout of this step, the rollout is read from the bank, and the stages
+        refit and rollout are left out.
 
         Raises:
             StopAgreed: on all ranks, if a stop was requested before the first update. If the request comes later, the
@@ -264,7 +265,7 @@ class Trainer:
     def evaluate(self) -> bool:
         """Answer the held-out questions, and return whether the score is the best so far.
 
-        If so, the caller must save a checkpoint.
+        If it is the best, the caller must save a checkpoint.
         """
         with self.timers.stage("evaluation"):
             self._refit()

@@ -15,7 +15,7 @@ import msgspec
 
 Record = TypeVar("Record")
 _OLD_FIELD = b"\xa5query"
-"""The msgpack name of a field that only turns of earlier versions have."""
+"""The field name `query` in msgpack. Only turns that earlier versions wrote have this field."""
 
 
 class TokenIds(array):
@@ -24,7 +24,7 @@ class TokenIds(array):
     __slots__ = ()
 
     def __new__(cls, values: Iterable[int] = ()) -> TokenIds:
-        return super().__new__(cls, "i", values)  # type: ignore[return-value]  # typeshed knows no subclass
+        return super().__new__(cls, "i", values)  # type: ignore[return-value]  # typeshed lacks subclasses
 
 
 class LogProbs(array):
@@ -64,16 +64,16 @@ class Call:
     arguments: str
     """The text that the tool gets: a query, or the JSON of several arguments."""
     problem: str | None = None
-    """What is wrong with the call, as the policy reads it. None if nothing is wrong. A wrong call reaches no tool."""
+    """The error text that the policy reads if the call is wrong, else None. A wrong call is not passed to a tool."""
     problem_kind: str = ""
     """Kind of the problem: "malformed", "unknown_tool" or "excess". Empty if there is no problem."""
     failed: bool = False
-    """Whether the tool did not answer. The observation of a failed call reports the failure."""
+    """Whether the tool failed to answer. The observation of a failed call reports the failure."""
 
 
 @dataclass(kw_only=True)
 class Turn:
-    """A text of the policy, and the observation that follows the text."""
+    """A text that the policy wrote, and the observation that follows it."""
 
     tokens: TokenIds
     """Sampled token ids, including the ids of the stop string."""
@@ -89,7 +89,7 @@ class Turn:
     """The information gain P_t - P_{t-1}, or log P_t - log P_{t-1}. None for a final turn, or if a probability is
     missing."""
     score: float | None = None
-    """Rise in the chance of success through a process turn, according to a reward or a tool. None if unknown."""
+    """How much a process turn raised the chance of success, according to a reward or a tool. None if unknown."""
     version: int = 0
     """Version of the weights that sampled this turn. Version N is the result of N training steps."""
     experts: bytes = b""
@@ -133,14 +133,15 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
-    """The place at which a trajectory left another trajectory of its group (`rollout.tree`)."""
+    """The place at which a trajectory branched off from another trajectory of its group (`rollout.tree`)."""
 
     parent: int
-    """Sample index of the trajectory that it left."""
+    """Sample index of the trajectory from which it branched off."""
     root: int
     """Sample index of the trajectory from which the tree grew. A trajectory without a `Branch` is a root."""
     owners: tuple[int, ...]
-    """For each turn that it shares with its parent, the sample index of the trajectory that played the turn."""
+    """For each turn that the branch shares with its parent, the sample index of the trajectory that played the
+    turn."""
 
 
 @dataclass(kw_only=True)
@@ -171,8 +172,8 @@ class Trajectory:
     format_ok: bool = False
     hops: int = 0
     branch: Branch | None = None
-    """Where the trajectory left another one. None if it was played from the prompt. `turns` begins with copies of
-    the shared turns."""
+    """Where the trajectory branched off from another one. None if it was played from the prompt. `turns` begins with
+    copies of the shared turns."""
 
     def __post_init__(self) -> None:
         self.prompt_tokens = _as(TokenIds, self.prompt_tokens)

@@ -35,8 +35,7 @@ def normalize_groups(
         by_std: divide by the standard deviation. If False, only subtract the mean.
         sample_std: use the sample variance, as GRPO does. If False, use the population variance plus
             `VARIANCE_FLOOR`.
-        keep_single: a value that is alone in its group stays unchanged, as in GRPO (with mean 0 and standard
-            deviation 1). If False, it becomes 0.
+        keep_single: keep a value that is alone in its group unchanged, as GRPO does. If False, the value becomes 0.
 
     Raises:
         ValueError: if a group index is out of range.

@@ -29,8 +29,8 @@ class TurnTable:
     trajectories: Sequence[Trajectory]
     """[N]."""
     keep_single: bool = True
-    """Whether GRPO's outcome advantage of a trajectory that is alone in its group is the outcome itself. If False,
-    the advantage is 0."""
+    """Whether a trajectory that is alone in its group gets the outcome itself as GRPO's outcome advantage. If False,
+    it gets 0."""
 
     @property
     def max_turns(self) -> int:
@@ -56,7 +56,7 @@ class TurnTable:
     def state(self) -> torch.Tensor:
         """[N, T + 1] int64: the key of the state before turn t, in column t-1. NO_STATE past the last turn.
 
-        The keys are computed on first access, because each key is a hash of an observation.
+        The keys are computed on first access, because hashing the observations takes time.
         """
         columns = self.max_turns + 1
         keys = [turn_states(trajectory) for trajectory in self.trajectories]

@@ -55,7 +55,7 @@ def microbatches(
 
 
 def _even(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[int]]:
-    """Return the smallest number of micro-batches for which `deal` keeps the limit `max_tokens`."""
+    """Return as few micro-batches of similar sizes as `max_tokens` allows."""
     num_halves = sum(
         2 * size > max_tokens for size in sizes
     )  # Each of these items needs a micro-batch of its own.

@@ -25,8 +25,8 @@ def pack_microbatches(
 ) -> list[PackedBatch]:
     """Pack `trajectories[i] for i in rows` of this data-parallel replica. Every rank must call this.
 
-    The replica that needs the most micro-batches determines their number. Every other replica makes the same number
-    of micro-batches, or one for each of its trajectories if they are fewer.
+    The replica that needs the most micro-batches determines their number. The other replicas make the same number of
+    micro-batches. A replica with fewer trajectories makes one micro-batch for each trajectory.
     """
     lengths = [align.segment_length(packed_length(trajectories[i])) for i in rows]
     fewest = torch.tensor(len(microbatches(lengths, max_tokens, row=align.row)))

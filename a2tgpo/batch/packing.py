@@ -47,7 +47,8 @@ class TreeNode:
 class PackedBatch:
     """One micro-batch. It has S trajectories with U turns in one row of T positions.
 
-    A segment is padded at its end. The padding of the whole row is a last segment of its own. All padding is masked.
+    Each trajectory is a segment of the row, and is padded at its end. The padding of the whole row is a further
+    segment. All padding is masked.
     """
 
     tokens: Tensor

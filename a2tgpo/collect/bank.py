@@ -3,8 +3,8 @@
 The file `bank/step_N/replica_R.bin` contains the rollout of step N by engine R. The engine's first rank writes the
 file, and all ranks of the engine read it.
 
-A start uses the stored rollouts of a step only if the step, the exact weights and the rollout configuration match,
-and if the files of all engines come from the same attempt at the step. Otherwise all ranks play the step again. On a
+A start uses the stored rollouts only if they match its step, its exact weights and its rollout configuration. The
+files of all engines must also come from the same attempt at the step. Otherwise all ranks play the step again. On a
 GPU, a repeated update may give slightly different weights, so often only the first step after the checkpoint matches.
 """
 
@@ -113,8 +113,8 @@ class RolloutBank:
     def put(self, step: int, played: PlayedStep) -> None:
         """Store the rollouts that the caller played because `take` returned None.
 
-        If a reward could not judge a rollout, nothing is stored, so that the next start asks the reward again. If the
-        write fails, the metric `rollout/not_banked` counts the failure, and the run continues with a warning.
+        If a reward could not judge a rollout, nothing is stored, so that the next start calls the reward again. If
+        the write fails, the metric `rollout/not_banked` counts the failure, and the run continues with a warning.
         """
         share, group = RankShare(self._key, played.metrics), self._engine_group.group
         ranks = gather_object(share, group) if group else [share]

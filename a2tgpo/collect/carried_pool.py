@@ -1,6 +1,6 @@
 """Manage the groups that continue from step to step (`rollout.partial`).
 
-All ranks have equal `Entry` records, and decide by these records alone, so that their decisions are equal. The
+All ranks have equal `Entry` records. Decisions depend on these records alone, so they are equal on all ranks. The
 trajectories of a group stay on the engine that began the group.
 """
 
@@ -24,7 +24,8 @@ FOLDER = "carried"
 class Entry:
     """The facts about a group that all ranks know.
 
-    Sorted entries begin with the oldest group. Groups that began in the same step are in the order of their prompts.
+    Entries sort by age, with the oldest group first. Groups that began in the same step are in the order of their
+    prompts.
     """
 
     begun: int
@@ -55,7 +56,8 @@ class Carried:
 def engines_for(entries: Sequence[Entry], count: int, *, num_engines: int) -> list[int]:
     """Return the engine index for each of `count` new prompts.
 
-    Each prompt goes to the engine with the fewest groups. If several engines have equally few, the first gets it.
+    Each prompt goes to the engine with the fewest groups. If several engines have equally few groups, the first of
+    them gets the prompt.
     """
     load = [0] * num_engines
     for entry in entries:

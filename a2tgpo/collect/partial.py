@@ -1,7 +1,7 @@
 """Play a step without waiting for its longest trajectories (`rollout.partial`).
 
-A step plays `prompts_per_step` + `extra_prompts` groups. Some groups are carried over from the last step. The others
-begin with new prompts. A trajectory pauses after the turn in which it reaches `tokens_per_step` sampled tokens
+A step plays `prompts_per_step` + `extra_prompts` groups. Some groups are carried over from the previous step. The
+others begin with new prompts. A trajectory pauses after the turn in which it reaches `tokens_per_step` sampled tokens
 in the step. Kimi k1.5 (arXiv 2501.12599) pauses inside a response instead. The step trains on the oldest complete
 groups. All other groups are carried over to the next step.
 

@@ -55,7 +55,7 @@ class RewardedRollout:
         """Age of this process in seconds when its first trajectory finished. None until then."""
 
     def play(self, prompts: Sequence[Prompt], *, version: int, counts: RolloutCounts) -> list[Trajectory]:
-        """Play a group of trajectories for each prompt, and return all trajectories, by prompt and then by sample.
+        """Play a group of trajectories for each prompt, and return all trajectories, sorted by prompt and sample.
 
         Raises:
             RolloutInterruptedError: on all ranks of the engine, if the rollout was interrupted.

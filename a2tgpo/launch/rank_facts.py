@@ -1,4 +1,5 @@
-"""Collect facts about each rank's machine before a run, and find the ranks with unusual facts."""
+"""Collect facts about each rank's machine before a run, and find the ranks whose facts differ from those of most
+ranks."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ class RankFacts:
     paths: dict[str, str]
     """Configuration key -> fingerprint of the files at its path, or `UNREADABLE` with the reason."""
     gpu: str = ""
-    """Cluster-wide name of the GPU that this rank will use. It is empty if there is no GPU."""
+    """Name, unique in the cluster, of the GPU that this rank will use. It is empty if there is no GPU."""
     clock_ahead_s: float = 0.0
     """Seconds by which this machine's clock is ahead of rank 0's clock."""
     memory_left: tuple[int, str] = (0, "")

@@ -158,7 +158,7 @@ def _gpt_model(
 
 
 def _freeze_routers(policy: Policy) -> None:
-    """Give the routers' weights no gradient. A model without experts is refused."""
+    """Give the routers' weights no gradient. Raise `ConfigError` if the model has no experts."""
     if not has_experts(policy.hf_config):
         family = policy.hf_config.model_type
         raise ConfigError(
@@ -220,6 +220,6 @@ def accumulate_in_float32(chunk: Any) -> None:
 
 
 def _one_or_list(functions: list[Any]) -> Any:
-    """Return the only element of a list of one, and any other list itself: Megatron takes lists only with interleaved
-    stages."""
+    """Return the element of a list with one element, or any other list unchanged. Megatron accepts a list only with
+    interleaved stages."""
     return functions if len(functions) > 1 else functions[0]

@@ -21,7 +21,7 @@ from a2tgpo.model.plain_attention import attend
 
 
 class CpuSpecProvider(LocalSpecProvider):
-    """Provider of the CPU twins that replaces `TESpecProvider`."""
+    """Provider of the CPU twins, used in place of `TESpecProvider`."""
 
     def fuse_layernorm_and_linear(self) -> bool:
         return True

@@ -26,7 +26,7 @@ def weights_fingerprint(policy: Policy) -> str:
 
 @torch.no_grad()
 def base_fingerprint(policy: Policy) -> str:
-    """Return the same digest of this rank's parameters without those of adapters."""
+    """Return the digest of `weights_fingerprint` for this rank's parameters except those of adapters."""
     return _fingerprint(policy, lambda name: not is_adapter(name))
 
 

@@ -110,8 +110,8 @@ def _require_the_stated_head(
 ) -> None:
     """Raise `ConfigError` if the stored output head contradicts tie_word_embeddings in config.json.
 
-    If embeddings are tied, Megatron uses the embedding as the head, but transformers uses a stored head, so the two
-    must be equal.
+    If embeddings are tied, Megatron uses the embedding as the head, but transformers uses the head in the files if
+    there is one. Therefore the two tensors must be equal.
     """
     if not hf_config.tie_word_embeddings:
         if _HEAD not in shapes:

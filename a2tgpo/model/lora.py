@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on Megatron's linear layers.
 
 An adapter adds alpha / rank * x A^T B^T to the output of a layer, whose own weight W is frozen. A Megatron layer may
-join several projections of the Hugging Face model. Each of them has its own A and B, so that every adapter is one of
-PEFT's. The weight that the engine gets is W + alpha / rank * B A, with the rows in Megatron's order.
+join several projections of the Hugging Face model. Each projection has its own A and B, as in PEFT. The weight that
+the engine gets is W + alpha / rank * B A, with the rows in Megatron's order.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Projection(NamedTuple):
 class LoraAdapter(nn.Module):
     """The adapters of one linear layer: parameters A_NAME [rank, inputs] and B_NAME [outputs, rank] by projection.
 
-    B begins as zeros. A begins as PEFT's: uniform within 1 / sqrt(inputs) of 0. The values depend only on the
-    projection's name, so they are the same in every layout.
+    B is 0 at first. As in PEFT, A is at first uniform in [-1 / sqrt(inputs), 1 / sqrt(inputs)]. Its values depend
+    only on the projection's name, so they are the same in every layout.
 
     Args:
         linear: the layer. `attach_adapters` makes it use the adapter.
@@ -122,13 +122,14 @@ class LoraAdapter(nn.Module):
         else:
             set_tensor_model_parallel_attributes(parameter, True, split_dim, 1)
         parameter.allreduce = True  # type: ignore[attr-defined]
-        # Megatron gathers a module's own parameters just before the module runs, but not those of submodules that
-        # are not called. So the parameters belong to this module itself.
+        # Megatron gathers a module's own parameters just before the module runs, but not the parameters of submodules
+        # that are not called. So the parameters belong to this module itself.
         self.register_parameter(name, parameter)
 
 
 class ColumnAdapter(LoraAdapter):
-    """Adapters of a layer whose outputs are split over the tensor-parallel ranks. A is whole, and B has own rows.
+    """Adapters of a layer whose outputs are split over the tensor-parallel ranks. Each rank has all of A and its own
+    rows of B.
 
     Args:
         num_blocks: number of equal blocks in the layer's outputs on this rank. Each block has a part of every
@@ -192,7 +193,8 @@ class ColumnAdapter(LoraAdapter):
 
 
 class RowAdapter(LoraAdapter):
-    """The adapter of a layer whose inputs are split over the tensor-parallel ranks. A has own columns, B is whole."""
+    """The adapter of a layer whose inputs are split over the tensor-parallel ranks. Each rank has its own columns of
+    A and all of B."""
 
     def __init__(self, linear: Any, projection: Projection, *, lora: LoraConfig, **place: Any) -> None:
         super().__init__(linear, [projection], lora=lora, **place)
@@ -203,7 +205,8 @@ class RowAdapter(LoraAdapter):
         self._add_parameter(f"B_{projection.leaf}", torch.zeros(outputs, lora.rank), split_dim=None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [T, ..., outputs] for x [T, ..., own inputs]. With sequence parallelism, only T / tp rows."""
+        """Return [T, ..., outputs] for x [T, ..., own inputs]. With sequence parallelism, the result has only T / tp
+        rows."""
         first, second = self.pair(self.projections[0])
         low = self._scale * F.linear(x, first)  # this rank's share of a sum, [T, ..., rank]
         if self._groups.tp_size > 1:

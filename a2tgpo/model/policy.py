@@ -87,7 +87,7 @@ class Policy:
 
 
 def require_weights(policy: Policy) -> None:
-    """Raise RuntimeError if the weights are off the GPU, because reading them would crash the process silently."""
+    """Raise RuntimeError if the weights are not on the GPU, because reading them would crash the process silently."""
     parameters = (parameter for chunk in policy.chunks for parameter in chunk.parameters())
     if any(p.numel() and not p.untyped_storage().nbytes() for p in parameters):
         raise RuntimeError(
@@ -101,7 +101,7 @@ def gather_weights(policy: Policy) -> None:
     If the all-gather overlaps with computation, other ranks' updates may not have arrived before this call.
 
     Raises:
-        RuntimeError: if the weights are off the GPU.
+        RuntimeError: if the weights are not on the GPU.
     """
     require_weights(policy)
     for chunk in policy.wrapped_chunks:

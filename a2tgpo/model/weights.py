@@ -247,7 +247,7 @@ def save_hf(
 
     Args:
         tokenizer_from: folder whose tokenizer files are copied. None: the policy's checkpoint.
-        chat_template: file with a chat template that takes the place of the tokenizer's (`data.chat_template`).
+        chat_template: file with a chat template that replaces the tokenizer's template (`data.chat_template`).
         records: other JSON files to write, as a map from file name to content.
 
     Raises:

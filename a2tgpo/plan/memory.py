@@ -95,8 +95,8 @@ class TrainerMemory:
     def before_update(self) -> float:
         """Bytes that an extrapolated update copies to host memory, and back.
 
-        For each weight that the rank's optimizer steps, it copies the weight, both moments, and the weight after the
-        first probe step, in float32.
+        For each weight that the rank's optimizer updates, these are the weight, both moments, and the weight after
+        the first probe step, in float32.
         """
         return 2 * self.moments
 
@@ -240,7 +240,7 @@ def chunks_in_flight(parallel: ParallelConfig, stage: int, microbatches: int) ->
 def _refit_bytes(config: RunConfig, dimensions: ModelDimensions) -> float:
     """Return a refit's peak bytes: the bucket being loaded, the next bucket, and tensors for merging shards.
 
-    Adapters are merged in float32: the product exists twice while its projections are joined.
+    Adapters are merged in float32: the product B A exists twice while its projections are joined.
     """
     element_bytes, tensor = ELEMENT_BYTES[config.model.dtype], config.parallel.tensor
     largest = largest_tensor(dimensions, tensor) * element_bytes

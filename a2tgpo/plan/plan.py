@@ -69,8 +69,8 @@ class Plan(PlanInputs):
         """Number of scoring passes over all tokens of a step.
 
         One pass computes the old log-probs if a step has several mini-batches. The reference makes one pass for the
-        KL penalty, and one if it scores the gold answers. Contrast prompts need one pass, mini-batch by mini-batch
-        before the updates.
+        KL penalty, and one if it scores the gold answers. Contrast prompts need one pass, which runs for each
+        mini-batch before its update.
         """
         config = self.config
         by_reference = (config.algorithm.kl_coef > 0) + (config.rollout.gain.scorer == "reference")

@@ -99,7 +99,8 @@ def update_time(given: PlanInputs) -> PassTime:
 
 
 def update_repeats(config: RunConfig) -> int:
-    """Return how often an update runs forward, backward and the optimizer over its mini-batch."""
+    """Return how many times an update runs the forward pass, the backward pass and the optimizer on its
+    mini-batch."""
     return EXTRAPOLATED_PASSES if config.update.extrapolation.is_on else 1
 
 
@@ -134,7 +135,8 @@ def _update_passes(config: RunConfig) -> int:
 
 
 def _update_collectives(config: RunConfig) -> int:
-    """Return a layer's number of all-reduces in an update. Two gathers of sequence parallelism equal one."""
+    """Return a layer's number of all-reduces in an update. Two gathers of sequence parallelism cost as much as one
+    all-reduce."""
     return 4 + (2 if config.model.recompute == "full" else 0) + (1 if config.parallel.sequence else 0)
 
 
@@ -207,7 +209,7 @@ def _pass_time(
 ) -> PassTime:
     """Return the time of a step's micro-batches if their layers cost as much as `layer_passes` forward passes.
 
-    The products with the model's weights, without those with adapters, cost `weight_passes` forward passes.
+    The products with the model's weights, adapters excluded, cost as much as `weight_passes` forward passes.
     """
     parallel, workload, geometry = given.config.parallel, given.workload, given.geometry
     flops = forward_flops(given.dimensions, context=workload.tokens / 2, output_share=workload.output_share)

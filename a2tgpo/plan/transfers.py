@@ -18,7 +18,8 @@ STEP = ("refit", "rollout", "score", "update", "refit")
 def transfer_bytes(given: PlanInputs) -> float:
     """Return the bytes that one rank copies to or from its host in a step.
 
-    The rank belongs to the pipeline stage that copies the most. Gradients are not copied: they come back as zeros.
+    The rank belongs to the pipeline stage that copies the most. Gradients are not copied, because they come back as
+    zeros.
     """
     replicas = given.geometry.data_parallel
     return max(
@@ -28,7 +29,7 @@ def transfer_bytes(given: PlanInputs) -> float:
 
 
 def transfer_time(given: PlanInputs) -> float:
-    """Return the seconds of these copies. All GPUs of a node copy at once, each over a link of its own."""
+    """Return the seconds that the copies of a step take. All GPUs of a node copy at once, each over its own link."""
     return transfer_bytes(given) / (1e9 * given.gpu.host_gb_per_s * given.assumed.link_utilisation)
 
 

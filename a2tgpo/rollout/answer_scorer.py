@@ -20,7 +20,8 @@ class AnswerScore:
     """Log-probs of the tokens of each alias in one context."""
 
     aliases: list[list[float] | None]
-    """Nats per answer token, for each alias. None until the alias is scored. All None if one does not fit."""
+    """Nats per answer token, for each alias. None until the alias is scored. If one alias does not fit, all are
+    None."""
 
     num_pending: int = 0
     """Number of aliases that the engine is still scoring."""
@@ -36,7 +37,7 @@ class AnswerScore:
 
 
 class AnswerScorer:
-    """Submit scorings to the engine, and store their outputs."""
+    """Send scoring requests to the engine, and store their outputs."""
 
     def __init__(self, engine: VllmEngine, answers: AnswerTokens, counts: RolloutCounts):
         self._engine = engine
@@ -46,7 +47,7 @@ class AnswerScorer:
         self._num_submitted = 0
 
     def submit(self, trajectory: Trajectory, num_turns: int, aliases: Sequence[Sequence[int]]) -> AnswerScore:
-        """Queue a scoring of log p(alias | context, scaffold) for each alias.
+        """Queue a request for log p(alias | context, scaffold) for each alias.
 
         The context is the prompt and the first `num_turns` turns, which must be process turns. `collect` fills in the
         returned score later.
@@ -65,7 +66,7 @@ class AnswerScorer:
         return score
 
     def collect(self, output: ScoreOutput) -> None:
-        """Store the log-probs of a finished scoring in the score that `submit` returned."""
+        """Store the log-probs of a finished request in the score that `submit` returned."""
         score, index = self._in_flight.pop(output.request_id)
         score.aliases[index] = output.answer_logprobs
         score.num_pending -= 1

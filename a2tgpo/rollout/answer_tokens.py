@@ -27,7 +27,7 @@ class AnswerTokens:
         """Return the token ids of the `answers` to score, without duplicates.
 
         An alias that may not fit after a response of full length is left out in all contexts. All contexts are thus
-        scored with the same aliases. If no alias fits, the first one stays.
+        scored with the same aliases. If no alias fits, the first one is kept.
         """
         distinct = dict.fromkeys(
             tuple(self._literal.encode(answer)) for answer in answers[: self._num_aliases]

@@ -40,7 +40,8 @@ def engine_arguments(
         enable_prefix_caching=True,
         seed=seed,
         disable_log_stats=True,
-        # Apply temperature and masks to the log-probs of sampled tokens. Log-probs of given tokens ignore this.
+        # Apply temperature and masks to the log-probs of sampled tokens. The setting does not change the log-probs of
+        # given tokens.
         logprobs_mode="processed_logprobs",
         use_tqdm_on_load=False,
     )
@@ -77,7 +78,7 @@ def engine_arguments(
         config.kv_cache_gib,
         f">= {needed / 2**30 + 0.0005:.3f}, enough for one sequence of {max_model_len} tokens",
     )
-    # On a CPU, a prompt must not be divided, because its parts would need a random generator with an offset.
+    # On a CPU, prompts are prefilled whole, because prefilling in parts would need a random generator with an offset.
     return arguments | dict(
         enforce_eager=True,
         kv_cache_memory_bytes=cache_bytes,

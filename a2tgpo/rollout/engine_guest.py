@@ -18,7 +18,8 @@ MAX_CACHE_HIT = "max_cache_hit"
 _COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"
 _VARIABLES_KEPT = (
     *("LOCAL_WORLD_SIZE", "LD_PRELOAD", "OMP_NUM_THREADS", _COMPILE_THREADS),
-    # With batch-invariant kernels, vLLM limits its communicators to one channel. The trainer's need all channels.
+    # With batch-invariant kernels, vLLM limits its communicators to one channel. The trainer's communicators need all
+    # channels.
     *(*ENGINE_NCCL_VARIABLES, "NCCL_NO_CACHE"),
 )
 
@@ -51,8 +52,8 @@ def abort_in_order(core: Any) -> None:
 
     By default, vLLM's scheduler frees these requests in the order of a Python set
     (vllm/v1/core/sched/scheduler.py, finish_requests). Each rank adds a random suffix to the ids of requests, so
-    the order differs between the ranks of an engine. Evictions, cache hits and schedules would then differ. This
-    also concerns requests that write a stop string, because vLLM aborts these requests.
+    the order differs between the ranks of an engine. Evictions, cache hits and schedules would then differ, too. vLLM
+    also aborts requests that have written a stop string.
     """
     abort: Callable[[list[str]], None] = core.abort_requests
 
@@ -95,7 +96,7 @@ def environment_kept() -> Iterator[None]:
 
 
 def _inductor_threads() -> int | None:
-    """Return Inductor's number of compile threads, or None if Inductor has no set number."""
+    """Return Inductor's number of compile threads, or None if no number is set."""
     return getattr(sys.modules.get("torch._inductor.config"), "compile_threads", None)
 
 

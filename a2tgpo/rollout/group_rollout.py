@@ -145,8 +145,7 @@ class GroupRollout:
         """Begin or continue the unfinished trajectories of `groups`.
 
         All ranks of the engine must iterate in the same way. Earlier turns keep their tokens. The gold answer is
-        scored again in all contexts, so that the two probabilities whose difference is a gain come from
-        the current policy.
+        scored again in all contexts, so that both probabilities of every gain come from the current policy.
 
         Args:
             groups: the groups that this engine plays. They are not changed.
@@ -156,8 +155,8 @@ class GroupRollout:
                 as in `play`.
 
         Returns:
-            The continued groups, and an iterator like that of `play`. The trajectories of these groups grow while
-            the caller exhausts the iterator.
+            The continued groups, and an iterator like that of `play`. The trajectories of these groups grow while the
+            caller consumes the iterator.
         """
         live: list[LiveTrajectory] = []
         played: list[CarriedGroup] = []
@@ -183,7 +182,8 @@ class GroupRollout:
         Args:
             playing: the iterator that `play` or `play_on` returned.
             should_stop: returns whether to interrupt the rollout. It must return True if an `outage` has reached its
-                limit. If it is True on any rank, all ranks of the engine are interrupted. None: never interrupt.
+                limit. If it returns True on any rank, the rollout is interrupted on all ranks of the engine. None:
+                never interrupt.
 
         Raises:
             RolloutInterruptedError: on all ranks of the engine, if the rollout is interrupted.

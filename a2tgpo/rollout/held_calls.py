@@ -23,7 +23,8 @@ class HeldCalls:
     """Tool calls of one rank that are held because a service is unavailable.
 
     Args:
-        outage: the record of outages. An outage begins if a service stops answering, and ends if all services answer.
+        outage: the record of outages. An outage begins when a service stops answering, and ends when all services
+            answer.
     """
 
     def __init__(self, outage: Outage, *, clock: Callable[[], float] = time.monotonic):

@@ -187,7 +187,7 @@ class MultiTurnLoop:
             raise
 
     def begin(self, live: Sequence[LiveTrajectory]) -> None:
-        """Start trajectories. The caller of `play` may begin further ones whenever `play` has yielded.
+        """Start trajectories. The caller of `play` may begin further trajectories whenever `play` has yielded.
 
         All ranks of the engine must begin the same trajectories after the same item.
         """
@@ -231,7 +231,7 @@ class MultiTurnLoop:
         return finished
 
     def _score_prefix(self, live: LiveTrajectory, scorer: AnswerScorer) -> None:
-        """Score the gold answer in all contexts that have no score before this call plays a turn.
+        """Before this call plays a turn, score the gold answer in all contexts without a score.
 
         The context after the prompt is scored once per group. A branch has the scores of the turns that it shares.
         """

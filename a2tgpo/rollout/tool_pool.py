@@ -23,11 +23,12 @@ from a2tgpo.trajectory import Call as PolicyCall
 from a2tgpo.trajectory import Prompt
 
 MAX_PARTS = 256
-"""Number of parts of an answer that are used, so that no answer takes long to read."""
+"""Largest number of parts of an answer that are read. Further parts are dropped, because reading them would take
+long."""
 WAIT_S = 1.0
 """Longest wait of one call of `ToolPool.results`, in seconds."""
 IDLE_S = 0.1
-"""Seconds of one wait if no call is queued or running, because pending calls are held."""
+"""Seconds of one wait while all pending calls are held, so that no call is queued or running."""
 
 
 class ToolFaultError(RuntimeError):

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SessionAnswer:
-    """The answer of one call of a session."""
+    """The answer to one call of a session."""
 
     parts: Sequence[str]
     score: float | None
@@ -59,7 +59,7 @@ class TrajectorySessions:
         return len(self._open)
 
     def call(self, name: str, tool: SessionTool, text: str) -> SessionAnswer:
-        """Return the answer of a call.
+        """Return the answer to a call.
 
         Raises:
             ToolError: the call has no answer, an earlier call hangs, or the sessions are closed.

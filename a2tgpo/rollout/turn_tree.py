@@ -1,15 +1,15 @@
 """Trees of trajectories that branch between turns (`rollout.tree`).
 
-A node is a turn, named by the sample index of the trajectory that played it and by its index. A branch keeps the
-first turns of its parent, and plays the others itself:
+A node is a turn. Its key is the sample index of the trajectory that played it, and the turn's index. A branch keeps
+the first turns of its parent, and plays the others itself:
 
     entropy   the branch plays a process turn of its parent again. The turns with the highest entropy are chosen
               (AT2PO, arXiv 2601.04767).
     random    the branch continues after a process turn of its parent. Each tree gets the same number of branches, and
               its turns are drawn at random (Tree-GRPO, arXiv 2509.21240).
 
-A prompt's next round begins when all its trajectories have ended, so no prompt waits for another. The branches depend
-only on the seed, the prompt and the trajectories, and not on the engine that plays them.
+Branches begin in rounds. A prompt's next round begins when all its trajectories have ended, so no prompt waits for
+another. The branches depend only on the seed, the prompt and the trajectories, and not on the engine that plays them.
 """
 
 from __future__ import annotations
@@ -76,13 +76,14 @@ class TreeGrowth:
 
 
 def entropy_points(members: Sequence[Trajectory], count: int, *, sibling_penalty: float) -> list[BranchPoint]:
-    """Return the `count` process turns with the highest entropy, less `sibling_penalty` for each sibling.
+    """Return branches at the `count` best process turns. A turn's value is its entropy minus `sibling_penalty` per
+    sibling.
 
     Turns of equal value are chosen by the order of their trajectories. If there are fewer turns than `count`, turns
     are chosen more than once. If there is no process turn, branches begin at the prompt.
 
     Args:
-        members: all trajectories of a prompt, in the order of their sample indices, which count from 0.
+        members: all trajectories of a prompt, in the order of their sample indices, which begin at 0.
     """
     num_children = Counter(parent for parent, _ in {edge for member in members for edge in _edges(member)})
     entropies: dict[bytes, float] = {}
@@ -100,7 +101,7 @@ def entropy_points(members: Sequence[Trajectory], count: int, *, sibling_penalty
 
 
 def random_points(members: Sequence[Trajectory], count: int, *, seed: str) -> list[BranchPoint]:
-    """Draw process turns from each tree, and return the places after them, `count` in all trees together.
+    """Draw `count` process turns in total from a prompt's trees, and return the places after these turns.
 
     The turns of a tree are all different if the tree has enough turns. In a tree without process turns, branches
     begin at the prompt.

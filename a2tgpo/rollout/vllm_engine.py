@@ -138,7 +138,7 @@ class VllmEngine:
         self._weights_fault: str | None = None if with_weights else "it was built without weights"
         self._asleep: set[str] = set()
         self._in_flight: set[str] = set()
-        self._answers: dict[str, int] = {}  # id of each scoring in flight -> number of answer tokens
+        self._answers: dict[str, int] = {}  # id of each scoring request in flight -> number of answer tokens
         hf_config, tokenizer = read_model(model_path)
         self._expert_shape = check_router_replay(hf_config) if config.router_replay else None
         self._returns_experts = config.router_replay and (replica_group is None or replica_group.rank() == 0)
@@ -198,7 +198,7 @@ class VllmEngine:
         stop_tokens: Sequence[int] = (),
         experts_from: int = 0,
     ) -> None:
-        """Queue a generation. A later call of `step` returns its `EngineOutput`.
+        """Queue a generation request. A later call of `step` returns its `EngineOutput`.
 
         Args:
             request_id: an id that no other request in flight has.
@@ -232,7 +232,7 @@ class VllmEngine:
         self._experts_from[request_id] = experts_from
 
     def submit_score(self, request_id: str, prefix: Sequence[int], answer: Sequence[int]) -> None:
-        """Queue a scoring of log p(answer | prefix). A later call of `step` returns its `ScoreOutput`.
+        """Queue a request for log p(answer | prefix). A later call of `step` returns its `ScoreOutput`.
 
         Log-probs are those of the model itself, with temperature 1 and over the whole vocabulary. Prefix and answer
         together must leave room for one token, because vLLM always generates one.
@@ -302,7 +302,8 @@ class VllmEngine:
         self.weight_version = version
 
     def sleep(self) -> None:
-        """Free the memory of weights and KV cache. Before the next use, wake both. On a GPU, reload the weights."""
+        """Free the memory of weights and KV cache. Before the next use, wake both parts and, on a GPU, reload the
+        weights."""
         assert not self.has_unfinished, "requests are in flight"
         assert not self._asleep, "the engine is asleep already"
         if ON_GPU:

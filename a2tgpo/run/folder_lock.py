@@ -6,7 +6,7 @@ NFS keeps the locks of a crashed node, and a forked child keeps the lock of its 
 
 A new process may find that the folder has a holder. If the holder is on the same machine, the new process checks the
 holder's process id and start time. If the holder started before its Slurm job was requeued, the holder has ended. In
-all other cases the new process watches whether `holder.json` still changes, which means that the holder lives. It
+all other cases the new process watches `holder.json`. If the file still changes, the holder lives. The new process
 opens the file anew for each read, because only then does NFS read the file from the server.
 """
 

@@ -1,4 +1,4 @@
-"""Measure what a token credit makes of the advantages of turns."""
+"""Measure how a token credit changes the advantages of turns."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def credit_sums(
 ) -> dict[str, Tensor]:
     """Return sums and counts of a micro-batch for the metrics `credit/NAME` and `credit/turn_T_factor`.
 
-    `credit/turn_T_factor` is the sum of |A| of the tokens in turn T after the credit, divided by the sum before it.
+    `credit/turn_T_factor` is the sum of |A| of the tokens in turn T after the credit, divided by the sum before the
+    credit.
 
     Args:
         measured: the measurements of the token credit.
-        inputs: the loss's inputs with the advantages of the tokens.
+        inputs: the loss's inputs, with the advantages after the credit.
         of_turns: [n] the advantages before the credit.
     """
     sums = {f"{_SUM}{name}": values.double().sum() for name, values in measured.items()}

@@ -32,7 +32,7 @@ from a2tgpo.update.predicted_point import SUMS, predicted_point
 from a2tgpo.update.train_step import LossFunction, StepResult, train_step
 
 POINT_WEIGHTS = 2**22
-"""Number of weights that are extrapolated at once. Each takes about 80 bytes while it is."""
+"""Number of weights that are extrapolated at once. Extrapolating a weight takes about 80 bytes."""
 
 
 class Extrapolation:
@@ -57,7 +57,7 @@ class Extrapolation:
 
     @property
     def measures_from_probe(self) -> bool:
-        """Whether every later pass of an update is its own old policy."""
+        """Whether the ratios of a later pass are measured from the policy of that pass."""
         return self._config.old_logprobs == "probe"
 
     def step(
@@ -72,7 +72,7 @@ class Extrapolation:
         """Make one extrapolated update on `microbatches`. Every rank must call this, as it calls `train_step`.
 
         The optimizer must have made an update before, and its learning rate must not be 0. If the loss or the
-        gradient of a pass is not finite, the outcome is always that of a known step:
+        gradient of a pass is not finite, the outcome depends on the pass:
 
         - pass 1: the update is skipped, as in `train_step`.
         - pass 2: weights and optimizer state are those of a plain step.
@@ -117,12 +117,13 @@ class Extrapolation:
         return replace(first, grad_norm=third.grad_norm, update_ok=third.update_ok)
 
     def take_metrics(self, *, num_updates: int) -> MetricSums:
-        """Return the metrics of the step's updates, and show the gate its gradient norms. Every rank must call this.
+        """Return the metrics of the step's updates, and pass the step's gradient norms to the gate. Every rank must
+        call this.
 
         The metrics must be reduced over the data-parallel group. There are none if extrapolation is not configured.
 
         Args:
-            num_updates: the number of the step's updates, plain ones included.
+            num_updates: the number of all updates of the step, extrapolated or not.
         """
         metrics = MetricSums()
         if not self._config.is_on:
@@ -140,7 +141,7 @@ class Extrapolation:
         return metrics
 
     def _forget(self) -> None:
-        """Begin the counts of another step."""
+        """Reset the counts for the next step."""
         self._norms: list[float] = []
         self._num_later_passes = self._num_fallbacks = 0
         self._num_clipped = self._num_tokens = 0.0

@@ -10,15 +10,15 @@ from a2tgpo.config.update import ExtrapolationConfig
 
 
 class ExtrapolationGate:
-    """Closes for good when the gradients at the predicted points have grown.
+    """Closes permanently when the gradients at the predicted points have grown.
 
-    The observation of a step is the mean norm of the gradients of its corrective passes. The first `warmup`
-    observations are dropped. Once `window` later ones are known, each further observation h has
+    The observation of a step is the mean norm of the gradients at the predicted points of its updates. The first
+    `warmup` observations are dropped. The next `window` observations fill the window. Each further observation h has
 
         z = (h - mean of the window) / (population standard deviation of the window + 1e-9).
 
-    If z >= `tau` in `patience` consecutive observations, the gate closes. Such an observation does not enter the
-    window, and every other one replaces the oldest. All ranks must observe the same norms.
+    If z >= `tau` in `patience` consecutive observations, the gate closes. An observation with z >= `tau` does not
+    enter the window. Any other observation replaces the oldest in the window. All ranks must observe the same norms.
     """
 
     def __init__(self, config: ExtrapolationConfig):
@@ -32,7 +32,7 @@ class ExtrapolationGate:
         return self._num_high < self._config.patience
 
     def observe(self, norm: float) -> float | None:
-        """Take the observation of a step, and return its z.
+        """Process the observation of a step, and return its z.
 
         Return None if the window is not full yet, or if the gate is closed.
         """
@@ -59,6 +59,6 @@ class ExtrapolationGate:
         return {"norms": list(self._norms), "num_dropped": self._num_dropped, "num_high": self._num_high}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state`. If the present window is shorter, keep its newest norms."""
+        """Restore `state`. If the configured window is now shorter, keep only the newest norms."""
         self._norms = deque(state["norms"], maxlen=self._config.window)
         self._num_dropped, self._num_high = state["num_dropped"], state["num_high"]

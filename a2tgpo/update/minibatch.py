@@ -157,7 +157,8 @@ def _with_clip_cov(
     config: RunConfig,
     groups: ParallelGroups,
 ) -> list[Microbatch]:
-    """Return the micro-batches of one mini-batch with `is_cov_clipped`, which is chosen by the engine's log-probs."""
+    """Return the micro-batches of one mini-batch with `is_cov_clipped`, which is computed from the engine's
+    log-probs."""
 
     def sampled(values: Sequence[Tensor]) -> Tensor:
         chosen = [value[m.batch.loss_mask[0]] for m, value in zip(microbatches, values, strict=True)]

@@ -76,7 +76,7 @@ class LearningRateSchedule:
 
     @property
     def steps_done(self) -> int:
-        """Number of updates that were made, in this start and before."""
+        """Number of updates so far, including those of earlier starts."""
         return int(self._scheduler.num_steps) - 1
 
     def step(self) -> None:

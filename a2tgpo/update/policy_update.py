@@ -36,7 +36,7 @@ from a2tgpo.update.train_step import LossFunction, train_step
 TurnRatios = list[tuple[PackedBatch, Tensor]]
 """For each micro-batch, the [U] float32 turn ratios (Eq. 10) of the training pass.
 
-They do not depend on `algorithm.ratio`.
+The turn ratios do not depend on `algorithm.ratio`.
 """
 
 
@@ -163,7 +163,7 @@ class _TrainingPasses:
     def loss_of(self, minibatch: list[Microbatch], *, is_first: bool) -> LossFunction:
         """Return the loss function of a mini-batch. Only the first mini-batch of a step may lack `old_logprobs`.
 
-        The loss function then replaces the micro-batches in `minibatch` by copies that have them.
+        The loss function then replaces the micro-batches in `minibatch` by copies that have `old_logprobs`.
         """
         credited: dict[int, Tensor] = {}
         self._credited = credited
@@ -198,7 +198,7 @@ class _TrainingPasses:
     def later_loss_of(self, minibatch: Sequence[Microbatch], *, from_here: bool) -> LossFunction:
         """Return the loss function of another pass over a mini-batch, after a pass with the function of `loss_of`.
 
-        Its metrics are `tokens` and `clipped`, the numbers of all sampled tokens and of clipped ones.
+        Its metrics are `tokens` and `clipped`, the numbers of sampled tokens and of clipped tokens.
 
         Args:
             from_here: whether ratios are measured from the policy of the pass itself, so that every ratio is 1.

@@ -1,7 +1,7 @@
 """The point to which GXPO extrapolates two steps of AdamW (arXiv 2605.06755).
 
-For each weight, w0 -> w1 -> w2 are the two steps with learning rate lr and weight decay wd. AdamW's own step is what
-it does beside the decay:
+For each weight, w0 -> w1 -> w2 are the two steps with learning rate lr and weight decay wd. d0 and d1 are the two
+steps without the decay, divided by -lr:
 
     d0 = ((1 - lr wd) w0 - w1) / lr        d1 = ((1 - lr wd) w1 - w2) / lr
     r  = d1 / d0, limited to [-2, 3]       how fast the steps shrink or grow
@@ -9,7 +9,7 @@ it does beside the decay:
     w~ = w0 + alpha q (w2 - w0)
 
 If every step were r times the one before, q (w2 - w0) would be the sum of K steps. A weight whose |d0| is at most
-1e-3 is inactive, and has q = 1. AdamW's steps are near 1, so this bound needs no scale.
+1e-3 is inactive, and has q = 1. Divided by lr, AdamW's steps are near 1, so the bound 1e-3 needs no scale.
 
 The paper divides gradients, r = g1 / g0. Under AdamW the step is not the gradient, so this module follows the
 authors' later release, which divides the steps.
@@ -25,7 +25,8 @@ RATIO_RANGE = (-2.0, 3.0)
 LEAST_DIVISOR = 1e-8
 """If |1 + r| is at most this number, the two steps cancel, and q is 1."""
 SUMS = ("weights", "factor", "active", "active_ratio", "capped")
-"""What `predicted_point` sums over weights: 1, q, whether the weight is active, r if so, whether q is at its cap."""
+"""`predicted_point` sums these values over weights: 1, q, whether the weight is active, r of an active weight, and
+whether q is at its cap."""
 
 
 def predicted_point(

@@ -104,7 +104,8 @@ def compute_gradients(
 
 @torch.no_grad()
 def _apply_gradients(optimizer: Any, *, loss_is_finite: bool) -> tuple[float, bool]:
-    """Clip and update as Megatron's ChainedOptimizer.step does, but only if loss and norm are finite.
+    """Clip gradients and update weights as Megatron's ChainedOptimizer.step does, but only if loss and norm are
+    finite.
 
     Megatron checks for infinities only with loss scaling (fp16), so without this check a NaN would reach the weights.
     The norm is reduced over all ranks, so all ranks take the same branch.

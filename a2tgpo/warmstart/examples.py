@@ -27,8 +27,8 @@ class Examples:
     trained: list[Trajectory]
     held_out: list[Trajectory]
     fingerprints: dict[str, str]
-    """Fingerprints of the training examples, in order: `demonstrations` of all tokens, and `responses` of the tokens
-    after the prompts."""
+    """Fingerprints of the training examples in their order. `demonstrations` covers all tokens, and `responses`
+    covers the tokens after the prompts."""
 
     def require_same(self, state: Mapping[str, Any], *, checkpoint: Path, file: str) -> None:
         """Raise `ConfigError` if the checkpoint with this `state` was trained on other examples.

@@ -5,11 +5,11 @@
 The value of a leaf, which is the last turn of a trajectory, is the trajectory's outcome, normalised in its prompt's
 group by the population's standard deviation. The entropy of a turn is the mean of -log p over its sampled tokens.
 
-These are the settings of the authors' scripts (leaf_value_norm, child_softmax, node_value). Their code has others:
-the mean over children or over leaves, and the difference from the parent's or from the root's value.
+These formulas follow the authors' scripts (leaf_value_norm, child_softmax, node_value). Their code also offers the
+mean over children or over leaves, and the difference from the parent's or from the root's value.
 
-As in their code, each trajectory is trained on as a whole, so a turn weighs in the loss as often as trajectories
-contain it. A trajectory that a reward could not judge is no leaf.
+As in their code, the loss covers every trajectory as a whole, so a turn that several trajectories share enters the
+loss several times. If a reward could not judge a trajectory, the trajectory has no leaf in the tree.
 """
 
 import torch

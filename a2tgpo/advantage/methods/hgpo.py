@@ -1,4 +1,4 @@
-"""HGPO's advantage (arXiv:2602.22817): turns are compared in nested groups of ever longer equal histories.
+"""HGPO's advantage (arXiv:2602.22817): a turn is compared with turns that were written after the same history.
 
 K is `algorithm.hgpo_history`. A turn has up to K + 1 groups, numbered k = 1 .. K + 1. Its group k consists of the
 turns of the same prompt that were written after the same last k states (`anchor_state.turn_states`). A turn at index

@@ -2,11 +2,12 @@
 
     A_i = z_tree(R_i) + z_prompt(R_i)    for all turns of trajectory i                            (Eq. 6 and 7)
 
-A tree is an initial trajectory with its branches, and the branches of these. Both z-scores use the sample's standard
-deviation, as GRPO does. A trajectory that is alone in its tree has z_tree = 0.
+A tree is an initial trajectory with its branches, the branches of these branches, and so on. Both z-scores use the
+sample's standard deviation, as GRPO does. A trajectory that is alone in its tree has z_tree = 0.
 
-The sum in the paper's objective (Eq. 8) is over all tokens of all trajectories, so a turn weighs in the loss as often
-as trajectories contain it. At a branching point the advantages of the branches differ, and compare the subtrees.
+The paper's objective (Eq. 8) sums over all tokens of all trajectories, so a turn that several trajectories share
+enters the loss several times. Where two branches part, the difference between their advantages compares their
+subtrees.
 """
 
 import torch

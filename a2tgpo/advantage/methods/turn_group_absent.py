@@ -1,7 +1,8 @@
-"""A2TGPO's advantage, changed so that a turn that a trajectory did not take counts as a turn with gain 0.
+"""A2TGPO's advantage with one change: a turn that a trajectory did not take has gain 0.
 
-In Eq. 6-9 of arXiv 2605.06200, a turn is compared only with trajectories that took it. The gains of a turn group then
-have mean 0 among the trajectories that went on, so going on earns no credit from gains, whatever the turn is worth.
+In Eq. 6-9 of arXiv 2605.06200, a turn is compared only with trajectories that took it. The normalised gains of a turn
+group then have mean 0 over the trajectories that took the turn, so taking it earns no credit from gains on average,
+even if the turn is useful.
 
 Here K is the largest number of process turns in the prompt's group. A trajectory with n_i < K process turns has gain
 0 at the turns n_i + 1 .. K. These zeros are members of their turn groups, and every turn, including the final turn,
@@ -10,7 +11,7 @@ sums the normalised gains from its own index to K:
     A_{i,t} = alpha sum_{k=t}^{K} gamma^{k-t} g_{i,k} / sqrt(K - t + 1) + R_i,    1 <= t <= n_i + 1
 
 With gamma 1 and without division by standard deviations, the sum is what the trajectory gains from turn t on, minus
-the group's mean of the same quantity. A final turn after the K turns of the prompt has an empty sum.
+the group's mean of the same quantity. If n_i = K, the sum of the final turn is empty.
 """
 
 import torch
