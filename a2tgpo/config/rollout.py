@@ -179,12 +179,12 @@ class RolloutConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the engine's weights; auto: model.dtype."""
     quantization: Literal["none", "fp8", "fp8_per_channel"] = "none"
-    """Quantise linear layers to e4m3 when weights are loaded; GPUs only. `fp8`: one scale for 128x128 weights, and
-    one for 128 activations. `fp8_per_channel`: one scale for a row of weights, and one for all activations of a
-    token."""
+    """Quantise linear layers to e4m3 when weights are loaded; GPUs only. `fp8`: one scale for each block of 128x128
+    weights, and for each 128 activations. `fp8_per_channel`: one scale for each row of weights, and for all
+    activations of a token."""
     router_replay: bool = False
-    """Let the trainer use the experts that the engine chose for each token (docs/parallelism.md). Only for a mixture
-    of experts. Needs vLLM's model runner for GPUs."""
+    """Let the trainer use the experts that the engine chose for each token (docs/parallelism.md). This needs a
+    mixture of experts, and vLLM's model runner for GPUs."""
     max_concurrent: int = 256
     """Maximum number of trajectories that one engine decodes at a time."""
     kv_cache_gib: float = 0.0

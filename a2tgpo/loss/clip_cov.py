@@ -1,8 +1,8 @@
 """Clip-Cov (arXiv 2505.22617): give no gradient to a few of the tokens that lower the entropy most.
 
-An update lowers the entropy if the log-probs and advantages of the tokens have a positive covariance. A few tokens
-carry most of the covariance: confident tokens with a large advantage. Clip-Cov chooses a small share of these tokens
-at random.
+An update lowers the entropy if the log-probs and advantages of the tokens have a positive covariance. Most of the
+covariance comes from a few confident tokens with a large advantage. Clip-Cov chooses a small share of these tokens at
+random.
 """
 
 import torch

@@ -5,8 +5,8 @@
 RUN_DIR is the folder of a run that recorded its rollouts. The table has a row for each method. Its columns:
 
 - *process turns*: mean advantage of process turns. It is near 0 if the method compares a turn with similar turns.
-- *all right*, *all wrong*, *all ill-formed*: mean advantage of the final turns in groups in which all rollouts earned
-  the same reward: 1, 0 or -1. It is 0 if the method centres outcomes in their group.
+- *all right*, *all wrong*, *all ill-formed*: mean advantage of the final turns in groups whose rollouts all earned
+the same reward, 1, 0 or -1. It is 0 if the method centres outcomes in their group.
 - *narrow*: share of the normalised gains, in absolute values, from turn groups with a standard deviation of the gain
   below 0.01. Only methods with turn groups have it.
 """

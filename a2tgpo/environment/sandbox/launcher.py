@@ -1,12 +1,11 @@
-"""The program that runs the policy's Python code. It gives up its rights, and then runs one piece of code after
-another.
+"""A program that gives up its rights, and then runs pieces of the policy's Python code one after another.
 
     python -I -S launcher.py SETTINGS CONTROL
 
-SETTINGS is the JSON text of the settings, and CONTROL is the file descriptor of a pipe. A piece of code arrives on
-the standard input: its number of bytes in decimal digits, a line break, and its bytes in UTF-8. The code's output
-goes to the standard output. The launcher writes to CONTROL: b"." once it is ready and after each piece of code, or
-b"!" and a text if it cannot confine itself. The launcher imports only the standard library.
+SETTINGS is the JSON text of the settings, and CONTROL is the file descriptor of a pipe. On the standard input, a
+piece of code is its number of bytes in decimal digits, a line break, and its bytes in UTF-8. The code's output goes
+to the standard output. The launcher writes to CONTROL: b"." once it is ready and after each piece of code, or b"!"
+and a text if it cannot confine itself. The launcher imports only the standard library.
 """
 
 from __future__ import annotations
