@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from a2tgpo.config.algorithm import OF_TREES, AlgorithmConfig
+from a2tgpo.config.algorithm import OF_TREES, WITH_CONTRAST, AlgorithmConfig
 from a2tgpo.config.method_part import NO_CREDIT
 from a2tgpo.io.errors import require
 from a2tgpo.io.user_code import is_user_code
@@ -40,6 +40,13 @@ def check_combinations(config: RunConfig) -> None:
         algorithm.clip_cov_share,
         f"0 with algorithm.token_credit={algorithm.token_credit}, because Clip-Cov chooses tokens by the advantages "
         f"before the credit; set algorithm.token_credit={NO_CREDIT} to use Clip-Cov",
+    )
+    require(
+        not config.rollout.router_replay or algorithm.token_credit not in WITH_CONTRAST,
+        "rollout.router_replay",
+        config.rollout.router_replay,
+        f"false with algorithm.token_credit={algorithm.token_credit}, because the engine chose no experts for "
+        "contrast prompts; set rollout.router_replay=false",
     )
 
 
