@@ -102,8 +102,8 @@ def load(
 ) -> dict[str, Any]:
     """Load a checkpoint's weights, optimizer state, schedule and random states.
 
-    If the saving run had another layout than this run, the random states are not restored, because a random state
-    belongs to one rank.
+    If the saving run had a different layout, the random states are not restored, because a random state belongs to
+    one rank.
 
     Args:
         is_checked: True if `latest` has already checked the files. This function then checks only the tensors.

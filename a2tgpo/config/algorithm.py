@@ -30,19 +30,19 @@ class AlgorithmConfig:
     """Settings of the training method. The defaults define A2TGPO; configs/algorithm/ has other methods."""
 
     advantage: Expanded = "turn_group"
-    """Name of a module in advantage/methods/ (docs/methods.md), or a function of yours as path/to/file.py:name.
+    """Name of a module in advantage/methods/ (docs/methods.md), or your own function as path/to/file.py:name.
     `turn_group` is Eq. 6-9. `turn_group_absent` also counts turns that a trajectory did not take, as gain 0.
     `igpo_joint` and `igpo_separate` pool the gains of all turns. `grpo` uses only the outcome. `gigpo`, `hgpo`,
     `gtpo` and `mt_grpo` are the advantages of GiGPO, HGPO, GTPO and MT-GRPO. `at2po` and `tree_grpo` are those of
     AT2PO and Tree-GRPO, and need rollout.tree."""
     objective: Expanded = "clipped_ratio"
-    """Shape of the loss: name of a module in loss/objectives/ (docs/methods.md), or a function of yours as
+    """Policy loss: name of a module in loss/objectives/ (docs/methods.md), or your own function as
     path/to/file.py:name. `clipped_ratio` is Eq. 12. `cispo`, `sapo` and `gmpo` are the losses of CISPO, SAPO and
     GMPO. `gspo_token` is GSPO's variant for tokens that share a ratio but have different advantages."""
     token_credit: Expanded = NO_CREDIT
     """How the advantage of a turn is divided over its tokens: name of a module in loss/credits/ (docs/methods.md), or
-    a function of yours as path/to/file.py:name. `none`: every token of a turn has the turn's advantage. `gcpo`:
-    tokens that depend more on the instructions get a larger share (algorithm.contrast). `gcpo` needs one more forward
+    your own function as path/to/file.py:name. `none`: every token of a turn has the turn's advantage. `gcpo`: tokens
+    that depend more on the instructions get a larger share (algorithm.contrast). `gcpo` needs one more forward
     pass."""
     gamma: float = 1.0
     """Discount factor per turn, in [0, 1] (paper: 1.0)."""

@@ -12,7 +12,7 @@ class ContrastConfig:
 
     Before each update, the policy computes the log-probs of the sampled tokens after the contrast prompt. Tokens
     whose log-probs differ most from those after the real prompt depend most on the instructions. Only
-    `algorithm.token_credit: gcpo` and token credits of yours use contrast prompts.
+    `algorithm.token_credit: gcpo` and your own token credits use contrast prompts.
     """
 
     prompt_suffix: str = "\n\nNote: Intentionally generate an incorrect answer."

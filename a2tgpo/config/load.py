@@ -253,7 +253,7 @@ def _typed(value: Any, key: str, source: str) -> Any:
         is_list = isinstance(value, list) and all(type(item) is get_args(kind)[0] for item in value)
         typed = tuple(value) if is_list else None
     elif kind in _NUMBERS_BY_NAME and isinstance(value, dict):
-        # A value that is no number is not changed. The section's own check refuses it.
+        # A value that is not a number stays unchanged. The section's own check refuses it.
         typed = {name: _read_number(item) for name, item in value.items()}
     elif kind == str | dict[str, float]:
         typed = value if isinstance(value, str) else None

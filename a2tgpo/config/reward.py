@@ -25,15 +25,15 @@ def reward_names() -> list[str]:
 
 
 def reward_label(spec: str) -> str:
-    """Return the name of a reward in metrics and records: for `path/to/file.py:name` the name, else `spec`."""
+    """Return a reward's name in metrics and records: `name` for `path/to/file.py:name`, and else `spec`."""
     return spec.rpartition(":")[2] if is_user_code(spec) else spec
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig:
     names: tuple[str, ...] = ("em",)
-    """Rewards whose weighted sum is the outcome reward (docs/rewards.md). Each is a module in reward/methods/, or a
-    function or class of yours as path/to/file.py:name. Such a file runs with the trainer's rights."""
+    """Rewards whose weighted sum is the outcome reward (docs/rewards.md). Each is a module in reward/methods/, or
+    your own function or class as path/to/file.py:name. The file runs with the trainer's rights."""
     weights: tuple[float, ...] = ()
     """Weight of each reward, in the order of `names`. Empty: each weight is 1. Weights are not normalised."""
     format_gate: bool = True

@@ -103,4 +103,4 @@ class RewardPool:
 
 
 def _nothing() -> None:
-    """Do nothing. This replaces a method that a reward does not have."""
+    """Do nothing. The pool calls this if a reward lacks a method."""

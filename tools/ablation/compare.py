@@ -66,7 +66,7 @@ class Experiment:
     overrides: Sequence[str]
     presets: Path
     has_warm_starts: bool
-    """Whether every seed has an initial policy of its own. If not, all runs start from `model.path`."""
+    """Whether every seed has its own initial policy. If not, all runs start from `model.path`."""
     ranks: int
     launcher: Sequence[str]
     """The command that starts a run. It takes the same arguments as launch/local.sh."""

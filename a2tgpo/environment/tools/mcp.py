@@ -1,5 +1,5 @@
-"""The mcp tool, which calls a tool of an MCP server (Model Context Protocol). The section `mcp` names server and
-tool."""
+"""The mcp tool, which calls a tool of an MCP server (Model Context Protocol). The section `mcp` names the server and
+the tool."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class McpTool:
             connection.close()
 
     def _arguments(self, text: str) -> dict[str, Any] | None:
-        """Return the call's arguments, or None if `text` is no JSON object. If the tool takes only one text, `text`
-        is its argument."""
+        """Return the call's arguments, or None if `text` is not a JSON object. If the tool takes only one text,
+        `text` is its argument."""
         properties = self.parameters.get("properties", {})
         if [schema.get("type") for schema in properties.values()] == ["string"]:
             return dict.fromkeys(properties, text)
@@ -89,7 +89,7 @@ class McpTool:
 
 
 class StatefulMcpTool:
-    """Gives each trajectory an `McpTool` of its own."""
+    """Gives each trajectory its own `McpTool`."""
 
     def __init__(self, config: McpConfig):
         self._config = config

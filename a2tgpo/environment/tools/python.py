@@ -58,7 +58,7 @@ class PythonSession:
 
 
 class Python:
-    """Runs every call in a process of its own."""
+    """Runs every call in its own process."""
 
     description = DESCRIPTION
     parameters = PARAMETERS

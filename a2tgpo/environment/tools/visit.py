@@ -128,6 +128,6 @@ def _decoded(page: Page) -> str:
     try:
         if codecs.lookup(charset).name not in _NOT_OF_PAGES:
             return page.body.decode(charset, "replace")
-    except (LookupError, ValueError):  # a charset that does not exist, or that is no text encoding
+    except (LookupError, ValueError):  # a charset that does not exist, or that is not a text encoding
         pass
     return page.body.decode("utf-8", "replace")

@@ -31,7 +31,7 @@ class Page:
     url: str
     """The address after all redirects."""
     content_type: str
-    """In lower case, without parameters."""
+    """The media type, in lower case and without parameters."""
     charset: str | None
     """The charset that the server gave, or None."""
     body: bytes

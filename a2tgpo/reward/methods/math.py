@@ -2,7 +2,7 @@
 
 The answer and the gold answers are LaTeX or plain expressions. For an expression such as 9^{9^{9^9}}, math-verify may
 never end or may use up all memory. So helper processes (`reward/math_helper.py`) compare the answers. If a helper
-takes too long, it is ended, and the answer is treated as wrong.
+takes too long, it is killed, and the answer is treated as wrong.
 """
 
 from __future__ import annotations
