@@ -88,7 +88,7 @@ def test_the_documented_way_to_add_a_method_works_as_it_stands(new_method, tmp_p
 
 
 def written(folder: Path, heading: str) -> Path:
-    """The documented example under the heading, in a file of the user."""
+    """Write the documented example under the heading to a file of the user, and return its path."""
     path = folder / "mine.py"
     path.write_text(code_block("python", heading), encoding="utf-8")
     return path

@@ -1,8 +1,8 @@
 """Properties that advantages must have on any batch. The general properties are also checked for every new method.
 
 Unless a test says otherwise, gains are multiples of 1/64, so sums over a group are exact and equal gains stay equal.
-Thus no rounding error is divided by the floor of a standard deviation, and comparisons can require 1e-12 or equal
-bits.
+Thus no rounding error is divided by the floor of a standard deviation, and comparisons can allow a difference of at
+most 1e-12, or require equal bits.
 """
 
 import math
@@ -273,7 +273,7 @@ def test_a_missing_gain_leaves_its_bucket_as_if_the_rollout_were_absent(batch, d
 @quick
 @given(batches(), st.data())
 def test_a_last_gain_that_is_missing_counts_in_no_statistics(name, batch, data):
-    """The result is that of a rollout with one turn less, except that the turn exists."""
+    """The result is that of a rollout with one turn fewer, except that the turn exists."""
     shorter = [row for row, r in enumerate(batch) if len(r.gains) < MAX_TURNS]
     assume(shorter)
     row = data.draw(st.sampled_from(shorter))

@@ -54,7 +54,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "rollout.tree.choice": ("entropy", "random"),
     "update.extrapolation.horizon": (0, 5),
 }
-"""The values of each setting that are walked through."""
+"""The tested values of each setting."""
 COMPLETED = (
     "algorithm.objective",
     "algorithm.ratio",
@@ -99,7 +99,7 @@ REFUSED = {
         for a in ADVANTAGE.names()
     ),
 }
-"""The pairs that no other setting makes work. docs/methods.md says why."""
+"""The pairs that are refused whatever the other settings are. docs/methods.md says why."""
 
 
 def configured(settings: dict[str, Any], base: RunConfig = BASE) -> RunConfig:

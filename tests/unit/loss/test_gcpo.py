@@ -109,7 +109,7 @@ def test_equal_prompts_give_every_token_weight_1_exactly(lengths) -> None:
 @settings(max_examples=60)
 @given(st.lists(st.floats(0.001, 2.0), min_size=1, max_size=30, unique=True), st.floats(0.1, 1.2))
 def test_weights_depend_on_the_divergences_only_through_their_ranks(found, factor) -> None:
-    """Any rising map of differences above 0 maps their divergences in the same order."""
+    """Multiplying differences above 0 by the same factor keeps the order of their divergences."""
     scaled = [factor * d for d in found]
     if len({loop_eta(d) for d in scaled}) == len({loop_eta(d) for d in found}) == len(found):
         assert weights_of([[scaled]]) == weights_of([[found]])

@@ -67,8 +67,8 @@ def test_the_mean_over_samples_of_the_policy_estimates_the_divergence(estimator)
 
 
 def test_the_mean_gradient_of_k1_is_zero_and_that_of_k2_is_the_divergences() -> None:
-    """Therefore k1 is refused as a penalty. The mean is exact, over all outcomes of a softmax, without a gradient
-    through the sampling.
+    """Therefore k1 is refused as a penalty. The mean is exact, because it is taken over all outcomes of a softmax. No
+    gradient flows through the sampling.
     """
     logits = torch.tensor([0.3, -1.2, 0.7, 2.0], dtype=torch.float64, requires_grad=True)
     reference = torch.tensor([0.4, 0.1, 0.2, 0.3]).double().log()

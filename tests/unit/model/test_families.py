@@ -33,7 +33,8 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def write_model(folder: Path, family: str) -> None:
-    """A random model whose biases and norms are not the 0 and 1 of an untrained one, which would hide them."""
+    """Write a random model whose biases are not 0 and whose norms are not 1, because those values would hide
+    errors."""
     model = build_model(family, vocab_size=256)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -354,8 +354,8 @@ def test_a_search_that_never_answers_fails_at_its_deadline(play):
 def test_a_rollout_that_ends_early_leaves_nothing_behind_and_the_next_one_plays_anew(
     open_rollout, search, tokenizer, engine
 ):
-    """It is interrupted first and stopped by a tool's bug next, while some trajectories generate and one waits for a
-    tool.
+    """The rollout is first interrupted, and then stopped by a tool's bug, while some trajectories generate and one
+    waits for a tool.
     """
 
     class Held(ScriptedSearch):

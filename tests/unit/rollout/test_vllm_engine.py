@@ -61,8 +61,8 @@ def test_sampled_logprobs_equal_transformers(engine, reference):
 
 
 def test_logprobs_are_those_of_the_temperature_that_was_sampled_at(engine, reference):
-    """Greedy sampling gives log-probs at temperature 1. A score in the same batch is at 1 over the whole
-    vocabulary.
+    """Greedy sampling gives log-probs at temperature 1. A score in the same batch has temperature 1 and covers the
+    whole vocabulary.
     """
     prompt, answer = list(range(5, 25)), [9, 8, 7]
     temperatures = {"hot": 1.7, "cool": 0.7, "plain": 1.0, "greedy": 0.0}

@@ -31,7 +31,8 @@ def longer_prompts(trajectories: list[Trajectory]) -> dict[str, list[int]]:
 
 
 def by_trajectory(minibatches, values) -> dict[int, torch.Tensor]:
-    """The values of each trajectory's sampled tokens; `values(microbatch)`: those of a micro-batch, [n]."""
+    """Return the values of each trajectory's sampled tokens. `values(microbatch)` returns a micro-batch's values,
+    [n]."""
     found = {}
     for microbatch in (m for minibatch in minibatches for m in minibatch):
         batch = microbatch.batch

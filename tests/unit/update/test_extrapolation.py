@@ -45,7 +45,7 @@ class Trained:
         self.seen: list[dict[str, Tensor]] = []
 
     def loss(self, index: int, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """A loss whose gradient changes with the weights. Notes the weights at the start of every pass."""
+        """A loss whose gradient changes with the weights. It records the weights at the start of every pass."""
         if index == 0:
             self.seen.append(self.weights())
         signs = torch.cos(torch.arange(logprobs.numel()))
@@ -214,7 +214,7 @@ def test_a_first_or_third_pass_that_is_not_finite_skips_the_update(policy, traje
 
 
 def train(trained: Trained, trajectories, *, steps: int, **algorithm) -> list[dict[str, float]]:
-    """The metrics of each step, of two mini-batches that were scored before."""
+    """Return the metrics of each step. A step has two mini-batches that were scored before."""
     found = []
     for _ in range(steps):
         minibatches = minibatches_of(trajectories, trained.policy.groups, **algorithm)
@@ -249,7 +249,8 @@ def test_a_run_extrapolates_from_its_second_update_until_the_gate_closes(policy,
 
 
 def test_ratios_of_later_passes_are_measured_from_where_they_run_or_from_the_step(policy, trajectories):
-    """Far steps clip nearly every token's ratio to the policy that played, and none to the pass's own."""
+    """After large steps, nearly every ratio to the policy that played is clipped, but no ratio to the pass's own
+    policy."""
     shares = {}
     for old in ("probe", "step"):
         trained = Trained(policy, trajectories, old_logprobs=old)

@@ -80,7 +80,7 @@ def test_special_weights_move_as_the_two_steps_did():
 
 @pytest.mark.parametrize("horizon", [2, 3, 5, 10])
 def test_on_a_diagonal_quadratic_the_point_is_where_that_many_steps_lead(horizon):
-    """Of gradient descent, whose every step is the same factor times the one before."""
+    """The steps are those of gradient descent: each is the same factor times the step before."""
     curvature = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
     path = [torch.linspace(1, 2, 19, dtype=torch.float64)]
     for _ in range(horizon):

@@ -89,7 +89,7 @@ def test_the_training_pass_sees_the_distribution_that_scoring_saw(policy, sample
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.4])
 def test_a_decision_that_does_not_matter_has_an_expected_gradient_of_0(policy, temperature) -> None:
-    """The first of two decisions is the reward, the second has no effect. All four trajectories are listed, not
+    """The first of two decisions is the reward, and the second has no effect. All four trajectories are listed, not
     sampled.
     """
     start = torch.tensor([[0.0, -1.0], [0.0, 0.5], [0.0, 0.5]], dtype=torch.float64)
