@@ -43,8 +43,13 @@ def make_trajectory(prompt: int, gains: list[float | None], outcome: float, fina
     )
 
 
-def table_of(items, num_prompts=3, max_turns=4):
+def table_of(items, num_prompts=3, max_turns=4, order=None):
+    """Return the table of `items`, whose trajectories are put into `order` if it is given."""
     trajectories = [make_trajectory(*item) for item in items]
+    for index, trajectory in enumerate(trajectories):
+        trajectory.sample_index = index
+    if order is not None:
+        trajectories = [trajectories[index] for index in order]
     return build_turn_table(trajectories, num_prompts=num_prompts, max_turns=max_turns)
 
 
@@ -94,7 +99,7 @@ def test_order_of_rollouts_does_not_matter(items, random):
     for name in advantage_names():
         config = AlgorithmConfig(advantage=name)
         plain = compute_advantages(table_of(items), config, dp_group=None).advantages
-        shuffled = compute_advantages(table_of([items[i] for i in order]), config, dp_group=None).advantages
+        shuffled = compute_advantages(table_of(items, order=order), config, dp_group=None).advantages
         torch.testing.assert_close(shuffled, plain[order], rtol=0, atol=1e-9)
 
 
