@@ -30,8 +30,8 @@ class Best:
 class BestCheckpoint:
     """The policy with the best held-out score among the evaluated policies whose weights still exist.
 
-    A score is better only if it is higher by more than sqrt(a^2 + b^2), for standard errors a and b of the two
-    scores. If the questions cannot distinguish several policies, the earliest of these policies stays the best.
+    A score is better only if it is higher by more than sqrt(a^2 + b^2), where a and b are the standard errors of the
+    two scores. If the questions cannot distinguish several policies, the earliest of these policies stays the best.
 
     `ROOT/best.json` names the best policy as {"step", "score", "metric", "standard_error"}. A resumed run takes its
     best policy from the checkpoint that it resumes, not from this file. The caller must forget a best policy whose
