@@ -39,7 +39,7 @@ from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.engine_group import build_engine_group
 from a2tgpo.refit.handover import refit
 from a2tgpo.run.folder import RunFolder
-from a2tgpo.update.extrapolation_gate import ExtrapolationGate
+from a2tgpo.update.extrapolation import Extrapolation
 from a2tgpo.update.optimizer import build_optimizer
 
 SETTINGS = dict(
@@ -68,7 +68,7 @@ def trainer_parts(policy):
         optimizer=optimizer,
         schedule=schedule,
         entropy_weight=entropy_weight,
-        extrapolation_gate=ExtrapolationGate(ExtrapolationConfig()),
+        extrapolation=Extrapolation(ExtrapolationConfig()),
         phases=phases,
     )
 
