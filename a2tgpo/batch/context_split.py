@@ -35,8 +35,8 @@ def context_positions(cu_seqlens: Tensor, cp_size: int) -> Tensor:
 def layer_positions(cu_seqlens: Tensor, groups: ParallelGroups, *, sequence_parallel: bool) -> Tensor:
     """Return the positions of a packed row that the layers of this rank compute, apart from attention.
 
-    Context-parallel ranks divide the row, and under sequence parallelism tensor-parallel ranks divide the result. The
-    row must have the padding of `packing.alignment`.
+    Context-parallel ranks divide the row. Under sequence parallelism, tensor-parallel ranks divide each
+    context-parallel rank's part. The row must have the padding of `packing.alignment`.
 
     Returns:
         [n] int64, on the device of `cu_seqlens`.

@@ -1,7 +1,7 @@
 """The experts that the engine chose for each token, as arrays of small integers.
 
-A row has the chosen experts of all layers for one token: [layers, chosen] ids. Row r of a trajectory belongs to its
-position r, that is, to the token that the model reads there.
+A row has the ids of the experts that every layer chose for one token, [layers, chosen]. Row r of a trajectory belongs
+to the token at position r.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ExpertShape:
 
     @property
     def no_expert(self) -> int:
-        """The id at positions without a row, which is no expert's."""
+        """The id that fills positions without a row. No expert has this id."""
         return int(np.iinfo(self.dtype).max)
 
     @property

@@ -3,7 +3,7 @@
 Trainer and engine use different kernels and batches, so their hidden states differ by rounding errors. If two experts
 have nearly equal logits, the two routers may then choose different experts, and the log-probs of this token and of
 all later tokens differ. With replay, a router of the trainer takes the engine's experts, and computes their weights
-from its own logits. The router keeps its gradient, because even without replay the choice has no gradient.
+from its own logits. The router still gets its gradient, because the choice of experts has no gradient in any case.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class RouterReplay:
     """Replays the experts of packed batches in one policy. Every rank of the policy has an instance.
 
     Megatron's own class (megatron/core/transformer/moe/router_replay.py) keeps one global list of all routers of the
-    process, also those of a reference model, and its caller must say before each forward and backward pass of each
-    micro-batch which pass comes next. Megatron's pipeline schedules offer no place for that. Megatron calls whatever
-    object stands at `router.router_replay`, so each router gets an object of this module there.
+    process, also those of a reference model. Its caller must announce each forward and backward pass of each
+    micro-batch, but Megatron's pipeline schedules offer no place to do so. Megatron calls any object in the attribute
+    `router.router_replay`, so each router gets an object of this module.
 
     Args:
         models: the chunks of this rank's pipeline stage, whose feed-forward layers are mixtures of experts.
@@ -57,14 +57,14 @@ class RouterReplay:
     def replaying(self, model: Any, batch: PackedBatch) -> Iterator[None]:
         """Replay `batch.experts` while the `with` block runs `model`, one of the chunks, on `batch`.
 
-        Layers that the backward pass computes again, outside the block, replay the same experts again.
+        A layer that the backward pass computes again after the block replays the same experts.
         """
         choices: list[_Choice] = [layer.mlp.router.router_replay for layer in model.decoder.layers]
         own = layer_positions(batch.cu_seqlens, self._groups, sequence_parallel=self._sequence_parallel)
         rows: list[Tensor | None] = [None] * len(choices)
         if batch.experts is not None:
             layers = torch.tensor([choice.layer for choice in choices])
-            # Cut in host memory, so that only the rows of this rank's positions and layers move to the device.
+            # Select in host memory, so that only the rows of this rank's positions and layers move to the device.
             rows = list(batch.experts[own, layers[:, None]].to(self._groups.device))
         for choice, own_rows in zip(choices, rows, strict=True):
             choice.begin(
@@ -107,7 +107,7 @@ class RouterReplay:
 
 
 class _Choice:
-    """Stands in the place of Megatron's RouterReplay object in one router."""
+    """Replaces Megatron's RouterReplay object in one router."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer.layer_number - 1

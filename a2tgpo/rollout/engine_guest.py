@@ -67,10 +67,10 @@ def abort_in_order(core: Any) -> None:
 def return_experts_on_first_rank(scheduler: Any, is_first_rank: bool) -> None:
     """Let the ranks of an engine run although only the first of them returns experts.
 
-    Each rank has its own scheduler, which expects experts from its worker (vllm/v1/core/sched/scheduler.py,
-    update_from_output). But only the worker of the first tensor-parallel rank keeps them
-    (vllm/distributed/aux_output_connector/worker.py). The schedulers of the other ranks would raise an
-    AssertionError in the first step.
+    Each rank has its own scheduler, which expects experts from the rank's worker (vllm/v1/core/sched/scheduler.py,
+    update_from_output). But only the worker of the first tensor-parallel rank keeps experts
+    (vllm/distributed/aux_output_connector/worker.py). Without this function, the schedulers of the other ranks would
+    raise an AssertionError in the first step.
     """
     if not is_first_rank:
         scheduler.aux_output_connector = None

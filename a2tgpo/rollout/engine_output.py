@@ -25,8 +25,8 @@ class EngineOutput:
     num_cached_tokens: int
     """Number of prompt tokens that were in the prefix cache."""
     experts: bytes = b""
-    """The rows of experts of the positions from `experts_from` to the last sampled token but one, see
-    `VllmEngine.submit`. Empty if the engine does not return experts, and on all ranks of an engine but the first."""
+    """The rows of experts from position `experts_from` (see `VllmEngine.submit`) to the last sampled token but one.
+    Empty if the engine does not return experts, and on all ranks of an engine except the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def generation_output(output: Any, *, experts: bytes) -> EngineOutput:
 
 
 def expert_rows(output: Any, shape: ExpertShape, *, first: int) -> bytes:
-    """Return the rows of experts of the positions from `first` to the last sampled token but one.
+    """Return the rows of experts from position `first` to the last sampled token but one.
 
     Raises:
         RuntimeError: if vLLM returned other positions, or rows that the model cannot have chosen.

@@ -208,7 +208,7 @@ class VllmEngine:
             stop: texts that end the generation. The output includes the text that ended it.
             stop_tokens: ids that end the generation, in addition to the end-of-sequence ids of the tokenizer and of
                 generation_config.json. The output includes the id that ended the generation.
-            experts_from: first position whose experts the output has, if the engine returns experts.
+            experts_from: first position whose experts the output contains, if the engine returns experts.
 
         Raises:
             ConfigError: if the context leaves no room for one token.

@@ -1,4 +1,5 @@
-"""Measure what router replay changes: how often trainer and engine choose other experts, and the gap it causes."""
+"""Measure what router replay changes: how often trainer and engine choose different experts, and the gap between
+their log-probs."""
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ def _has_row(batch: PackedBatch, shape: ExpertShape) -> Tensor:
 
 
 def _gap(batch: PackedBatch, logprobs: Tensor) -> tuple[float, int]:
-    """Return the sum and the number of the sampled tokens' |log-prob - log-prob of the engine|, if finite."""
+    """Return the sum and the number of the finite |log-prob - log-prob of the engine| of sampled tokens."""
     batch = batch.to(logprobs.device)
     gaps = (logprobs - batch.rollout_logprobs[0])[batch.loss_mask[0]].double().abs()
     gaps = gaps[gaps.isfinite()]
