@@ -57,7 +57,7 @@ class Session(Protocol):
     """The state of a tool for one trajectory. Only one thread at a time calls its methods.
 
     A session may have a method `score() -> float`, which is called after each call. The returned number says how much
-    the call increased the chance of success. It becomes part of the turn's score (`Turn.score`).
+    the call increased the chance of success. The number becomes part of the turn's score (`Turn.score`).
     """
 
     def call(self, text: str) -> list[str]:

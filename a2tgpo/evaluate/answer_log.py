@@ -132,5 +132,5 @@ def _read(file: Path) -> Iterator[tuple[Key, Answer]]:
                 name, kind = record.pop("set"), record.pop("kind")
                 answer = Answer(**record | {"golds": tuple(record["golds"])})
             except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # only half a line was written, so the evaluation plays its question again
+                continue  # half a line, so the evaluation plays this question again
             yield (name, kind, answer.question_id, answer.sample_index), answer

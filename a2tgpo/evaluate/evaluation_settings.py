@@ -41,8 +41,8 @@ _DECIDING = (
     "tools.max_part_tokens",
     "tools.names",
 )
-"""Keys of the settings that determine the answers. The layout and `search.url` are not among them, so they may change
-when an evaluation is resumed."""
+"""Keys of the settings that determine the answers. A resumed evaluation may have another layout and another
+`search.url`, because these are not listed."""
 _OF_METHOD = f"{PREFIX}algorithm."
 """Beginning of the names of files that only training uses."""
 _OF_JUDGE = ("judge.max_tokens", "judge.model", "judge.pattern", "judge.scores")

@@ -2,8 +2,8 @@
 
 Each trajectory has 2,000 tokens. The loops implement Eq. 10-12 of the paper. One loop runs over trajectories and
 turns with a mask for each turn, as in trainers with one padded row per trajectory. The other loop runs over single
-tokens. It gets only an eighth of the trajectories, because autograd keeps a graph node for every operation. All
-variants give the same loss and gradient.
+tokens. This second loop gets only an eighth of the trajectories, because autograd keeps a graph node for every
+operation. All variants give the same loss and gradient.
 """
 
 from __future__ import annotations
