@@ -2,10 +2,12 @@
 
 build: The trainer is built. The engine does not exist yet, or is asleep.
 start: The engine is built.
-bank: The weights are fingerprinted, to find rollouts of this step that an earlier start has finished. refit: The
-engine gets the weights, and the trainer computes the log-probs of the probe. rollout: The engine plays training and
-held-out questions. score: The trainer and the reference compute log-probs. update: The trainer runs forward and
-backward passes and the optimizer step. checkpoint: The model and the optimizer are copied to host memory, or loaded.
+bank: The weights are fingerprinted, to find rollouts of this step that an earlier start has finished.
+refit: The engine gets the weights, and the trainer computes the log-probs of the probe.
+rollout: The engine plays training and held-out questions.
+score: The trainer and the reference compute log-probs.
+update: The trainer runs forward and backward passes and the optimizer step.
+checkpoint: The model and the optimizer are copied to host memory, or loaded.
 
 A sleeping engine has lost its weights, so a refit precedes every rollout. Only a rollout can follow a refit.
 """
