@@ -111,9 +111,9 @@ class Trainer:
     def train(self) -> bool:
         """Run the remaining steps, evaluations and saves; return False if the run stopped before its last step.
 
-        If the guards stop the run, the evaluation that is due is made first, and a checkpoint is saved. Another start
-        would stop again before its first step. If a stop is requested, a checkpoint of the last finished step is
-        saved.
+        If the guards stop the run, the run first makes any evaluation that is due, and saves a checkpoint. Another
+        start would stop again before its first step. If a stop is requested, a checkpoint of the last finished step
+        is saved.
         """
         evaluation_is_due = self.checkpoints.evaluation_is_due
         try:

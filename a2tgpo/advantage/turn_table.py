@@ -93,8 +93,7 @@ def build_turn_table(
     Args:
         max_turns: number of columns T, equal on all ranks. No trajectory may have more process turns.
         failed_calls: value of `algorithm.failed_calls`. If it is neutral, a turn whose tool call failed has no gain.
-        turn_signal: value of `algorithm.turn_signal`. If it is scores, the scores of the turns take the place of the
-            gains.
+        turn_signal: value of `algorithm.turn_signal`. If it is scores, the scores of the turns replace the gains.
         keep_single: value of `TurnTable.keep_single`.
     """
     rows = [

@@ -30,8 +30,8 @@ def microbatches(
 ) -> list[list[int]]:
     """Group the items into few micro-batches, each with at most `max_tokens` tokens.
 
-    If `row` is 1, the micro-batches have similar sizes. If `row` is larger, similar sizes would add about `row` / 2
-    tokens of padding to each micro-batch. The micro-batches are then filled up to `max_tokens` one after the other.
+    If `row` is 1, the micro-batches have similar sizes. If `row` is larger, each micro-batch needs about `row` / 2
+    tokens of padding. To get few micro-batches, they are then filled up to `max_tokens` one after the other.
 
     Args:
         lengths: number of tokens of each item. Items of length 0 (see `packing.packed_length`) are left out. An item

@@ -63,7 +63,8 @@ class ExpertShape:
         """Return the bytes of `rows`, [n, layers, chosen] ids of any integer type.
 
         Raises:
-            ValueError: if the rows are not those of a model with these sizes, or if a row names an expert twice.
+            ValueError: if the rows have another shape, if an id is not that of an expert, or if a row names an expert
+                twice.
         """
         if rows.ndim != 3 or rows.shape[1:] != (self.layers, self.chosen):
             raise ValueError(f"rows of shape {rows.shape}, expected [n, {self.layers}, {self.chosen}]")

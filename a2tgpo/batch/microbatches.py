@@ -1,4 +1,5 @@
-"""Pack trajectories into micro-batches, equally many on all data-parallel replicas if possible."""
+"""Pack trajectories into micro-batches. If possible, all data-parallel replicas make the same number of
+micro-batches."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class StepRollout:
     Args:
         prompts: the training questions.
         state: the state that each step advances.
-        startup: metrics of the start, which the first rollout reports.
+        startup: metrics of the start-up of this process. They are reported with its first rollout.
     """
 
     def __init__(

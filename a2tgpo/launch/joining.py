@@ -70,7 +70,7 @@ def join(
 ) -> tuple[ParallelGroups, float]:
     """Join the process group within `parallel.start_timeout_s`, and test it; every rank must call this.
 
-    With `run.deterministic`, this process computes deterministically from now on.
+    With `run.deterministic`, this process computes deterministically from then on.
 
     Returns:
         The groups, and the seconds that the ranks took to join, without the import of Megatron.

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from mpi4py.MPI import Comm
 
 SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-"""Variables that Open MPI, MPICH and Slurm set to the number of processes. The first variable that is set decides."""
+"""Variables that Open MPI, MPICH and Slurm set to the number of processes. The first of these variables that is set
+is used."""
 
 
 def meet() -> dict[str, str]:

@@ -104,7 +104,8 @@ class Meeting:
         """Number of messages that this rank has sent, if it is rank 0, or received, if it is another rank."""
 
     def exchange(self, config: RunConfig, paths: Mapping[str, str], needs: Needs) -> list[RankFacts]:
-        """Check this rank's machine. Rank 0 returns the facts about all ranks, another rank only its own facts.
+        """Check this rank's machine. Rank 0 returns the facts about all ranks. Any other rank returns only its own
+        facts.
 
         Raises:
             ReportedByRank0: if a rank has a fault.

@@ -100,7 +100,8 @@ class RouterReplay:
             differs.copy_(all_reduce_max(differs, group))
 
     def check_spent(self) -> None:
-        """Raise RuntimeError if a layer was not computed again as often as it was computed."""
+        """Raise RuntimeError if the backward pass did not compute a layer again exactly as often as the forward pass
+        did."""
         left = [choice.layer for choice in self._choices if choice.kept]
         if left:
             raise RuntimeError(f"router replay: the backward pass did not reach layers {left}")

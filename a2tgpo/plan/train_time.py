@@ -128,8 +128,8 @@ def update_volume(given: PlanInputs) -> Volume:
 
 
 def _update_passes(config: RunConfig) -> int:
-    """Return how many forward passes equal a layer's work in an update. A backward pass equals two
-    forward passes, and recomputation equals one.
+    """Return the cost of a layer in an update, in forward passes. A backward pass costs as much as two forward
+    passes, and recomputation as much as one.
     """
     return 4 if config.model.recompute == "full" else 3
 

@@ -11,8 +11,8 @@ from a2tgpo.plan.dimensions import ModelDimensions
 from a2tgpo.plan.engine import kv_bytes_per_token
 
 BRANCH_SHARE = 0.5
-"""Share of a branch's turns that the branch plays itself, if it leaves its parent at a random turn (arXiv 2509.21240,
-Eq. 4)."""
+"""Share of a branch's turns that the branch plays itself, if it branches off from its parent at a random turn (arXiv
+2509.21240, Eq. 4)."""
 
 
 @dataclass(frozen=True, kw_only=True)

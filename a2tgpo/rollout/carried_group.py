@@ -20,7 +20,7 @@ class CarriedGroup:
     prompt: Prompt
     """The prompt, with its `index` in the step in which the group began."""
     trajectories: list[Trajectory] = field(default_factory=list)
-    """The group's trajectories by sample index. A trajectory without a stop reason continues."""
+    """The group's trajectories by sample index. A trajectory without a stop reason has not ended."""
 
     @property
     def key(self) -> tuple[int, int]:

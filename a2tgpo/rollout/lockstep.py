@@ -1,8 +1,8 @@
 """Check that the schedulers on the ranks of an engine take the same decisions.
 
-If two schedulers differed, the collectives of a forward pass would hang, or would mix the activations of different
-tokens. The check compares a running hash of all decisions twice in a pass: before the pass is computed, and before
-its tokens are used.
+If two schedulers took different decisions, the collectives of a forward pass would hang, or would mix the activations
+of different tokens. The check compares a running hash of all decisions twice in a pass: before the pass is computed,
+and before its tokens are used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from a2tgpo.parallel.collectives import all_gather_object, all_reduce_max
 
 _HASH_BYTES = 7  # the hash and its negative must fit into an int64
-# On each rank, vLLM appends other random characters to the id of a request
+# vLLM appends random characters to the id of a request, which differ between the ranks
 # (vllm/v1/engine/input_processor.py).
 _SUFFIX_LENGTH = len("-01234567")
 _UNITS = {"scheduled": " tokens", "took from the cache": " tokens", "sampled": ""}

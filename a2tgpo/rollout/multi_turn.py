@@ -98,9 +98,9 @@ class LiveTrajectory:
     num_known: int = 0
     """Number of tokens of the sequence that the engine has already computed."""
     budget: int | None = None
-    """If this many tokens have been sampled in this call, no further turn begins. None means no limit."""
+    """After this many sampled tokens in this call, the trajectory begins no further turn. None means no limit."""
     num_past_turns: int = 0
-    """Number of turns that earlier calls, or the trajectories of which this one is a branch, played."""
+    """Number of turns that were played by earlier calls, or by the trajectories from which this one branched off."""
 
     @property
     def start_order(self) -> tuple[bool, bool, int]:
@@ -169,7 +169,7 @@ class MultiTurnLoop:
         """Play all trajectories in `live`, and start them in the order of `LiveTrajectory.start_order`.
 
         The caller may close the iterator after any item. All ranks of the engine must then close their iterators
-        after the same item. Afterwards, engine and tools hold no request of this rollout.
+        after the same item. Afterwards, engine and tools have no request of this rollout left.
 
         Yields:
             Each trajectory that has ended, as soon as all its scores are known. None is a heartbeat: it comes every

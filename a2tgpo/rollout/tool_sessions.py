@@ -34,7 +34,7 @@ class SessionAnswer:
 
 
 class TrajectorySessions:
-    """The sessions of one trajectory. Each opens at the first call of its tool. Only one call runs at a time.
+    """The sessions of one trajectory. Each session opens at the first call of its tool. Only one call runs at a time.
 
     Args:
         past_calls: calls of the trajectory in earlier rollouts. To restore its state, a new session repeats the past

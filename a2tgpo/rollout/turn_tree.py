@@ -40,7 +40,7 @@ class TreeGrowth:
     """Decide when and where the trajectories of each prompt branch. All ranks of an engine decide alike.
 
     Args:
-        group_size: number of trajectories per prompt, with branches.
+        group_size: number of trajectories per prompt, including branches.
         seed: a text that names the run and the step, for random choices.
     """
 

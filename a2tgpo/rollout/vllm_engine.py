@@ -178,7 +178,8 @@ class VllmEngine:
         self._lockstep: Lockstep | None = None
         if replica_group is not None and config.check_lockstep_every:
             self._lockstep = Lockstep(core.scheduler, replica_group, every=config.check_lockstep_every)
-        # vLLM has two model runners, V1 and V2. It uses V2 if Triton works, unless VLLM_USE_V2_MODEL_RUNNER decides.
+        # vLLM has two model runners, V1 and V2. It uses V2 if Triton works, unless VLLM_USE_V2_MODEL_RUNNER says
+        # otherwise.
         self._has_second_runner: bool = self._engine.vllm_config.use_v2_model_runner
 
     @property

@@ -67,9 +67,7 @@ class RunCheckpoints:
         test_sets: EvaluationSets,
     ):
         self._config = config
-        self._settings = settings_of(
-            config
-        )  # with the digests of the files at the start, which the run executes
+        self._settings = settings_of(config)  # includes the digests that the files had when the run started
         self._groups = groups
         self._engine_group = engine_group
         self._policy, self._optimizer, self._schedule = policy, optimizer, schedule
@@ -281,7 +279,7 @@ class RunCheckpoints:
     def _if_comparable(self, state: dict) -> dict | None:
         """Return the best policy in `state`, or None if its checkpoint is missing or data.test has changed.
 
-        Ranks may see different files on a network file system, so all ranks follow rank 0.
+        Ranks may see different files on a network file system, so all ranks use what rank 0 finds.
         """
         world = world_group()
         best, questions = state.get("best"), self._test_sets.fingerprint

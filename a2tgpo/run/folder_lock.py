@@ -6,7 +6,7 @@ NFS keeps the locks of a crashed node, and a forked child keeps the lock of its 
 
 A new process may find that the folder has a holder. If the holder is on the same machine, the new process checks the
 holder's process id and start time. If the holder started before its Slurm job was requeued, the holder has ended. In
-all other cases the new process watches `holder.json`. If the file still changes, the holder lives. The new process
+all other cases the new process watches `holder.json`. If the file still changes, the holder is alive. The new process
 opens the file anew for each read, because only then does NFS read the file from the server.
 """
 
@@ -53,7 +53,7 @@ class Holder:
     slurm_job: str = ""
     slurm_restarts: int = 0
     since: float = 0.0
-    """Time at which the process took the folder, seconds since the epoch. Only messages use this time."""
+    """Time at which the process claimed the folder, seconds since the epoch. Only messages use this time."""
 
     @property
     def identity(self) -> tuple[str, int, int]:
@@ -116,7 +116,7 @@ class FolderLock:
                 self._path.unlink()
 
     def _take(self) -> Holder | None:
-        """Return the other holder if it lives. Otherwise write this process as the holder, and return None."""
+        """Return the other holder if it is alive. Otherwise write this process as the holder, and return None."""
         try:
             descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:

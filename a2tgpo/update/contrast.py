@@ -13,7 +13,8 @@ from a2tgpo.update.minibatch import Minibatch
 def compute_contrast_logprobs(
     policy: Policy, minibatch: Minibatch, *, distribution: TokenDistribution
 ) -> Minibatch:
-    """Return the mini-batch with `contrast_logprobs`, by the policy's present weights. Every rank must call this.
+    """Return the mini-batch with `contrast_logprobs`, computed with the policy's present weights. Every rank must
+    call this.
 
     Every micro-batch must have `contrast`. It contains the sampled tokens in the same order as `batch`, but at other
     positions.

@@ -11,7 +11,7 @@ def balance_metrics(policy: Policy) -> MetricSums:
 
     Every rank must call this. The load of a layer is the number of tokens of its busiest expert, divided by the mean
     over its experts. A load of 1 is perfect balance, and the largest possible load is the number of experts divided
-    by the number that a token chooses.
+    by the number of experts that a token chooses.
 
     - `experts/layer_N_load` is the load of layer N, counted from 1.
     - `experts/load_mean` and `experts/load_max` are the mean and the maximum over the layers.

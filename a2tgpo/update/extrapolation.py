@@ -39,7 +39,7 @@ class Extrapolation:
     """Makes the extrapolated updates of a run. Every rank has one object and makes the same calls.
 
     The weights and AdamW's state before the update, and the weights of the first probe, are kept in host memory: 16
-    bytes for each weight that the rank's optimizer steps.
+    bytes for each weight that the rank's optimizer updates.
     """
 
     def __init__(self, config: ExtrapolationConfig):
@@ -51,7 +51,8 @@ class Extrapolation:
     def is_ready(self, schedule: LearningRateSchedule) -> bool:
         """Return whether the next update can be extrapolated.
 
-        The first update of a run creates AdamW's state. Without a learning rate there are no steps to extrapolate.
+        The first update of a run cannot, because it creates AdamW's state. An update with learning rate 0 cannot,
+        because it has no steps to extrapolate.
         """
         return self._config.is_on and self.gate.is_open and schedule.steps_done > 0 and schedule.lr > 0
 
@@ -162,7 +163,7 @@ class Extrapolation:
     def _move_to_point(
         self, groups: Sequence[dict[str, Any]], masters: Sequence[Tensor], *, device: torch.device
     ) -> None:
-        """Move the weights that the optimizer steps from the second probe to the predicted point."""
+        """Move the optimizer's weights from the second probe to the predicted point."""
         settings = [
             {"lr": float(group["lr"]), "weight_decay": float(group["weight_decay"])}
             for group in groups
@@ -188,10 +189,10 @@ class Extrapolation:
 
 @torch.no_grad()
 def _show_weights(policy: Policy, optimizer: Any) -> None:
-    """Copy the weights that the optimizer steps to the model on all ranks. Every rank must call this."""
+    """Copy the optimizer's weights to the model on all ranks. Every rank must call this."""
     gather_weights(policy)  # an all-gather still in progress would write over the copied weights
     for part in optimizer.chained_optimizers:
-        # Megatron's float32 optimizer steps the model's own parameters, and has no such method.
+        # Megatron's float32 optimizer updates the model's own parameters, and has no such method.
         copy_to_model = getattr(part, "_copy_main_params_to_model_params", None)
         if part.optimizer is not None and copy_to_model is not None:
             copy_to_model()

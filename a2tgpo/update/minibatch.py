@@ -146,7 +146,7 @@ def build_minibatches(
 def with_prompts(
     trajectories: Sequence[Trajectory], prompts: Mapping[str, Sequence[int]]
 ) -> list[Trajectory]:
-    """Return copies of the trajectories, whose turns follow `prompts[prompt_id]` in place of their own prompts."""
+    """Return copies of the trajectories with `prompts[prompt_id]` in place of their own prompts."""
     return [dataclasses.replace(t, prompt_tokens=TokenIds(prompts[t.prompt_id])) for t in trajectories]
 
 

@@ -13,7 +13,8 @@ def advantages(
 ) -> TurnAdvantages:
     """Return the advantages of all turns (Eq. 6-9).
 
-    The final turn has R_i, the normalised outcome. A process turn has alpha D_{i,t} / sqrt(n_i - t + 1) + R_i.
+    The final turn's advantage is R_i, the normalised outcome. A process turn's is alpha D_{i,t} / sqrt(n_i - t + 1) +
+    R_i.
     """
     normalized_gain, spread = normalize_turn_groups(table, table.has_gain, config, dp_group=dp_group)
     outcome = normalize_outcomes(table, config, dp_group=dp_group)

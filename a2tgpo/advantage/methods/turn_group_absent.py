@@ -5,8 +5,8 @@ group then have mean 0 over the trajectories that took the turn, so taking it ea
 even if the turn is useful.
 
 Here K is the largest number of process turns in the prompt's group. A trajectory with n_i < K process turns has gain
-0 at the turns n_i + 1 .. K. These zeros are members of their turn groups, and every turn, including the final turn,
-sums the normalised gains from its own index to K:
+0 at the turns n_i + 1 .. K. These zeros are members of their turn groups. The advantage of every turn, including the
+final turn, sums the normalised gains from the turn's own index to K:
 
     A_{i,t} = alpha sum_{k=t}^{K} gamma^{k-t} g_{i,k} / sqrt(K - t + 1) + R_i,    1 <= t <= n_i + 1
 
