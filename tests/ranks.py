@@ -24,7 +24,7 @@ def run_ranks(
     worker: str,
     *arguments: object,
     environment: dict[str, str] | None = None,
-    timeout_s: float = 300,
+    timeout_s: float = 900,
 ) -> str:
     """Run `worker`, a file of tests/distributed, on each rank, and return the output of the ranks.
 

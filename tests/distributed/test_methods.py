@@ -139,7 +139,7 @@ def launched(tmp_path_factory) -> dict[str, Run]:
         [*command, str(WORKER), str(config), str(root / "overrides.json")],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr[-4000:]
     server.close()
