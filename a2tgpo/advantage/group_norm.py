@@ -93,7 +93,8 @@ def group_sums(
 def index_groups(keys: torch.Tensor, *, dp_group: dist.ProcessGroup | None) -> tuple[torch.Tensor, int]:
     """Return the index of each key's group, [n] int64, and the count of groups over all ranks.
 
-    Equal keys form a group. All ranks number the groups alike. Every rank must call this, even if it has no keys.
+    Equal keys form a group. All ranks give the groups the same numbers. Every rank must call this, even if it has no
+    keys.
 
     Args:
         keys: [n] int64, such as `TurnTable.state`.

@@ -54,7 +54,7 @@ class ExpertLoad:
     def take(self) -> Tensor:
         """Return the tokens since the last call by layer and expert, [num_layers, num_experts] float64 on the CPU.
 
-        Every rank must call this. The counts are sums over all ranks. A token counts once for each expert that it
+        Every rank must call this. The counts are sums over all ranks. A token is counted once for each expert that it
         chooses.
         """
         taken = all_reduce_sum(self._counts, world_group()).cpu()

@@ -50,7 +50,7 @@ def inference_config(
         explicit: dotted keys that keep their values in `config`.
 
     Raises:
-        ConfigError: with a one-line message, if a parallel size that is set does not divide the model's sizes.
+        ConfigError: with a one-line message, if a parallel size in `explicit` does not divide the model's sizes.
     """
     rollout = _engine(config.rollout, world_size, explicit)
     parallel = _parallel(config.parallel, hf_config, world_size, explicit)

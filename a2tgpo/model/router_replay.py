@@ -1,9 +1,10 @@
 """Make the trainer's routers choose the experts that the engine chose.
 
 Trainer and engine use different kernels and batches, so their hidden states differ by rounding errors. If two experts
-have nearly equal logits, the two routers may then choose different experts, and the log-probs of this token and of
-all later tokens differ. With replay, a router of the trainer takes the engine's experts, and computes their weights
-from its own logits. The router still gets its gradient, because the choice of experts has no gradient in any case.
+have nearly equal logits, the two routers may then choose different experts. Trainer and engine then compute different
+log-probs for this token and for all later tokens. With replay, a router of the trainer takes the engine's experts,
+and computes their weights from its own logits. The router still gets its gradient, because the choice of experts has
+no gradient in any case.
 """
 
 from __future__ import annotations

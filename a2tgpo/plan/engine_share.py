@@ -34,9 +34,9 @@ def with_engine_share(
     """Return `config` with values for `rollout.gpu_memory_fraction` and `rollout.kv_cache_gib`.
 
     If `config` sets the fraction, return `config` unchanged. If `config` sets only the cache, the cache is kept. A
-    chosen cache leaves `SAFETY_MARGIN` of the GPU free, but always holds one sequence. The chosen cache is never
-    larger than the sequences in flight need. The fraction is the sum of weights, workspace, graphs and cache,
-    divided by the GPU's memory.
+    chosen cache leaves `SAFETY_MARGIN` of the GPU free, but is always large enough for one sequence. The chosen cache
+    is never larger than the sequences in flight need. The fraction is the sum of weights, workspace, graphs and
+    cache, divided by the GPU's memory.
     """
     rollout = config.rollout
     if rollout.gpu_memory_fraction:

@@ -58,7 +58,7 @@ def model_bytes(config: RunConfig, dimensions: ModelDimensions) -> int:
 def kept_bytes(config: RunConfig, dimensions: ModelDimensions, kept: Kept) -> float:
     """Return the bytes of the checkpoints in `kept`.
 
-    `checkpoint.keep_gb` limits the bytes of reduced checkpoints, but one reduced checkpoint always stays.
+    `checkpoint.keep_gb` limits the bytes of reduced checkpoints, but one reduced checkpoint is always kept.
     """
     one = weights_bytes(config, dimensions)
     weights: float = kept.weights_only * one

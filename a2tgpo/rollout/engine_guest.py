@@ -52,8 +52,8 @@ def abort_in_order(core: Any) -> None:
 
     By default, vLLM's scheduler frees these requests in the order of a Python set
     (vllm/v1/core/sched/scheduler.py, finish_requests). Each rank adds a random suffix to the ids of requests, so
-    the order differs between the ranks of an engine. Evictions, cache hits and schedules would then differ, too. vLLM
-    also aborts requests that have written a stop string.
+    the order differs between the ranks of an engine. Evictions, cache hits and schedules would then also differ
+    between the ranks. vLLM also aborts requests that have written a stop string.
     """
     abort: Callable[[list[str]], None] = core.abort_requests
 

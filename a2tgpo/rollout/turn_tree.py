@@ -37,7 +37,7 @@ class BranchPoint:
 
 
 class TreeGrowth:
-    """Decide when and where the trajectories of each prompt branch. All ranks of an engine decide alike.
+    """Decide when and where the trajectories of each prompt branch. All ranks of an engine make the same decisions.
 
     Args:
         group_size: number of trajectories per prompt, including branches.

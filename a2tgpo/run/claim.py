@@ -23,7 +23,7 @@ def claim(
 
     Args:
         begins_anew: whether the experiment begins anew. If so, an existing folder is first renamed to
-            NAME.previous_N. Only the newest `checkpoint.keep_previous` renamed folders stay.
+            NAME.previous_N. Only the newest `checkpoint.keep_previous` renamed folders are kept.
         accept: whether to continue despite changes since the last start.
         done: the progress of the experiment, in a few words. If empty, nothing was trained yet, and the start is not
             compared with the last start.

@@ -12,7 +12,7 @@ FOLDER = "plugins"
 
 
 def keep_files(folder: Path, config: RunConfig) -> None:
-    """Copy the user's files to `folder`/plugins/NAME.DIGEST.py; an earlier copy with the same content stays.
+    """Copy the user's files to `folder`/plugins/NAME.DIGEST.py; an earlier copy with the same content is kept.
 
     A file that does not exist is left out, because the build of the rewards or tools reports it.
     """

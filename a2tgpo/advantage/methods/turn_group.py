@@ -13,8 +13,8 @@ def advantages(
 ) -> TurnAdvantages:
     """Return the advantages of all turns (Eq. 6-9).
 
-    The final turn's advantage is R_i, the normalised outcome. A process turn's is alpha D_{i,t} / sqrt(n_i - t + 1) +
-    R_i.
+    A process turn's advantage is alpha D_{i,t} / sqrt(n_i - t + 1) + R_i, where R_i is the normalised outcome. The
+    final turn's advantage is R_i.
     """
     normalized_gain, spread = normalize_turn_groups(table, table.has_gain, config, dp_group=dp_group)
     outcome = normalize_outcomes(table, config, dp_group=dp_group)
