@@ -69,16 +69,17 @@ _ON_ITSELF = {
 }
 """Numbers of the system calls that a process may use only with itself as the first argument."""
 _REFUSED_OPERATIONS = {
-    "prctl": ({"x86_64": 157, "aarch64": 167}, 0, (1,)),  # PR_SET_PDEATHSIG: outlive the trainer
-    "fcntl": ({"x86_64": 72, "aarch64": 25}, 1, (8, 15)),  # F_SETOWN, F_SETOWN_EX: let a pipe send signals
+    "prctl": ({"x86_64": 157, "aarch64": 167}, 0, (1,)),  # PR_SET_PDEATHSIG
+    "fcntl": ({"x86_64": 72, "aarch64": 25}, 1, (8, 15)),  # F_SETOWN, F_SETOWN_EX
     "ioctl": (
         {"x86_64": 16, "aarch64": 29},
         1,
         (0x8901, 0x8902),
-    ),  # FIOSETOWN, SIOCSPGRP: let a socket send signals
+    ),  # FIOSETOWN, SIOCSPGRP
 }
 """System calls of which only some operations fail with EPERM. For each call: its number by architecture, the place of
-the operation among its arguments, and the operations that fail."""
+the operation among its arguments, and the operations that fail. They would let a process outlive the
+trainer, or let a pipe or a socket send signals."""
 _SOCKETPAIR = {"x86_64": 53, "aarch64": 199}
 _AF_UNIX, _SOCK_STREAM, _TYPE_MASK = 1, 1, 0xF
 _CLONE = {"x86_64": 56, "aarch64": 220}

@@ -1,5 +1,4 @@
-"""The modules of the tools. If `tools.names` lists NAME, the policy calls the tool of the module NAME as <NAME> ...
-</NAME>.
+"""The modules of the tools. A module NAME defines the tool NAME, which `tools.names` may list.
 
-Each module must have the function `build(config: RunConfig) -> Tool`, which every rank calls.
+Each module must have a function `build`, which takes the `RunConfig` and returns the tool. Every rank calls it.
 """

@@ -1,4 +1,4 @@
-"""The token credits. `algorithm.token_credit: NAME` selects module NAME.
+"""The token credits. `algorithm.token_credit` selects a module by its name.
 
 Each module has this function, which returns an advantage for each sampled token of a micro-batch:
 

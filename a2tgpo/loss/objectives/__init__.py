@@ -1,4 +1,4 @@
-"""The objectives, which define the policy loss. `algorithm.objective: NAME` selects module NAME.
+"""The objectives, which define the policy loss. `algorithm.objective` selects a module by its name.
 
 Each module has this function, which returns the policy term of each sampled token of a micro-batch:
 

@@ -1,4 +1,4 @@
 """The modules of the rewards. `reward.names` may list each module by its name.
 
-Each module must have the function `build(config: RunConfig) -> Reward`.
+Each module must have a function `build`, which takes the `RunConfig` and returns the reward.
 """
