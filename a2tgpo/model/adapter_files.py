@@ -17,7 +17,7 @@ from a2tgpo.parallel.collectives import all_gather_object
 ADAPTER_FOLDER = "adapter"
 """Folder of the adapters' files, in a checkpoint and in an exported model."""
 _PREFIX = "base_model.model."
-"""PEFT's name for the model that PEFT wraps."""
+"""Prefix that PEFT adds to the parameter names of the model that it wraps."""
 
 
 def adapter_files(policy: Policy) -> dict[str, bytes]:

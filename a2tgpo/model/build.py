@@ -158,7 +158,7 @@ def _gpt_model(
 
 
 def _freeze_routers(policy: Policy) -> None:
-    """Give the routers' weights no gradient. Raise `ConfigError` if the model has no experts."""
+    """Freeze the routers' weights. Raise `ConfigError` if the model has no experts."""
     if not has_experts(policy.hf_config):
         family = policy.hf_config.model_type
         raise ConfigError(

@@ -71,7 +71,7 @@ class GroupedLinear(torch.nn.Module):
             self.register_parameter(f"weight{number}", weight)
 
     def forward(self, x: torch.Tensor, tokens_per_expert: list[int]) -> tuple[torch.Tensor, None]:
-        """Map x [tokens, input_size], sorted by expert, to [tokens, output_size]. An expert may have no token."""
+        """Map x [tokens, input_size], sorted by expert, to [tokens, output_size]. An expert may have no tokens."""
         parts = x.split(tokens_per_expert)
         weights = [self.get_parameter(f"weight{number}") for number in range(self.num_gemms)]
         return torch.cat([F.linear(part, weight) for part, weight in zip(parts, weights, strict=True)]), None

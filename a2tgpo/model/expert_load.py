@@ -52,10 +52,10 @@ class ExpertLoad:
             self._is_real = None
 
     def take(self) -> Tensor:
-        """Return the tokens since the last call by layer and expert, [num_layers, num_experts] float64 on the CPU.
+        """Return the counts since the last call by layer and expert, [num_layers, num_experts] float64 on the CPU.
 
         Every rank must call this. The counts are sums over all ranks. A token is counted once for each expert that it
-        chooses.
+        is routed to.
         """
         taken = all_reduce_sum(self._counts, world_group()).cpu()
         self._counts.zero_()

@@ -41,9 +41,9 @@ def inference_config(
     """Return `config` with the layout in which `world_size` processes run or convert the model.
 
     The trainer's model is divided over as many tensor-parallel processes as its sizes allow. Its experts are divided
-    over as many processes as their number allows. The model has one pipeline stage and no FP8, and replays no
-    experts. An engine has gcd(`rollout.tensor_parallel`, `world_size`) processes and uses `MEMORY_FRACTION` of each
-    GPU.
+    over as many processes as their number allows. The model has one pipeline stage, uses no FP8, and replays
+    no experts. An engine has gcd(`rollout.tensor_parallel`, `world_size`) processes and uses `MEMORY_FRACTION` of
+    each GPU.
 
     Args:
         config: a run's configuration with the overrides `UNDIVIDED`.

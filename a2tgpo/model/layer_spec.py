@@ -62,7 +62,7 @@ def _mlp(provider: Any) -> ModuleSpec:
 
 
 def _experts(config: TransformerConfig, provider: Any) -> Any:
-    """Return the specification of router, dispatcher and grouped experts."""
+    """Return the specification of the router, the dispatcher and the grouped experts."""
     return get_moe_module_spec_for_backend(
         backend=provider, num_experts=config.num_moe_experts, moe_grouped_gemm=True
     )

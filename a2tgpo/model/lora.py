@@ -84,7 +84,7 @@ class LoraAdapter(nn.Module):
         self._device, self._dtype = linear.weight.device, config.params_dtype
 
     def pair(self, projection: Projection) -> tuple[Parameter, Parameter]:
-        """Return A and B of a projection, each with its part on this rank."""
+        """Return this rank's parts of a projection's A and B."""
         return getattr(self, f"A_{projection.leaf}"), getattr(self, f"B_{projection.leaf}")
 
     def delta(self) -> Tensor:
@@ -93,7 +93,7 @@ class LoraAdapter(nn.Module):
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:
-        """Return this rank's part `weight` of the layer's weight plus `delta`, added in float32 and rounded once."""
+        """Return `weight`, this rank's part of the layer's weight, plus `delta`: added in float32, rounded once."""
         return self.delta().add_(weight).to(weight.dtype)
 
     def sharded_state_dict(
@@ -123,7 +123,7 @@ class LoraAdapter(nn.Module):
             set_tensor_model_parallel_attributes(parameter, True, split_dim, 1)
         parameter.allreduce = True  # type: ignore[attr-defined]
         # Megatron gathers a module's own parameters just before the module runs, but not the parameters of submodules
-        # that are not called. So the parameters belong to this module itself.
+        # that are not called. So A and B belong to this module itself.
         self.register_parameter(name, parameter)
 
 

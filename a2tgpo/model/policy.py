@@ -75,7 +75,7 @@ class Policy:
         return replace(self, is_base=True, trainable=False, expert_load=None, router_replay=None)
 
     def adapting(self) -> AbstractContextManager[None]:
-        """Return a context in which the chunks use the adapters as this policy does."""
+        """Return a context in which the chunks use the adapters, or leave them out if `is_base` is True."""
         if self.adapters is None:
             return contextlib.nullcontext()
         return self.adapters.switched(on=not self.is_base)

@@ -1,10 +1,10 @@
 """Make the trainer's routers choose the experts that the engine chose.
 
 Trainer and engine use different kernels and batches, so their hidden states differ by rounding errors. If two experts
-have nearly equal logits, the two routers may then choose different experts. Trainer and engine then compute different
-log-probs for this token and for all later tokens. With replay, a router of the trainer takes the engine's experts,
-and computes their weights from its own logits. The router still gets its gradient, because the choice of experts has
-no gradient in any case.
+have nearly equal logits for a token, the two routers may choose different experts. Trainer and engine then compute
+different log-probs for this token and for all later tokens. With replay, a router of the trainer takes the engine's
+experts, and computes their weights from its own logits. The router still gets its gradient, because the choice of
+experts has no gradient in any case.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class RouterReplay:
     """Replays the experts of packed batches in one policy. Every rank of the policy has an instance.
 
     Megatron's own class (megatron/core/transformer/moe/router_replay.py) keeps one global list of all routers of the
-    process, also those of a reference model. Its caller must announce each forward and backward pass of each
+    process, including those of a reference model. Its caller must announce each forward and backward pass of each
     micro-batch, but Megatron's pipeline schedules offer no place to do so. Megatron calls any object in the attribute
     `router.router_replay`, so each router gets an object of this module.
 
@@ -83,12 +83,12 @@ class RouterReplay:
     def comparing(self, num_tokens: int) -> Iterator[Tensor]:
         """In the `with` block, let the routers choose on their own, and compare their choices with `batch.experts`.
 
-        Every rank must enter the block, and may run one batch in it, of `num_tokens` positions, without gradients.
+        Every rank must enter the block. In it, a rank may run one batch of `num_tokens` positions, without gradients.
 
         Yields:
-            [layers, num_tokens] uint8 on the policy's device. After the block, an entry is 1 where a router chose
-            other experts than the engine. It is 0 where the choices agree, and where the batch has no row. The tensor
-            is equal on all ranks of the data-parallel replica.
+            [layers, num_tokens] uint8 on the policy's device. After the block, an entry is 1 where the router and
+            the engine chose different experts. It is 0 where they agree, and where the batch has no row of experts.
+            The tensor is equal on all ranks of the data-parallel replica.
         """
         groups = self._groups
         differs = torch.zeros(self.shape.layers, num_tokens, dtype=torch.uint8, device=groups.device)
@@ -118,8 +118,8 @@ class _Choice:
         self.differs: Tensor | None = None
         """[n] uint8, whether the router's own choice differs from `rows`, if the pass compares."""
         self.kept: deque[Tensor | None] = deque()
-        """`rows` of the passes that are computed again, in the order of these passes. In each chunk, Megatron's
-        schedules run backward through the micro-batches in the order in which they ran forward."""
+        """`rows` of the passes that are computed again, in the order of these passes. For each chunk, Megatron's
+        schedules run the backward passes of the micro-batches in the order of their forward passes."""
         self._in_pass = False
         self._compares = False
         layer.mlp.router.router_replay = self

@@ -21,8 +21,8 @@ from a2tgpo.model.rope import rope_of
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 VOCAB_MULTIPLE = 128
-"""The embedding's number of rows is padded to a multiple of this number. All usual layouts then have the same number
-of rows, so a checkpoint from one layout fits another layout."""
+"""The embedding's number of rows is padded to a multiple of this number. All usual layouts then give the
+embedding the same number of rows, so a checkpoint from one layout fits another layout."""
 
 
 def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, fp8: Fp8Config) -> None:

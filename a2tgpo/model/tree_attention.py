@@ -1,4 +1,4 @@
-"""Attention along a tree, so that one pass runs a trunk and branches. Each branch continues a part of the trunk.
+"""Attention along a tree, so that one pass runs a trunk and branches. Each branch continues a prefix of the trunk.
 
 Kernels for packed sequences support only causal segments. The pass therefore replaces every layer's core attention,
 which has no weights, by plain scaled dot product attention.
@@ -60,7 +60,7 @@ class TreeAttention(nn.Module):
 def attending_along(chunk: Any, nodes: Sequence[TreeNode], positions: Tensor) -> Iterator[None]:
     """Make `chunk` attend along the tree `nodes` inside this context. The row must be one segment.
 
-    Passes must have no gradients. Context parallelism is impossible, because each rank needs all keys of its heads.
+    Run passes without gradients. Context parallelism is impossible, because each rank needs all keys of its heads.
 
     Args:
         positions: [1, T] int64 on the model's device: the rotary position of each token in the row, less than T.

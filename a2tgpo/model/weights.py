@@ -42,7 +42,7 @@ _COMPANIONS = (
     "generation_config.json",
 )
 TEMPLATE_FILE = "chat_template.jinja"
-"""Name of a file in the tokenizer's folder. transformers uses its template instead of tokenizer_config.json's."""
+"""Name of a file in the tokenizer's folder. transformers prefers its template to the one in tokenizer_config.json."""
 _TEMPLATES = ("chat_template*", "additional_chat_templates")
 
 
@@ -179,8 +179,8 @@ def iterate_hf_weights(policy: Policy, *, bucket_bytes: int = 0) -> Iterator[tup
     """Yield all weights in full with their Hugging Face names. Every rank must call this and exhaust the iterator.
 
     All ranks get the same tensors in the same order. A tensor may share memory with the model, so read it before you
-    request the next tensor, and do not write to it. Adapters are merged: the tensors are the weights of a model
-    without adapters that computes the same.
+    request the next tensor, and do not write to it. Adapters are merged: the tensors are the weights of an
+    equivalent model without adapters.
 
     Args:
         bucket_bytes: largest size of a bucket, whose parameters are gathered together. A larger parameter has its own
@@ -216,7 +216,7 @@ def iterate_hf_weights(policy: Policy, *, bucket_bytes: int = 0) -> Iterator[tup
 def _named_parts(
     policy: Policy, record: ParameterRecord, parts: list[torch.Tensor]
 ) -> list[tuple[str, torch.Tensor]]:
-    """Return (name, whole parameter) pairs. If the record is of an expert, each part is a whole parameter."""
+    """Return (name, whole parameter) pairs. If the record describes an expert, each part is a whole parameter."""
     groups, config = policy.groups, policy.transformer_config
     if is_expert(record.name):
         assert config.num_moe_experts is not None
@@ -268,7 +268,7 @@ def save_hf(
                     (folder / name).write_bytes(data)
         except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors
             failure = f"could not write {out}: {first_line(error)}"
-    for _ in weights:  # all ranks take part in the gathers, rank 0 also after a failure
+    for _ in weights:  # all ranks take part in the gathers, even rank 0 after a failure
         pass
     failure = broadcast_object(failure, world_group(), source=0)
     if failure is not None:

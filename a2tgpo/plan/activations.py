@@ -34,7 +34,7 @@ class MicrobatchShape:
     fp8_bytes: float = 0.0
     """Bytes per value, scales included, of an input that a linear layer keeps in FP8. 0 means that FP8 is off."""
     adapter_width: int = 0
-    """Values per token between A and B in all adapters of a layer."""
+    """Number of values per token between A and B, over all adapters of a layer."""
 
     @property
     def residual_bytes(self) -> int:

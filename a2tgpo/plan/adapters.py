@@ -19,7 +19,7 @@ def adapter_fault(lora: LoraConfig, dimensions: ModelDimensions) -> str | None:
 
 
 def projection_sizes(dimensions: ModelDimensions) -> dict[str, tuple[int, int]]:
-    """Return the numbers of inputs and outputs of each projection in a layer that can have an adapter."""
+    """Return the numbers of inputs and outputs of each adaptable projection of a layer."""
     d = dimensions
     sizes = {
         "q_proj": (d.hidden, d.query_width),

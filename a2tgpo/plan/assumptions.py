@@ -32,7 +32,8 @@ class Assumptions:
     answer_tokens: float = 16.0
     """Tokens of scaffold and gold answer together. The engine scores these tokens after every turn."""
     fixed_s: float = 5.0
-    """Seconds per step for exchange, advantages, packing, records, and the engine's sleep and wake-up."""
+    """Seconds per step for advantages, packing, records, the exchange of trajectories, and the engine's sleep and
+    wake-up."""
     activation_ratio: float = 1.0
     """Actual memory of the layers' activations, divided by the memory computed from their shapes."""
     context_gib: float = 3.0

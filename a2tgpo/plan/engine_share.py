@@ -16,7 +16,7 @@ from a2tgpo.plan.memory import memory_phases
 from a2tgpo.plan.workload import Workload, geometry
 
 SAFETY_MARGIN = 0.1
-"""Share of the GPU that stays free in the phases start and rollout, in addition to the plan's reserve."""
+"""Share of the GPU that stays free in the phases `start` and `rollout`, in addition to the plan's reserve."""
 STEP_GIB = 0.5
 """The size of a chosen cache is a multiple of this many GiB."""
 DECIMALS = 3
@@ -34,9 +34,9 @@ def with_engine_share(
     """Return `config` with values for `rollout.gpu_memory_fraction` and `rollout.kv_cache_gib`.
 
     If `config` sets the fraction, return `config` unchanged. If `config` sets only the cache, the cache is kept. A
-    chosen cache leaves `SAFETY_MARGIN` of the GPU free, but is always large enough for one sequence. The chosen cache
-    is never larger than the sequences in flight need. The fraction is the sum of weights, workspace, graphs and
-    cache, divided by the GPU's memory.
+    chosen cache leaves `SAFETY_MARGIN` of the GPU free, but is always large enough for one sequence. It is never
+    larger than the sequences in flight need. The fraction is the sum of weights, workspace, graphs and cache, divided
+    by the GPU's memory.
     """
     rollout = config.rollout
     if rollout.gpu_memory_fraction:
@@ -63,7 +63,7 @@ def _chosen_cache_gib(
 def _engine_room(
     config: RunConfig, dimensions: ModelDimensions, gpu: Gpu, gpus: int, assumed: Assumptions
 ) -> float:
-    """Return the most bytes that the engine may take if the phases start and rollout must both fit the GPU."""
+    """Return the most bytes that the engine may take if the phases `start` and `rollout` must both fit the GPU."""
     without = _with(config, kv_cache_gib=0.0, gpu_memory_fraction=0.0)  # plan an engine that takes no memory
     divided = geometry(without, dimensions, Workload().limited(config), gpus=gpus, kv_cache_bytes=0.0)
     phases = memory_phases(without, dimensions, gpu, divided, assumed)

@@ -101,8 +101,8 @@ def _of_stage(config: RunConfig, dimensions: ModelDimensions, stage: int, divide
 def _expert_bytes(config: RunConfig, dimensions: ModelDimensions, divided: Geometry) -> float:
     """Return the bytes of the rows of experts on a rank, averaged over the ranks of an engine.
 
-    A rank has its replica's trajectories twice, before and after packing. The first rank of an engine has the
-    trajectories that the engine played, and vLLM's copy for the cached tokens.
+    A rank has the rows of its replica's trajectories twice, before and after packing. The first rank of an engine has
+    the rows of the trajectories that the engine played, and vLLM's rows for the tokens in its cache.
     """
     if not config.rollout.router_replay:
         return 0.0

@@ -72,7 +72,7 @@ def restart_bytes(config: RunConfig, dimensions: ModelDimensions, *, gpus: int, 
 
     All ranks together read the checkpoint once. If there is a reference model, or if the checkpoint has only
     adapters, each node reads the files of `model.path` once. If engines quantise weights while loading, each engine
-    and each node reads these files at least once.
+    reads these files once, or each node if there are more nodes than engines.
     """
     model = checkpoint_parameters(dimensions) * MODEL_FILE_BYTES
     nodes = -(-gpus // gpus_per_node)

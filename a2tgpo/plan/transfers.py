@@ -1,4 +1,4 @@
-"""Predict how long a step copies the trainer's state between the GPUs and their hosts.
+"""Predict how long a step takes to copy the trainer's state between the GPUs and their hosts.
 
 `update.offload` moves state between the phases of a step. An extrapolated update copies state in both directions.
 """

@@ -22,12 +22,12 @@ class ContextScorer:
     max_model_len: int
     """Number of tokens in the engine's longest sequence. A context whose answers do not fit gets no scores."""
     max_tokens: int
-    """Number of positions in one row of the model."""
+    """Number of positions in one packed row."""
 
     def score(
         self, model: Policy, trajectories: Sequence[Trajectory]
     ) -> list[list[list[list[float]] | None]]:
-        """Return, for each trajectory and context, the log-probs of each alias and token, in nats.
+        """Return, for each trajectory and context, the log-prob of each token of each alias, in nats.
 
         Every rank must call this. All ranks of a data-parallel replica must pass the same trajectories, possibly
         none, and get the same result. A context is None if the answers do not fit, or if there is no answer to score.

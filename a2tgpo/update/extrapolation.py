@@ -149,7 +149,7 @@ class Extrapolation:
         self._sums = torch.zeros(len(SUMS), dtype=torch.float64)
 
     def _add_factors(self, metrics: MetricSums) -> None:
-        """Add means over all weights of the model. Every rank must call this."""
+        """Add metrics averaged over the weights of the whole model. Every rank must call this."""
         found = dict(zip(SUMS, all_reduce_sum(self._sums, world_group()).tolist(), strict=True))
         weights, active = found["weights"], found["active"]
         metrics.add("extrapolation/factor_mean", found["factor"] / weights, 1)

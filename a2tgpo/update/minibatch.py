@@ -33,7 +33,7 @@ class Microbatch:
     turn_clip_scales: Tensor
     """[U] float32."""
     sequence_weights: Tensor
-    """[S] float32: the weight in the loss of each sampled token of the sequence."""
+    """[S] float32: the weight that each sampled token of the sequence has in the loss."""
     sequence_is_correct: Tensor
     """[S] bool: whether the trajectory's answer is an exact match."""
     is_cov_clipped: Tensor | None = None

@@ -196,7 +196,7 @@ class _TrainingPasses:
         return loss_function
 
     def later_loss_of(self, minibatch: Sequence[Microbatch], *, from_here: bool) -> LossFunction:
-        """Return the loss function of another pass over a mini-batch, after a pass with the function of `loss_of`.
+        """Return the loss function of a later pass over a mini-batch whose first pass used `loss_of`.
 
         Its metrics are `tokens` and `clipped`, the numbers of sampled tokens and of clipped tokens.
 
@@ -219,7 +219,7 @@ class _TrainingPasses:
         return loss_function
 
     def _inputs(self, microbatch: Microbatch, entropy: Tensor) -> tuple[LossInputs, ImportanceWeights | None]:
-        """Return the inputs of the policy loss, and the importance weights among them if there is a correction."""
+        """Return the inputs of the policy loss, and the importance weights: None without a correction."""
         inputs, importance = microbatch.loss_inputs(), None
         if self._config.correction.kind != "none":
             importance = weigh(inputs, microbatch.batch, self._config.correction)
@@ -293,7 +293,7 @@ def _score_metrics(policy: Policy, sums: dict[str, Tensor]) -> MetricSums:
 
 
 def _loss_sums(result: PolicyLoss, log_ratio: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
-    """Return sums over a micro-batch's sampled tokens. A sum whose name ends in `by_turn` is a `sums_by_turn`."""
+    """Return sums over a micro-batch's sampled tokens. A sum named `..._by_turn` comes from `sums_by_turn`."""
     turn_index = batch.turn_index[batch.turn_ids[0, batch.loss_mask[0]]]  # [n]
     return {
         "tokens": torch.tensor(float(turn_index.numel())),

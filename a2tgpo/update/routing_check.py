@@ -24,11 +24,11 @@ def routing_metrics(
     """Run the step's first micro-batch without and with replay. Return no metrics if the policy does not replay.
 
     Every rank must call this before the policy is trained on the step. A token is any position with a row of experts,
-    also in the prompt and in observations. The metrics must be reduced over the data-parallel group.
+    including those in the prompt and in observations. The metrics must be reduced over the data-parallel group.
 
-    - `routing/layer_N_differs` is the share of tokens for which layer N, counted from 1, chooses other experts than
-      the engine if no layer replays. `routing/differs` is the mean over the layers.
-    - `routing/token_differs` is the share of tokens for which at least one layer chooses other experts.
+    - `routing/layer_N_differs` is the share of tokens for which trainer and engine choose different experts in layer
+      N, counted from 1, if no layer replays. `routing/differs` is the mean over the layers.
+    - `routing/token_differs` is the share of tokens for which the experts differ in at least one layer.
     - `routing/gap_own` and `routing/gap_replayed` are the mean |log-prob of the trainer - log-prob of the engine| of
       the sampled tokens, in nats, without and with replay.
     - `routing/replayed_share` is the share of all positions of the step, without padding, that have a row.
