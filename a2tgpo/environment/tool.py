@@ -125,8 +125,8 @@ class Toolset:
     call_timeout_s: float = 240.0
     """Seconds from the start of a call until the call fails. The time in the queue is not included."""
     outage_limit_s: float | None = None
-    """Seconds for which a call that raises `ToolUnavailableError` is repeated before the run ends. If 0, the run ends
-    at once. If None, the call is not repeated, and the policy reads that the call failed."""
+    """Seconds for which a call that raises `ToolUnavailableError` is repeated before the run ends. 0: the run ends at
+    once. None: the call is not repeated, and the policy reads that the call failed."""
 
     @property
     def names(self) -> tuple[str, ...]:

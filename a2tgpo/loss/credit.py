@@ -33,10 +33,10 @@ def credit_tokens(
         logprobs: [n] log-probs of the current policy.
 
     Returns:
-        The inputs, and a mapping from names of metrics to values, whose mean over the step is the metric.
+        The inputs, and a mapping from each metric's name to values. The metric is their mean over the step.
 
     Raises:
-        ConfigError: with a one-line message, if a credit of the user fails or returns another shape.
+        ConfigError: with a one-line message, if a user's token credit fails or returns a wrong shape.
     """
     if config.token_credit == NO_CREDIT:
         return inputs, {}

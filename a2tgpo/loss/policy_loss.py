@@ -1,4 +1,4 @@
-"""The loss of one micro-batch: the objective's policy term, KL penalty and entropy, weighted over sampled tokens."""
+"""The loss of one micro-batch: a weighted sum of policy terms, KL penalties and entropy terms of sampled tokens."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ class PolicyLoss:
 def policy_loss(
     logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmConfig, *, entropy_weight: float = 0.0
 ) -> PolicyLoss:
-    """Return the weighted sum of the policy terms of `algorithm.objective` over the sampled tokens.
+    """Return the loss of a micro-batch with the policy terms of `algorithm.objective`.
 
     The importance weights multiply the policy term, but neither the KL penalty nor the entropy term. The returned
     `loss` is this micro-batch's share of the mini-batch's loss.
@@ -40,7 +40,7 @@ def policy_loss(
         entropy_weight: the factor of the entropy term, see `entropy.EntropyWeight`.
 
     Raises:
-        ConfigError: with a one-line message, if an objective of the user fails or returns another shape.
+        ConfigError: with a one-line message, if a user's objective fails or returns a wrong shape.
     """
     trained = logprobs
     if inputs.is_cov_clipped is not None:

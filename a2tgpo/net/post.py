@@ -28,7 +28,7 @@ class PostError(RuntimeError):
         status: the HTTP status with which the server refused the request; None if there was none.
         is_late: whether the answer took too long.
         is_too_large: whether the answer was too large.
-        retry_after_s: seconds after which the server allows a further try, if it said so.
+        retry_after_s: seconds after which the server allows a further try; None if the server gave none.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ def new_client(
     """Return a client that keeps its connections alive, and sends `token` with each request.
 
     Args:
-        uses_proxy: whether to use the proxy that the environment names. Servers in the cluster need no proxy.
+        uses_proxy: whether to use the proxy that environment variables name. Servers in the cluster need no proxy.
     """
     return httpx.Client(
         trust_env=uses_proxy,

@@ -1,4 +1,4 @@
-"""Read a server's bearer token from a file or the environment. No message shows the token."""
+"""Read a server's bearer token from a file or an environment variable. No message shows the token."""
 
 import os
 import re

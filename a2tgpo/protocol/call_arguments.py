@@ -71,7 +71,7 @@ def one_text(parameters: Mapping[str, Any], text: str) -> dict[str, str] | None:
 
 
 def _decoded(text: str) -> Any:
-    """Return the value of `text` as JSON or as a constant of Python. If it is neither, return `text`."""
+    """Decode `text` as JSON or as a Python constant. If it is neither, return `text`."""
     constants = {"True": True, "False": False, "None": None}
     if text.strip() in constants:
         return constants[text.strip()]

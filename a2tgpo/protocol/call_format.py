@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Protocol
 from a2tgpo.config.rollout import FORMATS_PACKAGE
 
 MAX_CALLS = 64
-"""Number of calls that are read in one turn. Further calls are ignored, so that no turn takes long to read."""
+"""Largest number of calls that are read in one turn. Further calls are ignored, so no turn takes long to read."""
 MAX_CALL_CHARS = 32_768
 """Largest number of characters of one call."""
 

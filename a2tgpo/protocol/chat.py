@@ -1,4 +1,4 @@
-"""The protocol of the model's own chat template: calls in the model's format, results in messages of role tool."""
+"""The protocol of the model's own chat template: calls in the model's format, results in messages of role `tool`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ChatProtocol(AgentProtocol):
         schemas: one or more descriptions of tools, as chat templates expect them.
         call_format: name of the call format. "auto" means the format in which the template writes calls.
         max_calls: largest number of calls in one turn. Further calls get an error as their result.
-        scaffold: text between a context and the gold answer. If empty, the scaffold is the usual beginning of an
+        scaffold: text between a context and the gold answer. An empty text means the usual beginning of an
             answer, after an empty thought if the model thinks.
         is_strict: value of `ChatFormat.is_strict`.
         max_part_tokens: number of tokens to which each part of a tool's answer is cut.

@@ -39,8 +39,8 @@ class ChatFormat:
     def is_well_formed(self, trajectory: Trajectory, texts: Sequence[str]) -> bool:
         """Return whether the last turn has an answer and no call.
 
-        With `is_strict`, no limit may have ended the trajectory, no call may have a problem, and each turn must have
-        exactly one thought if the model thinks.
+        If `is_strict`, also require that no limit ended the trajectory, that no call has a problem and, if the model
+        thinks, that each turn has exactly one thought.
         """
         if self.answer_of(trajectory, texts) is None or self.calls.find_calls(self.visible(texts[-1])):
             return False

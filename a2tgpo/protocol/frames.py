@@ -46,7 +46,7 @@ class ResultFrames:
         return f"{self.open}{self.between.join(inner)}{self.close}"
 
     def split(self, text: str, count: int) -> list[str] | None:
-        """Return the `count` results that `join` combined to `text`, or None if they cannot be told apart."""
+        """Return the `count` results that `join` combined into `text`, or None if they cannot be told apart."""
         if not (text.startswith(self.open) and text.endswith(self.close)):
             return None
         body = text[len(self.open) : len(text) - len(self.close)]

@@ -32,7 +32,7 @@ def to_trajectory(
     Args:
         tools: names of the tools that the policy may call.
         prompt_index: value of `Trajectory.prompt_index`.
-        append_eos: whether to append the end-of-sequence token to the last turn, so that this token is trained.
+        append_eos: whether to append the end-of-sequence token to the last turn, so that the policy learns it.
 
     Raises:
         ConfigError: if `append_eos` is set but the tokenizer has no end-of-sequence token.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_CHARACTER_TOKENS = 4
-"""Largest number of tokens of one character, because a character has at most 4 bytes in UTF-8."""
+"""Largest number of tokens of one character, which has at most 4 bytes in UTF-8."""
 
 
 class ObservationEncoder:

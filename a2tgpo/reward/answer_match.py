@@ -44,7 +44,7 @@ def exact_match(answer: str, golds: Sequence[str]) -> float:
 def f1_score(answer: str, golds: Sequence[str]) -> float:
     """Return the highest token F1 of `answer` over all gold answers.
 
-    If the answer or the gold answer is yes, no or noanswer, F1 is 1.0 if the two are equal, else 0.0.
+    If the answer or the gold answer is `yes`, `no` or `noanswer`, F1 is 1.0 if the two are equal, else 0.0.
     """
     return max((_f1(normalize_answer(answer), normalize_answer(gold)) for gold in golds), default=0.0)
 

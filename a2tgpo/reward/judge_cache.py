@@ -16,7 +16,7 @@ class JudgeCache:
     """Stores replies, so that no request is sent twice. Many threads may use it at the same time.
 
     Args:
-        folder: the folder of the files. Every process reads all files once, and appends to its own file. If None,
+        folder: the folder of the files. Every process reads all files once, and appends to its own file. None:
             the replies are only in memory.
         name: name of this process's file.
     """

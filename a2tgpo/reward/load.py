@@ -1,4 +1,4 @@
-"""Build the rewards that `reward.names` lists: modules of this package, and functions and classes of the user."""
+"""Build the rewards that `reward.names` lists: modules of this package, and the user's functions and classes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _of_package(name: str, config: RunConfig) -> tuple[Reward, Path]:
 
 
 class _Function:
-    """A function of the user as a reward."""
+    """A reward that calls a user's function."""
 
     def __init__(self, function: Callable[[Episode], float | Score]):
         self.score = function

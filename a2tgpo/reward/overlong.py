@@ -10,7 +10,7 @@ def overlong_penalty(num_tokens: int, *, max_tokens: int, buffer_tokens: int, pe
     Args:
         num_tokens: number of sampled tokens and observation tokens in the response.
         max_tokens: value of `rollout.max_response_tokens`.
-        buffer_tokens: number of tokens over which the penalty grows (L_cache). If 0, no response gets a penalty.
+        buffer_tokens: number of tokens over which the penalty grows (L_cache). 0: no response gets a penalty.
         penalty: the largest penalty, >= 0. The paper uses 1.
     """
     if buffer_tokens == 0:

@@ -103,4 +103,4 @@ class RewardPool:
 
 
 def _nothing() -> None:
-    """Do nothing. The pool calls this if a reward lacks a method."""
+    """Do nothing. The pool calls this in place of a method that a reward lacks."""

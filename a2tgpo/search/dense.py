@@ -29,7 +29,7 @@ class DenseServing:
     num_threads: int = 1
     """Number of threads of FAISS, and of an encoder on a CPU."""
     on_gpus: bool = False
-    """Spread the vectors over all GPUs that FAISS sees, in float16."""
+    """Whether to spread the vectors, in float16, over all GPUs that FAISS sees."""
     nprobe: int = 0
     """Number of IVF lists that a query searches. 0: the number stored in the index, or else the default."""
 

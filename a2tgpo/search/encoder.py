@@ -36,7 +36,7 @@ class Encoder:
     A text's vector is the mean of the last layer's outputs over the text's tokens, scaled to length 1.
 
     Args:
-        dtype: dtype of weights and layers. auto is bfloat16 on a GPU that supports bfloat16, and float32 elsewhere.
+        dtype: dtype of weights and layers. `auto` is bfloat16 on a GPU that supports it, and float32 elsewhere.
             Queries and passages may have different dtypes. The dtype hardly changes a vector (cosine above 0.999).
         batch_size: number of texts that run together; None: 256 on a GPU, 64 elsewhere.
 

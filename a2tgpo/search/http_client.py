@@ -23,7 +23,7 @@ TOKEN_VARIABLE = "A2TGPO_SEARCH_TOKEN"
 TOKEN_HINT = f"search.token_file, or {TOKEN_VARIABLE} in the environment"
 MAX_RESPONSE_BYTES = 10 * 2**20
 _STATUS_OF_THE_QUERY = frozenset({400, 413, 414, 422})
-"""Statuses with which the server refuses one query, but may answer the next query."""
+"""With these statuses, the server refuses one query, but may answer the next query."""
 
 
 class _TransientError(SearchUnavailableError):

@@ -35,7 +35,7 @@ class RetrieveRequest(BaseModel):
 
     queries: list[str] = Field(max_length=MAX_QUERIES)
     topk: int | None = Field(default=None, ge=1, le=MAX_TOP_K)
-    """Number of passages per query; None: the server's --top-k."""
+    """Number of passages per query; None: the server's `--top-k`."""
     return_scores: bool = False
 
 
@@ -52,7 +52,7 @@ class ScoredDocument(BaseModel):
 
 class RetrieveAnswer(BaseModel):
     result: list[list[ScoredDocument]] | list[list[Document]]
-    """The results of each query, best first. Without return_scores, each result is only the document."""
+    """The results of each query, best first. Without `return_scores`, each result is only the document."""
 
 
 class Health(BaseModel):

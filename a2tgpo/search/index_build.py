@@ -35,7 +35,7 @@ class DenseRecipe:
 
     encoder: EncoderSettings
     factory: str = "Flat"
-    """FAISS factory string. Flat is exact and searches all vectors. IVF4096,SQ8 searches only the nearest lists."""
+    """FAISS factory string. `Flat` searches all vectors, exactly. `IVF4096,SQ8` searches only the nearest lists."""
     nprobe: int = 0
     """Number of IVF lists that a query searches; 0: the default (`dense.PROBED_SHARE`)."""
     dtype: str = "auto"

@@ -87,8 +87,8 @@ def load_saved(
 def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) -> Player:
     """Build a player whose engine has the weights of `model`; every rank must call this.
 
-    The weights of a checkpoint reach the engine through the trainer's model, as in training. The engine's log-probs
-    of fixed tokens, the probe, are then compared with the trainer's.
+    The weights of a checkpoint reach the engine through the trainer's model, as in training. A probe then
+    compares the engine's log-probs of fixed tokens with the trainer's.
 
     Raises:
         ConfigError: with a one-line message, if the engine cannot play with these weights or settings.

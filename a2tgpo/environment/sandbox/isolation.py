@@ -20,14 +20,14 @@ from a2tgpo.environment.sandbox.process import SandboxError, SandboxProcess
 from a2tgpo.io.errors import ConfigError
 
 ISOLATIONS = ("bwrap", "namespace", "seccomp")
-"""All isolations. The isolation that hides the most of the machine comes first."""
+"""All isolations, strictest first."""
 MAX_FILE_BYTES = 1 << 20
 """Largest size of a file that the code writes."""
 FOLDER_BYTES = 16 << 20
 """Largest size of the code's folder, if the isolation can limit this size."""
 MAX_OPEN_FILES = 64
 _INSIDE = "/tmp"
-"""The code's folder under bubblewrap."""
+"""Path of the code's folder inside bubblewrap."""
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def _log(isolation: str) -> None:
 
 
 def _bubblewrap(interpreter: str, packages: str) -> list[str]:
-    """Return a bwrap command. A program under it sees only Python, the system's libraries and a folder in memory."""
+    """Return a bwrap command. Programs inside see only Python, the system's libraries and a folder in memory."""
     command = ["bwrap", "--unshare-all", "--die-with-parent", "--cap-drop", "ALL", "--dev", "/dev"]
     command += ["--size", str(FOLDER_BYTES), "--tmpfs", _INSIDE]
     for path in launcher.SYSTEM_FILES:

@@ -2,10 +2,10 @@
 
     python -I -S launcher.py SETTINGS CONTROL
 
-SETTINGS is the JSON text of the settings, and CONTROL is the file descriptor of a pipe. On the standard input, a
-piece of code is its number of bytes in decimal digits, a line break, and its bytes in UTF-8. The code's output goes
-to the standard output. The launcher writes to CONTROL: b"." once it is ready and after each piece of code, or b"!"
-and a text if it cannot confine itself. The launcher imports only the standard library.
+SETTINGS is the JSON text of the settings, and CONTROL is the file descriptor of a pipe. On standard input, each
+piece of code is sent as its number of bytes in decimal digits, a line break, and its bytes in UTF-8. The code's
+output goes to standard output. The launcher writes to CONTROL: b"." once it is ready and after each piece of code, or
+b"!" and a text if it cannot confine itself. The launcher imports only the standard library.
 """
 
 from __future__ import annotations

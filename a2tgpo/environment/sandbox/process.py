@@ -22,8 +22,7 @@ MAX_CODE_BYTES = 60_000
 """Largest size of one piece of code."""
 _CHUNK = 1 << 16
 _CHUNKS_AFTER_END = 16
-"""Largest number of chunks that are read after the code has ended, because the code's threads may continue to
-write."""
+"""Largest number of chunks that are read after the code has ended. Threads of the code may never stop writing."""
 
 Starter = Callable[..., "subprocess.Popen[bytes]"]
 

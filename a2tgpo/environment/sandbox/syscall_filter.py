@@ -87,7 +87,7 @@ _CLONE3 = 435
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _CLONE_THREAD = 0x10000
 _X32_CALLS = 0x40000000
-"""Numbers from here on belong to the x32 ABI of x86-64. In this ABI, the refused calls have other numbers."""
+"""Call numbers from this one on belong to the x32 ABI of x86-64, in which the refused calls have other numbers."""
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
 _NUMBER, _ARCH, _FIRST_ARGUMENT, _SECOND_ARGUMENT = 0, 4, 16, 24

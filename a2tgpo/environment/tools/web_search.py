@@ -73,7 +73,7 @@ def build(config: RunConfig) -> WebSearch:
     """Build the tool.
 
     Raises:
-        ConfigError: with a one-line message, if the service serper is chosen, but has no key.
+        ConfigError: with a one-line message, if `web.backend=serper` needs a key, but none is given.
     """
     web, service = config.web, None
     if web.backend != "recorded":

@@ -20,7 +20,7 @@ class Cassette:
     """A folder of answers. Threads, processes and machines may share it.
 
     Args:
-        folder: folder of the answers. If empty, nothing is recorded, and nothing is found.
+        folder: folder of the answers. With an empty path, nothing is recorded or found.
     """
 
     def __init__(self, folder: str):
@@ -38,7 +38,7 @@ class Cassette:
         return list(record["parts"])
 
     def record(self, request: Mapping[str, object], parts: list[str]) -> None:
-        """Record an answer. If the folder cannot be written, warn once and continue."""
+        """Record an answer. If it cannot be written, warn once and continue."""
         if self._folder is None:
             return
         writer = f".{platform.node()}.{os.getpid()}.{threading.get_ident()}"

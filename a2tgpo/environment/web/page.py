@@ -40,7 +40,7 @@ class Page:
 class PageReader:
     """Reads pages. Threads may share it.
 
-    Each connection goes to the IP address that was checked. Therefore the environment's proxies are not used.
+    Each connection goes to the IP address that was checked. Therefore proxies in environment variables are ignored.
 
     Args:
         timeout_s: seconds for the page and all redirects to it.

@@ -19,7 +19,7 @@ class TextExtractor:
         self._helpers = HelperPool("a2tgpo.environment.web.page_text", number=NUM_HELPERS)
 
     def check(self) -> None:
-        """Start a process. Raise `HelperStartError` if this is impossible, for example without the packages."""
+        """Start a helper. Raise `HelperStartError` if it does not start, for example because a package is missing."""
         self._helpers.ask("", "", False)
 
     def text(self, body: bytes | str, url: str) -> str | None:

@@ -9,7 +9,7 @@ A token has log-prob l+ after the prompt, and l- after the contrast prompt, both
 eta estimates the KL divergence between the two predictions (k3). Each token is ranked among the N sampled tokens of
 its trajectory, over all turns. Observations are not ranked. The mean of w is 1.
 
-The authors' code ranks equal eta by their position, so that with two equal prompts the weights run from 0.04 to 2.5.
+The authors' code ranks equal eta by their position, so the weights run from 0.04 to 2.5 if the two prompts are equal.
 Here equal eta have the mean of their ranks, so these weights are all 1. A token with a log-prob that is not finite
 has weight 1 and is not ranked.
 """

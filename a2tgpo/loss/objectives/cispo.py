@@ -2,7 +2,7 @@
 
     l_k = -sg(clip(s_k, 1 - c eps_low, 1 + c eps_high)) A_k log pi(y_k)
 
-sg stops the gradient. The paper has no lower limit (`algorithm.clip_low` 1) and one ratio per token. The value of the
+sg stops the gradient. The paper has no lower limit (`algorithm.clip_low=1`) and one ratio per token. The value of the
 loss is not comparable with that of other objectives, because it contains log pi.
 """
 

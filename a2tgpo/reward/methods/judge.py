@@ -1,4 +1,4 @@
-"""The verdict of a language model about the answer. Requests have the form of OpenAI's chat interface."""
+"""The verdict of a language model on the answer. Requests have the form of OpenAI's chat interface."""
 
 from __future__ import annotations
 
