@@ -129,7 +129,7 @@ def checked_reading(folder: Path, pieces: Mapping[str, list[Piece]]) -> Iterator
 
     Args:
         folder: the only folder that Megatron may read within the context.
-        pieces: maps each file name to the pieces of that file. If empty, Megatron compares nothing.
+        pieces: maps each file name to the pieces of that file. If it is empty, Megatron compares nothing.
     """
     if not pieces:
         yield

@@ -202,7 +202,7 @@ def latest(root: str | Path, *, before: int | None = None) -> Path | None:
     checksums are not read, because `load` checks them.
 
     Args:
-        before: return only a checkpoint of a step before this one. None: the checkpoint may be of any step.
+        before: return only a checkpoint of a step before this one. None allows any step.
     """
     for step in steps_in(Path(root)):
         if before is not None and step >= before:

@@ -88,8 +88,8 @@ def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[B
 
 
 def pieces(shape: Sequence[int], start: int, stop: int, *, max_elements: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) for each piece of the range `start:stop`. A piece has at most `max_elements` elements or
-    one row."""
+    """Yield (start, stop) for each piece of the range `start:stop`. A piece has at most `max_elements` elements, or
+    one row if a row has more."""
     row = math.prod(shape[1:])
     step = max(1, max_elements // row) * row
     cuts = [start, *range((start // step + 1) * step, stop, step), stop]

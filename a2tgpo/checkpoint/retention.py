@@ -24,9 +24,9 @@ def drop_old(root: str | Path, *, keep: int, keep_every: int, keep_gb: float, sp
     """Remove old checkpoints under `root`, and reduce some of them to their weights; one rank calls this.
 
     The `keep` newest checkpoints stay whole. An older checkpoint keeps its weights if its step is `spare` or a
-    multiple of `keep_every`. If `keep_every` is 0, multiples are not kept. All other checkpoints are removed. If the
-    kept weights take more than `keep_gb` GB, the oldest are removed too, except those of step `spare`. If `keep_gb`
-    is 0, there is no limit.
+    multiple of `keep_every`. If `keep_every` is 0, only step `spare` counts. All other checkpoints are removed. If
+    the kept weights take more than `keep_gb` GB, the oldest are removed too, except those of step `spare`. If
+    `keep_gb` is 0, there is no limit.
     """
     root = Path(root)
     steps = steps_in(root)

@@ -125,7 +125,7 @@ def write_sharded(path: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[st
 def write_part(folder: Path, copy: ShardedCopy, group: ProcessGroup) -> dict[str, list[Piece]]:
     """Write the copies of all ranks into the empty folder `folder`; every rank must call this.
 
-    Returns and raises the same as `write_sharded`, with file names within `folder`.
+    Returns and raises the same as `write_sharded`, except that file names are relative to `folder`.
     """
     fault = None
     try:
@@ -159,7 +159,7 @@ def load_sharded(
     part of a parameter.
 
     Args:
-        pieces: the results of `write_sharded` on all ranks. If empty, no checksum is compared.
+        pieces: the results of `write_sharded` on all ranks. If there are none, no checksum is compared.
 
     Raises:
         ValueError: if the checkpoint's index is damaged, or if an entry of the index is not a tensor.
@@ -220,7 +220,7 @@ def load_sharded_weights(
 def _read(folder: Path, state: dict[str, Any], pieces: Mapping[str, list[Piece]]) -> dict[str, Any]:
     """Call `dist_checkpointing.load`, and if it fails on any rank, raise the error on all ranks.
 
-    Every rank must call this. Megatron-Core 0.19 does not do this: no rank waits for the others during a load.
+    Every rank must call this. Megatron-Core 0.19 does not share errors: no rank waits for the others during a load.
     """
     inside = {
         name.split("/")[1]: of_file for name, of_file in pieces.items() if name.startswith(f"{folder.name}/")

@@ -1,7 +1,7 @@
 """Copy a run's state to host memory in the training thread, and write the checkpoint in another thread.
 
-The writing thread has its own gloo group, so that its collectives cannot mix with those of the training. The ranks
-exchange their errors at the end of each stage of a save, so that a save fails on all ranks or on none.
+The writing thread has its own gloo group, so that its collectives cannot mix with those of the training thread. The
+ranks exchange their errors at the end of each stage of a save, so that a save fails on all ranks or on none.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CheckpointWriter:
 
     Args:
         root: the folder of the run's checkpoints.
-        timeout_s: the longest time that this rank's thread waits for the thread of another rank, seconds.
+        timeout_s: the longest time, in seconds, that this rank's thread waits for the thread of another rank.
     """
 
     def __init__(self, root: Path, *, timeout_s: float):

@@ -31,7 +31,7 @@ class AlgorithmConfig:
 
     advantage: Expanded = "turn_group"
     """Name of a module in advantage/methods/ (docs/methods.md), or your own function as path/to/file.py:name.
-    `turn_group` is Eq. 6-9. `turn_group_absent` also counts turns that a trajectory did not take, as gain 0.
+    `turn_group` is Eq. 6-9. `turn_group_absent` also counts turns that a trajectory did not take, with gain 0.
     `igpo_joint` and `igpo_separate` pool the gains of all turns. `grpo` uses only the outcome. `gigpo`, `hgpo`,
     `gtpo` and `mt_grpo` are the advantages of GiGPO, HGPO, GTPO and MT-GRPO. `at2po` and `tree_grpo` are those of
     AT2PO and Tree-GRPO, and need rollout.tree."""
@@ -58,7 +58,7 @@ class AlgorithmConfig:
     """The gains of a turn group are divided by their standard deviation, or by this number if the standard
     deviation is smaller. Raise this floor if advantage/narrow_signal_share is large (docs/methods.md)."""
     hgpo_history: int = 2
-    """For hgpo: HGPO compares histories of different lengths. This is the number of states before the present state
+    """For hgpo: HGPO compares histories of different lengths. This is the number of states before the current state
     in the longest histories (HGPO: 2 or 4)."""
     ratio: Literal["turn", "sequence", "token"] = "turn"
     """Unit that has one importance ratio: the turn (Eq. 10), the whole sequence, or the token."""
@@ -111,7 +111,7 @@ class AlgorithmConfig:
 
     @property
     def uses_gain(self) -> bool:
-        """Whether the value of a turn is its information gain, so that gold answers are scored."""
+        """Whether the value of a turn is its information gain, which requires scoring the gold answers."""
         return self.turn_signal == "gain"
 
     @property

@@ -10,7 +10,7 @@ GpuKind = Literal["a100-80gb", "h100-80gb", "h200-141gb", "h20-96gb", "b200-180g
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """The GPUs that `tools/plan.py` and `--dry-run` assume, and the limit of memory above which a run is refused.
+    """The GPUs that `tools/plan.py` and `--dry-run` assume, and the memory limit above which a run is refused.
 
     A run itself uses the processes with which it is started.
     """

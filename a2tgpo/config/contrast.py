@@ -20,7 +20,7 @@ class ContrastConfig:
     data.max_prompt_tokens tokens."""
     level: Literal["token", "turn"] = "token"
     """Unit that has one weight. `turn`: the turns of a trajectory are ranked by the mean divergence of their tokens.
-    algorithm.ratio=turn needs level turn."""
+    algorithm.ratio=turn needs level=turn."""
     top_share: float = 0.4
     """Share of the ranked units that together get `top_mass` of the weight (GCPO: 0.4)."""
     top_mass: float = 0.8

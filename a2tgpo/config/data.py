@@ -30,8 +30,8 @@ class DataConfig:
     test: Expanded = ""
     """File of questions for evaluation, in the format of `train`. It is not read if `evaluation.sets` names files."""
     instructions: str = SEARCH_INSTRUCTIONS
-    """System message. Empty: no system message. With rollout.protocol=chat, a text without tags replaces the
-    default."""
+    """System message. Empty: no system message. With rollout.protocol=chat, the default is another text, which names
+    no tags."""
     chat_template: Expanded = ""
     """File with a chat template (Jinja) that replaces the tokenizer's template, for example for a base model without
     a template. Empty: the tokenizer's template."""

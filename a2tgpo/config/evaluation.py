@@ -10,7 +10,7 @@ from a2tgpo.io.errors import require
 
 _NAME = re.compile(r"[\w.-]+")
 SCORES = ("em", "em_format_gated", "f1")
-"""Scores with a standard error. `checkpoint.best_by` may name them."""
+"""Scores with a standard error. `checkpoint.best_by` may name one of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +60,14 @@ class EvaluationConfig:
             )
 
     def files(self, test: str) -> dict[str, EvaluationSet]:
-        """Return the sets by name. Without `sets`, the only set is named test, and its file is `test` (data.test)."""
+        """Return the sets by name. Without `sets`, the only set is named "test"; its file is `test` (data.test)."""
         return {
             name: EvaluationSet(**{"max_questions": self.max_questions} | _as_mapping(value))
             for name, value in (self.sets or {"test": test}).items()
         }
 
     def score_names(self, rewards: Iterable[str]) -> list[str]:
-        """Return the names that `checkpoint.best_by` may have. `rewards` are the names of the run's rewards."""
+        """Return the scores that `checkpoint.best_by` may name. `rewards` are the names of the run's rewards."""
         names = list(dict.fromkeys([*SCORES, *sampled_scores(self.samples), *rewards]))
         return [*names, *(f"{of_set}/{name}" for of_set in self.sets if len(self.sets) > 1 for name in names)]
 

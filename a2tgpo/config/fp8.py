@@ -44,9 +44,9 @@ class Fp8Config:
     e4m3."""
     recipe: Recipe = "blockwise"
     """Values that share one scale. `blockwise`: 1x128 activations, 128x128 weights. `tensorwise`: a whole tensor.
-    mxfp8: 1x32 values, only on Blackwell."""
+    `mxfp8`: 1x32 values, only on Blackwell."""
     param_gather: bool = False
-    """Store the weights in FP8 and gather them in FP8 from other ranks. true is refused (docs/fp8.md)."""
+    """Store the weights in FP8 and gather them in FP8 from other ranks. `true` is refused (docs/fp8.md)."""
     first_layers_bf16: int = 0
     """Number of decoder layers at the start that stay in bfloat16; at most the layers of the first pipeline stage."""
     last_layers_bf16: int = 0

@@ -21,10 +21,10 @@ class JudgeConfig:
     """The reward `judge`, which queries a server with OpenAI's chat interface (docs/rewards.md)."""
 
     url: Expanded = ""
-    """Address of the server, needed with the reward judge, for example http://127.0.0.1:8000/v1. Requests go to
+    """Address of the server, needed with the reward `judge`, for example http://127.0.0.1:8000/v1. Requests go to
     `url`/chat/completions."""
     model: str = ""
-    """Name of the model, needed with the reward judge."""
+    """Name of the model, needed with the reward `judge`."""
     prompt_file: Expanded = ""
     """File with the prompt for the judge. It may contain the placeholders {question}, {answers}, {answer}, {response}
     and {record.FIELD}. Empty: a prompt that asks whether the answer is correct."""
@@ -72,11 +72,11 @@ class JudgeConfig:
 
     @property
     def longest_call_s(self) -> float:
-        """Upper limit of the seconds until a verdict, including all attempts and waits."""
+        """Upper limit, in seconds, of the time until a verdict, including all attempts and waits."""
         return self.max_attempts * (self.timeout_s + LONGEST_WAIT_S)
 
     def require_server(self, *, timeout_s: float) -> None:
-        """Raise `ConfigError` if the settings that the reward judge needs are missing or do not fit.
+        """Raise `ConfigError` if a setting that the reward `judge` needs is missing, or if `timeout_s` is too short.
 
         Args:
             timeout_s: value of `reward.timeout_s`.

@@ -240,7 +240,7 @@ def _entries(settings: list[tuple[str, Any]], source: str) -> Iterator[tuple[str
 
 
 def _typed(value: Any, key: str, source: str) -> Any:
-    """Convert `value` to the type of field `key`. A float also accepts an integer, or a text such as 1e-6."""
+    """Convert `value` to the type of field `key`. A float field also accepts an integer, or a text such as 1e-6."""
     kind = _FIELDS[key].kind
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     typed: Any

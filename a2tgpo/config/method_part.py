@@ -37,7 +37,7 @@ class MethodPart:
         return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
 
     def require_known(self, spec: str, *others: str) -> None:
-        """Raise `ConfigError` unless `spec` is a module's name, one of `others`, or names a file of the user."""
+        """Raise `ConfigError` unless `spec` names a module, one of `others`, or a file of the user."""
         if not is_user_code(spec):
             names = [*others, *self.names()]
             rule = one_of([*names, f"path/to/file.py:{self.function}"], spec)

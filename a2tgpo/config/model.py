@@ -22,8 +22,8 @@ class ModelConfig:
     """Number format of weights and activations in training; optimizer state is always float32. On GPUs, float32 needs
     layer_spec=cpu, because Transformer Engine refuses float32."""
     layer_spec: Literal["auto", "cpu", "transformer_engine"] = "auto"
-    """Implementation of the layers. cpu computes the same layers without Transformer Engine. `auto`:
-    transformer_engine if the machine has a GPU, otherwise cpu."""
+    """Implementation of the layers. `cpu` computes the same layers without Transformer Engine. `auto`:
+    `transformer_engine` if the machine has a GPU, otherwise `cpu`."""
     recompute: Recompute = "none"
     """Activations that are not stored, but computed again in the backward pass. `selective`: the activations of core
     attention. `full`: the activations of every layer."""

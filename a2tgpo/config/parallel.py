@@ -7,7 +7,7 @@ from a2tgpo.io.errors import ConfigError, require
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Groups of the training processes. The data-parallel size is world / (tensor x context x pipeline)."""
+    """Groups of the training processes. The data-parallel size is ranks / (tensor x context x pipeline)."""
 
     tensor: int = 1
     """Number of tensor-parallel ranks. It must divide the number of attention heads, the number of KV heads, and the
@@ -66,8 +66,8 @@ class ParallelConfig:
     def stage_layers(self, num_layers: int) -> list[int]:
         """Return how many of a model's `num_layers` decoder layers each pipeline stage holds.
 
-        Each chunk of stage s holds stage_layers[s] / virtual layers. A forward pass runs chunk 0 of every stage, then
-        chunk 1 of every stage, and so on.
+        Each chunk of stage s holds `stage_layers[s] / virtual` layers. A forward pass runs chunk 0 of every stage,
+        then chunk 1 of every stage, and so on.
 
         Raises:
             ConfigError: with a one-line message, if the layers cannot be divided over the stages and chunks.

@@ -17,7 +17,7 @@ class PythonConfig:
     timeout_s: float = 10.0
     """Seconds that a call's code may run, not counting the start of its process."""
     memory_mib: int = 1024
-    """Limit of the address space of the code's process, MiB."""
+    """Limit, in MiB, of the address space of the code's process."""
     max_output_chars: int = 4000
     """If the output of a call is longer than this many characters, its middle is left out."""
     isolation: Literal["auto", "bwrap", "namespace", "seccomp"] = "auto"

@@ -14,8 +14,8 @@ class RefitConfig:
     """Length, in tokens, of a fixed probe sequence. After every refit, trainer and engine compute the sequence's
     log-probs, and the results are compared."""
     probe_tolerance: float = 0.0
-    """Largest allowed mean |difference| between trainer's and engine's log-probs of the probe, nats per token. 0:
-    1e-3 in float32, 0.15 in bfloat16, 0.8 in FP8."""
+    """Largest allowed mean |difference|, in nats per token, between the log-probs of the probe in trainer and engine.
+    `0`: 1e-3 in float32, 0.15 in bfloat16, 0.8 in FP8."""
 
     def __post_init__(self) -> None:
         require(self.bucket_mib >= 1, "refit.bucket_mib", self.bucket_mib, ">= 1")

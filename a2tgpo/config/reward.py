@@ -25,7 +25,7 @@ def reward_names() -> list[str]:
 
 
 def reward_label(spec: str) -> str:
-    """Return a reward's name in metrics and records: `name` for `path/to/file.py:name`, and else `spec`."""
+    """Return a reward's name in metrics and records: `name` for `path/to/file.py:name`, otherwise `spec`."""
     return spec.rpartition(":")[2] if is_user_code(spec) else spec
 
 
@@ -46,8 +46,8 @@ class RewardConfig:
     """Largest share of a step's rollouts that may have no reward because a reward failed. The step does not train on
     these rollouts. If a larger share has no reward, the run ends."""
     overlong_buffer_tokens: int = 0
-    """DAPO's soft overlong penalty begins this many tokens before rollout.max_response_tokens, and grows linearly. 0:
-    no penalty."""
+    """DAPO's soft overlong penalty begins this many tokens before rollout.max_response_tokens, and grows linearly.
+    `0`: no penalty."""
     overlong_penalty: float = 1.0
     """Penalty for a response with rollout.max_response_tokens tokens."""
 

@@ -26,7 +26,7 @@ class GainConfig:
     """How information gain is computed (Eq. 2-3)."""
 
     scorer: Literal["policy", "reference"] = "policy"
-    """The model whose probabilities of the gold answer define the gains. `policy`: the policy that plays; the engine
+    """The model whose probabilities of the gold answer define the gains. `policy`: the current policy; the engine
     computes the probabilities during the rollout (paper). `reference`: the frozen initial policy; the trainer
     computes the probabilities after the rollout."""
     measure: Literal["probability", "log_probability"] = "probability"
@@ -154,7 +154,7 @@ class RolloutConfig:
     protocol: Literal["tags", "chat"] = "tags"
     """How the policy calls tools (docs/protocols.md). `tags`: a call is <search> query </search>, and its result is
     text in <result> tags (paper). `chat`: a call has the form of the model's own chat template, and its result is a
-    message of role tool."""
+    message of role `tool`."""
     call_format: str = "auto"
     """With protocol=chat, the form of a call: hermes, llama_json, qwen_xml, or another module in protocol/formats/.
     `auto`: the form in which the chat template writes calls."""
@@ -177,10 +177,10 @@ class RolloutConfig:
     """Number of engine passes after which the ranks of one engine compare their requests and sampled tokens; 0:
     never. With 1, a difference ends the run before the run uses the tokens."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Number format of the engine's weights; auto: model.dtype."""
+    """Number format of the engine's weights; `auto`: model.dtype."""
     quantization: Literal["none", "fp8", "fp8_per_channel"] = "none"
     """Quantise linear layers to e4m3 when weights are loaded; GPUs only. `fp8`: one scale for each block of 128x128
-    weights, and for each 128 activations. `fp8_per_channel`: one scale for each row of weights, and for all
+    weights, and one for every 128 activations. `fp8_per_channel`: one scale for each row of weights, and one for all
     activations of a token."""
     router_replay: bool = False
     """Let the trainer use the experts that the engine chose for each token (docs/parallelism.md). This needs a
@@ -188,8 +188,8 @@ class RolloutConfig:
     max_concurrent: int = 256
     """Maximum number of trajectories that one engine decodes at a time."""
     kv_cache_gib: float = 0.0
-    """GiB of KV cache on each rank of the engine; 0 is allowed only on GPUs. With 0, the KV cache gets the part
-    of gpu_memory_fraction that vLLM finds unused. If gpu_memory_fraction is 0 too, the plan chooses both."""
+    """GiB of KV cache on each rank of the engine; 0 is allowed only on GPUs. With 0, the KV cache gets the rest
+    of the engine's memory (gpu_memory_fraction). If gpu_memory_fraction is 0 too, the plan chooses both."""
     gpu_memory_fraction: float = 0.0
     """Share of the GPU's memory that the engine takes. The share must be free when the engine starts. `0`: the plan
     chooses a share that leaves a tenth of the memory free. `tools/plan.py` prints this share."""

@@ -1,4 +1,4 @@
-"""The whole configuration, and its sections run and checkpoint."""
+"""The whole configuration, and its sections `run` and `checkpoint`."""
 
 from dataclasses import dataclass, field
 
@@ -40,8 +40,8 @@ class RunSettings:
     steps: int = 240
     """Number of training steps (paper: about 240)."""
     seed: int = 0
-    """Seed (below 2^32) for choosing prompts, for sampling rollouts, and for the initial state. Results do not depend
-    on the layout of the processes."""
+    """Seed (below 2^32) for choosing prompts, for sampling rollouts, and for all random generators at the start.
+    Results do not depend on the layout of the processes."""
     deterministic: bool = False
     """Compute in a fixed order on GPUs, so that two runs with the same settings on the same machines are equal to the
     bit. Runs on CPUs are always reproducible. Rollouts and updates become slower. GPUs need compute capability 9.0 or

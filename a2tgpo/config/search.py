@@ -15,9 +15,9 @@ class SearchConfig:
     backend: Literal["bm25", "http"] = "bm25"
     """`bm25`: each process builds an index of `corpus`. `http`: queries go to a Search-R1 server at `url`."""
     corpus: Expanded = ""
-    """JSONL file of passages, needed with bm25. A passage has `id` and `contents` ("title"\\ntext)."""
+    """JSONL file of passages, needed with `bm25`. A passage has `id` and `contents` ("title"\\ntext)."""
     url: Expanded = ""
-    """Address of the retrieval server, needed with http, for example http://127.0.0.1:8000/retrieve."""
+    """Address of the retrieval server, needed with `http`, for example http://127.0.0.1:8000/retrieve."""
     url_file: Expanded = ""
     """File with the server's address, in place of `url`. `tools/retrieval_server.py --url-file` writes it. The client
     reads the file again if the server does not answer, so the server may move."""
@@ -30,8 +30,8 @@ class SearchConfig:
     break_after: int = 16
     """Number of consecutive failures that open the circuit breaker. Further searches then fail at once."""
     break_s: float = 15.0
-    """Seconds until an open circuit breaker lets one trial query pass. A failed trial keeps the breaker open for this
-    time again."""
+    """Seconds until an open circuit breaker lets one trial query pass. A failed trial keeps the breaker open for as
+    long again."""
     token_file: Expanded = ""
     """File with the server's bearer token. Without a file, the client uses the environment variable
     A2TGPO_SEARCH_TOKEN, if it exists."""
@@ -59,7 +59,7 @@ class SearchConfig:
 
     @property
     def longest_call_s(self) -> float:
-        """Upper limit of the seconds of one search, including all attempts and waits."""
+        """Upper limit, in seconds, of the duration of one search, including all attempts and waits."""
         return 2 * self.request_timeout_s * (self.max_attempts + 1)
 
     def require_source(self) -> None:

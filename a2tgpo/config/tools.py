@@ -29,7 +29,7 @@ class ToolsConfig:
     """The policy's tools, and limits of every tool."""
 
     names: tuple[str, ...] = ("search",)
-    """Tools that the policy may call. NAME: a module in environment/tools/. `path/to/file.py:NAME`: a class or
+    """Tools that the policy may call. `NAME`: a module in environment/tools/. `path/to/file.py:NAME`: a class or
     function of your own (docs/tools.md). With protocol=tags, a call is <NAME> text </NAME>."""
     max_concurrent_calls: int = 16
     """Maximum number of calls that each rank runs at a time."""
@@ -73,7 +73,7 @@ class ToolsConfig:
 
     @property
     def longest_outage_s(self) -> float | None:
-        """Longest wait, in seconds, for a tool's service. None: continue without an answer."""
+        """Longest wait, in seconds, for a tool's service. None: the run continues without an answer."""
         return {"wait": self.outage_limit_s, "stop": 0.0, "continue": None}[self.on_outage]
 
 

@@ -17,9 +17,9 @@ class ExtrapolationConfig:
     alpha: float = 0.5
     """Share of the extrapolated distance that the weights move before the corrective step (GXPO: 0.5)."""
     old_logprobs: Literal["probe", "step"] = "probe"
-    """The policy in the denominator of the ratios of the second and third pass. `probe`: the policy that the pass
+    """The policy in the denominator of the ratios in the second and third passes. `probe`: the policy that the pass
     itself evaluates, so every ratio is 1 (GXPO). `step`: the policy that played the trajectories, as in the first
-    pass. With step and a narrow clipping range, these passes give many turns no gradient."""
+    pass. With `step` and a narrow clipping range, these passes give many turns no gradient."""
     window: int = 30
     """A gate can end the extrapolation. The gate compares the gradient norm of a step with the norms of this many
     earlier steps."""
@@ -69,7 +69,7 @@ class UpdateConfig:
     """Largest global gradient norm. A larger gradient is scaled down to this norm; 0: no scaling."""
     freeze_router: bool = False
     """Leave the routers of a mixture of experts unchanged, so that a change of a router's weights never sends
-    tokens to other experts. true is refused if the model has no experts."""
+    tokens to other experts. `true` is refused if the model has no experts."""
     distributed_optimizer: bool = True
     """Divide the optimizer state over the data-parallel ranks. `false`: every rank stores all of it."""
     offload: bool = True

@@ -19,10 +19,10 @@ class WebConfig:
 
     backend: Literal["serper", "searxng", "recorded"] = "serper"
     """Source of the results. `serper`: Google's results from serper.dev, or a service that answers in the same way.
-    `searxng`: a SearXNG server whose settings allow the format json. `recorded`: the answers in `cassette` only, also
-    for visit."""
+    `searxng`: a SearXNG server whose settings allow the format `json`. `recorded`: only the answers in `cassette`,
+    for the tool `visit` too."""
     url: Expanded = ""
-    """Address of the service. `serper`: the address of the endpoint; if empty, https://google.serper.dev/search.
+    """Address of the service. `serper`: the address of the endpoint; empty: https://google.serper.dev/search.
     `searxng`: the address of the server."""
     top_k: int = 5
     """Number of results that a query returns."""
@@ -30,7 +30,7 @@ class WebConfig:
     """Folder in which answers of web_search and visit are recorded, one file each. A recorded answer is not requested
     again. Empty: nothing is recorded."""
     token_file: Expanded = ""
-    """File with the key of serper. Empty: the environment variable A2TGPO_WEB_TOKEN."""
+    """File with the API key of `serper`. Empty: the environment variable A2TGPO_WEB_TOKEN."""
     request_timeout_s: float = 20.0
     """Seconds that one request waits for its answer."""
     max_attempts: int = 3
@@ -43,7 +43,7 @@ class WebConfig:
 
     @property
     def longest_call_s(self) -> float:
-        """Longest duration of one web_search, seconds."""
+        """Longest duration of one web_search, in seconds."""
         return (self.request_timeout_s + LONGEST_WAIT_S) * self.max_attempts
 
     def require_source(self) -> None:
@@ -58,7 +58,7 @@ class WebConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VisitConfig:
-    """The tool visit, which reads a web page."""
+    """The tool `visit`, which reads a web page."""
 
     max_chars: int = 8000
     """Maximum number of characters of a page's text in an answer. `tools.max_part_tokens` also limits the answer."""
@@ -76,5 +76,5 @@ class VisitConfig:
 
     @property
     def longest_call_s(self) -> float:
-        """Longest duration of one visit, seconds."""
+        """Longest duration of one visit, in seconds."""
         return self.timeout_s + LONGEST_EXTRACTION_S

@@ -122,7 +122,7 @@ def _call(call: Any, where: str) -> DemonstratedCall:
 
 
 def call_at_end(text: str) -> tuple[str, str] | None:
-    """Return name and text of the tool call at the end of a turn, or None if the turn does not end with a call."""
+    """Return the name and the text of the tool call at the end of a turn, or None if the turn ends with no call."""
     closing = re.search(r"</(\w+)>$", text)
     if closing is None:
         return None

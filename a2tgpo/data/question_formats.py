@@ -1,6 +1,6 @@
 """Read question sets in their published formats, item by item.
 
-hotpotqa: hotpot_*_v1*.json is a JSON list. Some answers are yes or no. The number of titles is the number of hops.
+hotpotqa: hotpot_*_v1*.json is a JSON list. Some answers are yes or no. Each title in `supporting_facts` is a hop.
 2wiki: {train,dev}.json is a JSON list. id_aliases.json has aliases for the Wikidata id of an answer.
 musique: musique_{ans,full}_v1.0_*.jsonl has aliases. The `full` files also have unanswerable items.
 bamboogle: The CSV file has the columns Question and Answer.

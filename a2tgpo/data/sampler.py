@@ -61,7 +61,7 @@ class PromptSampler:
 
     @property
     def epoch(self) -> int:
-        """Number of epochs of the first set that have ended."""
+        """Number of completed epochs of the first set."""
         return self._sets[0].epoch
 
     def next_indices(self, count: int | None = None, *, excluded: Sequence[int] = ()) -> list[int]:

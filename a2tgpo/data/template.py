@@ -126,7 +126,7 @@ class PromptTemplate:
         return texts
 
     def _check_names(self) -> None:
-        """Raise `ConfigError` if the tokenizer has several templates, but none named default."""
+        """Raise `ConfigError` if the tokenizer has several templates, but none named `default`."""
         templates = self.tokenizer.chat_template
         if isinstance(templates, dict) and "default" not in templates:
             raise ConfigError(

@@ -18,7 +18,7 @@ def load_tokenizer(path: str, *, key: str = "model.path") -> PreTrainedTokenizer
     """Load the tokenizer in folder `path`, without network access.
 
     If tokenizer.json exists, the class named in tokenizer_config.json is ignored, because some classes in
-    transformers 5 replace the file's rules with their own. For example, the R1 distillates of Llama name
+    transformers 5 replace the file's rules with their own. For example, the Llama models distilled from R1 name
     LlamaTokenizerFast, which would remove all spaces from their texts.
 
     Args:
