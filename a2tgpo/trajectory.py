@@ -155,7 +155,7 @@ class Trajectory:
     prompt_tokens: TokenIds
     turns: list[Turn]
     stop_reason: str
-    """Reason of the trajectory's end: "answer", "eos", "length", "max_turns", "empty_query" or "context" (see
+    """Why the trajectory ended: "answer", "eos", "length", "max_turns", "empty_query" or "context" (see
     `rollout.multi_turn`). "" until it ends."""
     baseline_prob: float | None = None
     """P_0, the length-normalised probability of the gold answer directly after the prompt."""

@@ -21,7 +21,8 @@ def accumulate_process_turns(
 ) -> torch.Tensor:
     """Return the discounted sums D_{i,t} / sqrt(n_i - t + 1) of process turns (Eq. 8).
 
-    The sum D_{i,t} has n_i - t + 1 terms. The division gives this sum unit variance for any number of terms.
+    The sum D_{i,t} has n_i - t + 1 terms. If the terms are independent and have unit variance, and if gamma is 1, the
+    division gives the sum unit variance.
 
     Args:
         normalized_gain: [N, T] float64, 0 in columns past n_i.

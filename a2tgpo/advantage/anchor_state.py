@@ -13,8 +13,8 @@ NO_STATE = -1
 def turn_states(trajectory: Trajectory) -> list[int]:
     """Return a key in [0, 2^63) for the state of each turn. Equal states have equal keys in all processes.
 
-    The first turn's state is the prompt. A later turn's state is the arguments of the previous turn's calls (in lower
-    case, with single spaces) and the observation that followed. States of different prompts differ.
+    The first turn's state is the prompt. A later turn's state consists of the arguments of the previous turn's calls
+    (in lower case, with single spaces) and the observation that followed. States of different prompts differ.
     """
     prompt = str(trajectory.prompt_index)
     states = [_key(prompt, ())]
@@ -28,7 +28,7 @@ def turn_states(trajectory: Trajectory) -> list[int]:
 
 def _key(text: str, tokens: Sequence[int]) -> int:
     encoded = text.encode()
-    # Hash the text's length too, so that the text and the tokens after it cannot be confused.
+    # Hash the text's length too, because it marks where the text ends and the tokens begin.
     digest = hashlib.blake2b(len(encoded).to_bytes(8, "little") + encoded, digest_size=8)
     digest.update(array("q", tokens))
     return (

@@ -16,7 +16,7 @@ def compute_advantages(
     Every rank of `dp_group` must call this, even with an empty table.
 
     Raises:
-        ConfigError: with a one-line message, if a method of the user fails or returns another shape.
+        ConfigError: with a one-line message, if a user's own method fails or returns advantages of the wrong shape.
     """
     found = ADVANTAGE.load(config.advantage)(table, config, dp_group=dp_group)
     shape = (*table.info_gain.shape[:1], table.max_turns + 1)

@@ -11,17 +11,17 @@ from a2tgpo.config.algorithm import AlgorithmConfig
 def grpo_outcome(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """Return `grpo_normalized` of the outcomes R_i."""
+    """Return the outcomes R_i, normalised by `grpo_normalized`."""
     return grpo_normalized(table.outcome, table, config, dp_group=dp_group)
 
 
 def grpo_normalized(
     values: torch.Tensor, table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> torch.Tensor:
-    """Return one value per trajectory, [N], normalised within the prompt's group, [N] float64.
+    """Normalise `values` within the groups of their prompts, and return the result, [N] float64.
 
-    The sample standard deviation is used. For a value that is alone in its group, the mean is taken as 0 and the
-    standard deviation as 1.
+    `values` has one value per trajectory. The sample standard deviation is used. For a value that is alone in its
+    group, the mean is taken as 0 and the standard deviation as 1.
     """
     return normalize_groups(
         values,

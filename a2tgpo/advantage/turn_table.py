@@ -29,8 +29,8 @@ class TurnTable:
     trajectories: Sequence[Trajectory]
     """[N]."""
     keep_single: bool = True
-    """Whether a trajectory that is alone in its group gets the outcome itself as GRPO's outcome advantage. If False,
-    it gets 0."""
+    """Whether GRPO's outcome advantage of a trajectory that is alone in its group is the outcome itself. If False, it
+    is 0."""
 
     @property
     def max_turns(self) -> int:
@@ -92,8 +92,9 @@ def build_turn_table(
 
     Args:
         max_turns: number of columns T, equal on all ranks. No trajectory may have more process turns.
-        failed_calls: value of `algorithm.failed_calls`. If it is neutral, a turn whose tool call failed has no gain.
-        turn_signal: value of `algorithm.turn_signal`. If it is scores, the scores of the turns replace the gains.
+        failed_calls: value of `algorithm.failed_calls`. If it is `neutral`, a turn whose tool calls all failed
+            has no gain.
+        turn_signal: value of `algorithm.turn_signal`. If it is `scores`, the scores of the turns replace the gains.
         keep_single: value of `TurnTable.keep_single`.
     """
     rows = [

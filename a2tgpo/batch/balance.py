@@ -31,7 +31,7 @@ def microbatches(
     """Group the items into few micro-batches, each with at most `max_tokens` tokens.
 
     If `row` is 1, the micro-batches have similar sizes. If `row` is larger, each micro-batch needs about `row` / 2
-    tokens of padding. To get few micro-batches, they are then filled up to `max_tokens` one after the other.
+    tokens of padding, so they are filled up to `max_tokens` one after the other, to keep their number small.
 
     Args:
         lengths: number of tokens of each item. Items of length 0 (see `packing.packed_length`) are left out. An item
@@ -58,7 +58,7 @@ def _even(sizes: Sequence[int], max_tokens: int, min_count: int) -> list[list[in
     """Return as few micro-batches of similar sizes as `max_tokens` allows."""
     num_halves = sum(
         2 * size > max_tokens for size in sizes
-    )  # Each of these items needs a micro-batch of its own.
+    )  # No two of these items fit into one micro-batch.
     fewest = max(min_count, num_halves, -(-sum(sizes) // max_tokens))
     for count in range(fewest, max(fewest, len(sizes)) + 1):
         groups: list[list[int]] = [[] for _ in range(count)]

@@ -45,7 +45,7 @@ class TreeNode:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """One micro-batch. It has S trajectories with U turns in one row of T positions.
+    """One micro-batch. It has S trajectories, with U turns in all, in one row of T positions.
 
     Each trajectory is a segment of the row, and is padded at its end. The padding of the whole row is a further
     segment. All padding is masked.
@@ -233,7 +233,7 @@ def pack(
 def _experts(
     trajectories: Sequence[Trajectory], shape: ExpertShape | None, place: Tensor, num_positions: int
 ) -> Tensor | None:
-    """Return `PackedBatch.experts`. `place` has the row's positions of all trajectories, end to end."""
+    """Return `PackedBatch.experts`. `place` lists the row's positions that are not padding."""
     if shape is None or not trajectories:
         return None
     rows = np.full((num_positions, shape.layers, shape.chosen), shape.no_expert, shape.dtype)

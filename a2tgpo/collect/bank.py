@@ -3,9 +3,10 @@
 The file `bank/step_N/replica_R.bin` contains the rollout of step N by engine R. The engine's first rank writes the
 file, and all ranks of the engine read it.
 
-A start uses the stored rollouts only if they match its step, its exact weights and its rollout configuration. The
-files of all engines must also come from the same attempt at the step. Otherwise all ranks play the step again. On a
-GPU, a repeated update may give slightly different weights, so often only the first step after the checkpoint matches.
+A restarted run uses the stored rollouts only if they match its step, its exact weights and its rollout configuration.
+The files of all engines must also come from the same attempt at the step. Otherwise all ranks play the step again.
+On a GPU, a repeated update may give slightly different weights, so often only the first step after the checkpoint
+matches.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ class Carried:
 def engines_for(entries: Sequence[Entry], count: int, *, num_engines: int) -> list[int]:
     """Return the engine index for each of `count` new prompts.
 
-    Each prompt goes to the engine with the fewest groups. If several engines have equally few groups, the first of
-    them gets the prompt.
+    Each prompt goes to the engine with the fewest unfinished groups. If several engines have equally few, the first
+    of them gets the prompt.
     """
     load = [0] * num_engines
     for entry in entries:
@@ -76,7 +76,7 @@ def is_due(entry: Entry, version: int, *, max_staleness: int) -> bool:
 
 
 def with_complete(entries: Sequence[Entry], complete: Collection[tuple[int, int]]) -> list[Entry]:
-    """Return `entries`. Mark each entry whose key is in `complete` as complete."""
+    """Return `entries`, with each entry whose key is in `complete` marked as complete."""
     return [
         dataclasses.replace(entry, is_complete=entry.is_complete or entry.key in complete)
         for entry in entries
@@ -111,7 +111,7 @@ def trajectories_of(groups: Sequence[CarriedGroup], taken: Sequence[Entry]) -> l
 
 
 def bounded(state: Carried, version: int, *, max_groups: int, max_staleness: int) -> Carried:
-    """Return `state` with the oldest `max_groups` groups that are young enough to continue with `version`.
+    """Return `state` with only the `max_groups` oldest groups that are young enough to continue with `version`.
 
     Groups are dropped only if a run resumes with a smaller `max_groups` or `max_staleness`.
     """

@@ -25,7 +25,7 @@ class RewardedRollout:
 
     Args:
         rollout: plays the trajectories.
-        reward: sets the fields of the trajectories.
+        reward: sets the rewards and gains of the trajectories.
         pool: runs the rewards.
         seed: seed of the run.
         score_gain: whether the engine scores the gold answers.

@@ -267,7 +267,7 @@ def select_groups(informative: Sequence[bool], *, num_groups: int) -> Selection:
 
 
 def take_groups(trajectories: Sequence[Trajectory], groups: Sequence[int]) -> list[Trajectory]:
-    """Return the trajectories whose prompt_index is in `groups`. Replace each index by its position in `groups`."""
+    """Return the trajectories whose prompt_index is in `groups`, with each index replaced by its position there."""
     places = {group: place for place, group in enumerate(groups)}
     return [
         dataclasses.replace(trajectory, prompt_index=places[trajectory.prompt_index])

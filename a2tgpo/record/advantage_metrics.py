@@ -16,8 +16,8 @@ def add_advantage_metrics(
     trajectories.
 
     `advantage/process_mean` is the mean over process turns alone. It is near 0 if a method compares a turn only with
-    similar turns. `advantage/narrow_signal_share` is the sum of |normalised gain| over all narrow turn groups,
-    divided by the same sum over all turn groups.
+    turns of the same prompt and index. `advantage/narrow_signal_share` is the sum of |normalised gain| over all
+    narrow turn groups, divided by the same sum over all turn groups.
     """
     columns = torch.arange(table.max_turns + 1)
     present = columns <= table.num_process_turns[:, None]  # [N, T + 1]

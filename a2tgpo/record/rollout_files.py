@@ -100,7 +100,7 @@ def read_step(files: Iterable[Path]) -> list[dict]:
         ValueError: if a file is damaged. The message is the path of the file.
     """
     records = [record for path in files for record in read_part(path)]
-    with contextlib.suppress(TypeError, KeyError):  # records of another program are left unsorted
+    with contextlib.suppress(TypeError, KeyError):  # records that another program wrote may lack these keys
         records.sort(key=lambda record: (record["prompt_index"], record["sample_index"]))
     return records
 

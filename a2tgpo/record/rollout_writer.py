@@ -84,5 +84,5 @@ class RolloutWriter:
         )
         try:
             write_part(records, path)
-        except BaseException as error:  # `wait` raises or reports the error
+        except BaseException as error:  # `wait` raises it or logs a warning
             self._error = error

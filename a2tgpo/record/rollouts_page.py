@@ -15,7 +15,7 @@ from pathlib import Path
 from a2tgpo.io.atomic_file import write_text
 
 MAX_TRAJECTORIES = 4096
-"""Largest number of trajectories on one page. If there are more, the page shows only steps at equal distances."""
+"""Largest number of trajectories on one page. If there are more, the page shows only evenly spaced steps."""
 TEMPLATE = Path(__file__).with_name("rollouts_page.html")
 PLACE = "@DATA@"
 MAX_BYTES = 4

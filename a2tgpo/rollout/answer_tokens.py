@@ -26,7 +26,7 @@ class AnswerTokens:
     def aliases(self, answers: Sequence[str]) -> list[list[int]]:
         """Return the token ids of the `answers` to score, without duplicates.
 
-        An alias that may not fit after a response of full length is left out in all contexts. All contexts are thus
+        An alias that might not fit after a response of full length is left out in all contexts. All contexts are thus
         scored with the same aliases. If no alias fits, the first one is kept.
         """
         distinct = dict.fromkeys(

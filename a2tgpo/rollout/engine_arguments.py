@@ -41,7 +41,7 @@ def engine_arguments(
         seed=seed,
         disable_log_stats=True,
         # Apply temperature and masks to the log-probs of sampled tokens. The setting does not change the log-probs of
-        # given tokens.
+        # a request's prompt.
         logprobs_mode="processed_logprobs",
         use_tqdm_on_load=False,
     )

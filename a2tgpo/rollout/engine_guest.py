@@ -53,7 +53,7 @@ def abort_in_order(core: Any) -> None:
     By default, vLLM's scheduler frees these requests in the order of a Python set
     (vllm/v1/core/sched/scheduler.py, finish_requests). Each rank adds a random suffix to the ids of requests, so
     the order differs between the ranks of an engine. Evictions, cache hits and schedules would then also differ
-    between the ranks. vLLM also aborts requests that have written a stop string.
+    between the ranks. This also concerns requests that have written a stop string, because vLLM aborts them.
     """
     abort: Callable[[list[str]], None] = core.abort_requests
 
@@ -78,7 +78,7 @@ def return_experts_on_first_rank(scheduler: Any, is_first_rank: bool) -> None:
 
 @contextlib.contextmanager
 def environment_kept() -> Iterator[None]:
-    """Restore, at the end, the trainer's environment variables and Inductor's number of compile threads.
+    """On exit, restore the trainer's environment variables and Inductor's number of compile threads.
 
     Importing vllm sets the number of threads to 1 for the whole process (vllm/env_override.py).
     """
@@ -108,7 +108,7 @@ def _set_inductor_threads(threads: int | None) -> None:
 
 @contextlib.contextmanager
 def preserved_host_state() -> Iterator[None]:
-    """Restore, at the end, the environment variables and random generators that an engine's construction changes.
+    """On exit, restore the environment variables and random generators that an engine's construction changes.
 
     Inside the context, kernels compile with one thread, as vLLM requires.
     """

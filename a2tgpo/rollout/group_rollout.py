@@ -38,7 +38,7 @@ class Finished:
     trajectory: Trajectory
     prompt: Prompt
     turn_texts: list[str]
-    """The policy's text of each turn (see `GroupRollout.turn_texts`)."""
+    """The text that the policy wrote in each turn (see `GroupRollout.turn_texts`)."""
     context_logprobs: list[list[list[float]] | None]
     """One entry per context (after the prompt, and after each process turn): the log-probs of the gold answers per
     alias and token, or None if the context has no log-probs. The list is empty if nothing was scored."""
@@ -149,8 +149,8 @@ class GroupRollout:
 
         Args:
             groups: the groups that this engine plays. They are not changed.
-            budgets: for each group, the number of tokens after which a trajectory begins no further turn in this
-                call. None means that the trajectory is played to its end.
+            budgets: for each group, the number of sampled tokens after which a trajectory begins no further turn in
+                this call. None means that the trajectory is played to its end.
             seed, version, score_gain, counts: as in `play`. Until the weights change, a group draws the same samples
                 as in `play`.
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from a2tgpo.parallel.collectives import all_gather_object, all_reduce_max
 
 _HASH_BYTES = 7  # the hash and its negative must fit into an int64
-# vLLM appends random characters to the id of a request, which differ between the ranks
+# To the id of a request, vLLM appends random characters that differ between the ranks
 # (vllm/v1/engine/input_processor.py).
 _SUFFIX_LENGTH = len("-01234567")
 _UNITS = {"scheduled": " tokens", "took from the cache": " tokens", "sampled": ""}

@@ -3,7 +3,7 @@
 A trajectory ends with one of these stop reasons:
 
     answer       The trajectory gave an answer in the form of the protocol.
-    eos          The trajectory ended the sequence or the chat template's turn without an answer.
+    eos          The policy ended the sequence, or its turn in the chat template, without giving an answer.
     length       The trajectory used up the token budget of the turn or of the response.
     context      The trajectory reached the longest sequence that the engine allows.
     max_turns    The trajectory called a tool after the last allowed process turn.
@@ -63,7 +63,7 @@ class Sampling:
             return None
         prompt = group.prompt
         name = f"{self.seed}|{self.version}|{prompt.index}|{prompt.id}|{sample_index}|{turn_index}"
-        if group.begun not in (None, self.version):  # a new prompt may have the same index
+        if group.begun not in (None, self.version):  # a new prompt of this step may have the same index
             name += f"|{group.begun}"
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 1  # vLLM's seed is a signed 64-bit number
@@ -106,7 +106,8 @@ class LiveTrajectory:
     def start_order(self) -> tuple[bool, bool, int]:
         """A sort key. The trajectories that may take longest come first.
 
-        First criterion: no budget. Second: an earlier call began the trajectory. Third: most hops of the question.
+        The first criterion is that the trajectory has no budget, the second that it has past turns, and the third
+        that its question needs many hops.
         """
         return self.budget is not None, self.num_past_turns == 0, -self.trajectory.hops
 
@@ -256,7 +257,7 @@ class MultiTurnLoop:
             top_p=self._sampling.top_p,
             stop=self._protocol.stop_strings,
             stop_tokens=self._protocol.stop_tokens,
-            # An earlier turn of this call has the rows up to its last token but one.
+            # If this call has played a turn, the rows up to that turn's last token but one have been returned.
             experts_from=max(0, live.num_known - 1),
         )
 

@@ -28,7 +28,7 @@ long."""
 WAIT_S = 1.0
 """Longest wait of one call of `ToolPool.results`, in seconds."""
 IDLE_S = 0.1
-"""Seconds of one wait while all pending calls are held, so that no call is queued or running."""
+"""Seconds of one wait while no call can run, because all calls that have begun are held."""
 
 
 class ToolFaultError(RuntimeError):

@@ -62,7 +62,7 @@ class TrajectorySessions:
         """Return the answer to a call.
 
         Raises:
-            ToolError: the call has no answer, an earlier call hangs, or the sessions are closed.
+            ToolError: if the call has no answer, if an earlier call hangs, or if the sessions are closed.
         """
         if self.hangs:
             raise ToolError("an earlier call of its session did not return")
@@ -162,7 +162,7 @@ class OpenSessions:
 
     def _take(self, work: Work) -> None:
         sessions = self._closing.pop(work.key, None)
-        if sessions is None:  # it was given up, because too many sessions did not close
+        if sessions is None:  # given up earlier, because too many sessions did not close
             return
         problems = work.result or []
         if work.is_late:

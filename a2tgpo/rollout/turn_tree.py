@@ -52,7 +52,7 @@ class TreeGrowth:
         """The trajectories of each prompt that have ended, as they were before they got rewards and gains."""
 
     def branches_after(self, done: LiveTrajectory) -> list[LiveTrajectory]:
-        """Return the branches that begin now that `done` has ended. Most often there are none.
+        """Return the branches that begin now that `done` has ended. Usually there are none.
 
         Call this before `done` gets a reward, because branches copy its turns.
         """
@@ -76,10 +76,10 @@ class TreeGrowth:
 
 
 def entropy_points(members: Sequence[Trajectory], count: int, *, sibling_penalty: float) -> list[BranchPoint]:
-    """Return branches at the `count` best process turns. A turn's value is its entropy minus `sibling_penalty` per
-    sibling.
+    """Return the places to branch at the `count` best process turns. A turn's value is its entropy minus
+    `sibling_penalty` per sibling.
 
-    Turns of equal value are chosen by the order of their trajectories. If there are fewer turns than `count`, turns
+    Turns of equal value are chosen in the order of their trajectories. If there are fewer turns than `count`, turns
     are chosen more than once. If there is no process turn, branches begin at the prompt.
 
     Args:
@@ -138,7 +138,7 @@ def _at_prompt(members: Sequence[Trajectory]) -> list[BranchPoint]:
 
 
 def _branch(parent: LiveTrajectory, point: BranchPoint, *, sample_index: int) -> LiveTrajectory:
-    """Return a branch of `parent` that has copies of the shared turns, and the scores of their contexts."""
+    """Return a branch of `parent`, with copies of the shared turns and with the scores of their contexts."""
     origin = parent.trajectory
     trajectory = Trajectory(
         prompt_index=origin.prompt_index,

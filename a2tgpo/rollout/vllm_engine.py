@@ -109,7 +109,7 @@ class VllmEngine:
 
     Args:
         model_path: the model's Hugging Face folder, which contains the weights of version 0.
-        model_dtype: the number format of the engine if `config.dtype` is auto.
+        model_dtype: the number format of the engine if `config.dtype` is `auto`.
         seed: seed of the engine's own generator. No request uses this generator.
         replica_group: CPU group of the engine's ranks, for `config.check_lockstep_every`. None: compare nothing.
         with_weights: whether to read weights. If it is False, `load_weights` must be called before the first step.
@@ -318,7 +318,7 @@ class VllmEngine:
         return self._weights_fault is not None
 
     def is_on_card(self, part: str) -> bool:
-        """Return whether `part` (weights or kv_cache) occupies memory."""
+        """Return whether `part` (`weights` or `kv_cache`) occupies memory."""
         assert part in PARTS, part
         if not ON_GPU:
             return part not in self._asleep
@@ -377,7 +377,7 @@ class VllmEngine:
             skip_reading_prefix_cache=False,
             extra_args={MAX_CACHE_HIT: max_hit},
             output_kind=RequestOutputKind.FINAL_ONLY,
-            # Otherwise vLLM would copy the experts of the whole context, if the engine returns experts.
+            # If the engine returns experts, vLLM would otherwise copy those of the whole context.
             routed_experts_prompt_start=len(tokens),
             **logprob_options,
         )

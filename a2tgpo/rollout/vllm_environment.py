@@ -18,8 +18,8 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_CACHE_ROOT", str(_cache_root()))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not ON_GPU:
-        # Otherwise log-probs would start a C++ compilation of 25 s, even in eager mode. Set both the variable and the
-        # option, because torch._dynamo reads the variable only when it is imported.
+        # Otherwise the first log-probs would start a C++ compilation of 25 s, even in eager mode. Set both the
+        # variable and the option, because torch._dynamo reads the variable only when it is imported.
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
         import torch._dynamo
 
@@ -29,7 +29,7 @@ def prepare_environment() -> None:
 
 
 def name_engine_ranges(tool: str) -> None:
-    """Let vLLM name the parts of its engine steps in profiles of `tool` (torch, or nsys for NVTX).
+    """Let vLLM name the parts of its engine steps in profiles of `tool`, which is `torch` or `nsys`.
 
     Call this before the engine is built.
     """

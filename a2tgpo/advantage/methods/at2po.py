@@ -3,10 +3,10 @@
     A_n = V_n,    V_n = sum_c w_c V_c,    w = softmax of the entropies of n's children c
 
 The value of a leaf, which is the last turn of a trajectory, is the trajectory's outcome, normalised in its prompt's
-group by the population's standard deviation. The entropy of a turn is the mean of -log p over its sampled tokens.
+group by the population standard deviation. The entropy of a turn is the mean of -log p over its sampled tokens.
 
-These formulas follow the authors' scripts (leaf_value_norm, child_softmax, node_value). Their code also offers the
-mean over children or over leaves, and the difference from the parent's or from the root's value.
+These formulas follow the authors' scripts (leaf_value_norm, child_softmax, node_value). Their code also offers a mean
+over children or over leaves as V_n, and the difference of V_n from the value of the parent or of the root as A_n.
 
 As in their code, the loss covers every trajectory as a whole, so a turn that several trajectories share enters the
 loss several times. If a reward could not judge a trajectory, the trajectory has no leaf in the tree.

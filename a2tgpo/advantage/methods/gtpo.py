@@ -8,7 +8,7 @@ IGPO normalises the rewards and then sums them. GTPO sums the rewards and then n
 Decisions that the paper's abstract leaves open:
 - The mean and the sample standard deviation cover all turns of a prompt.
 - A turn's reward is its gain. The paper rewards the format of a turn's tool call instead.
-- The paper's rewards for the similarity of failed code are left out.
+- The paper's rewards for failed trajectories whose code resembles that of successful ones are left out.
 - If a trajectory was cut after an observation, its last process turn also gets the reward R_i.
 """
 

@@ -6,7 +6,7 @@ t has groups for k <= t only.
 
     A_{i,t} = sum_k w_k z_k(gamma^{T_i - t} R_i),    w_k = (k + 1)^alpha / sum_j (j + 1)^alpha
 
-z_k is the z-score in group k, with the population's standard deviation. The sums run over the groups of the turn that
+z_k is the z-score in group k, with the population standard deviation. The sums run over the groups of the turn that
 have at least two members. A turn without such a group has advantage 0.
 
 The weights w_k are those of the authors' code. As in their scripts (`base_group` is false), no advantage of the whole

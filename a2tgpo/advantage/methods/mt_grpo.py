@@ -3,11 +3,11 @@
     A_{i,t} = A^O_i + alpha A^T_{i,t} in a process turn,    A^O_i in the final turn
 
 A^O is GRPO's advantage. A^T is the turn's reward r_{i,t}, normalised in its turn group. The reward is the turn's
-gain, or its score if `algorithm.turn_signal` is scores. A trajectory without process turns has the z-score of its
-outcome among the sums R_i + sum_t r_{i,t} of its prompt, as in the authors' code.
+gain, or its score if `algorithm.turn_signal` is `scores`. If a trajectory has no process turns, its advantage is the
+z-score of its outcome among the sums R_i + sum_t r_{i,t} of its prompt's trajectories, as in the authors' code.
 
 The authors' code has one reward for the turns before the first result, and none for later turns. Here every process
-turn has its own reward. Turn groups use the population's standard deviation, as in A2TGPO.
+turn has its own reward. Turn groups use the population standard deviation, as in A2TGPO.
 """
 
 import torch.distributed as dist

@@ -3,11 +3,11 @@
     A_i = z_tree(R_i) + z_prompt(R_i)    for all turns of trajectory i                            (Eq. 6 and 7)
 
 A tree is an initial trajectory with its branches, the branches of these branches, and so on. Both z-scores use the
-sample's standard deviation, as GRPO does. A trajectory that is alone in its tree has z_tree = 0.
+sample standard deviation, as GRPO does. A trajectory that is alone in its tree has z_tree = 0.
 
 The paper's objective (Eq. 8) sums over all tokens of all trajectories, so a turn that several trajectories share
-enters the loss several times. Where two branches part, the difference between their advantages compares their
-subtrees.
+enters the loss several times. Where branches part, the difference between their advantages shows which subtree has
+the better outcomes.
 """
 
 import torch
@@ -20,7 +20,7 @@ from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
 from a2tgpo.config.algorithm import AlgorithmConfig
 
 _MAX_ROOTS = 2**31
-"""No trajectory has a larger sample index."""
+"""A number that is larger than every sample index."""
 
 
 def advantages(
