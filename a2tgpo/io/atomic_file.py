@@ -24,7 +24,7 @@ def atomic_file(path: Path, *, writer: str = "") -> Iterator[BinaryIO]:
     A reader finds either the old or the new content, even after a power cut. If the block raises, the old file stays.
 
     Args:
-        writer: a name of this process. It is needed if several processes may write `path` at once.
+        writer: a name that only this process uses. It is needed if several processes may write `path` at once.
 
     Raises:
         OSError: with `path` as its file name, if the file cannot be written. Some faults, such as a full disk of an
@@ -67,7 +67,7 @@ def folders_beside(path: Path) -> tuple[Path, Path]:
 
 
 def put_folder_in_place(path: Path) -> None:
-    """Replace the folder `path` by the first folder of `folders_beside(path)`. The caller has filled this folder."""
+    """Replace the folder `path` with the first folder of `folders_beside(path)`, which the caller has filled."""
     fresh, replaced = folders_beside(path)
     if path.exists():
         os.replace(path, replaced)
@@ -77,13 +77,13 @@ def put_folder_in_place(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file `path` atomically by `text` in UTF-8."""
+    """Atomically replace the content of the file `path` with `text`, encoded as UTF-8."""
     with atomic_file(path) as stream:
         stream.write(text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace the file `path` atomically by `content` as indented JSON."""
+    """Atomically replace the content of the file `path` with `content`, as indented JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -104,7 +104,7 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is not None:
             raise
-        # NumPy raises OSErrors that have a text but no error number.
+        # NumPy raises OSErrors that have a message but no error number.
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
 
 

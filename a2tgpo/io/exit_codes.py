@@ -7,4 +7,4 @@ BAD_CONFIG = 2
 BROKEN_RUN = 3
 """The run failed, or its guards stopped it."""
 START_AGAIN = 75
-"""The run has been saved and should be started again; EX_TEMPFAIL of sysexits.h."""
+"""The run has been saved and should be started again. sysexits.h calls this code EX_TEMPFAIL."""

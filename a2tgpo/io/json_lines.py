@@ -61,10 +61,10 @@ def _is_encodable(record: dict) -> bool:
 
 
 def text_field(record: dict, name: str, where: str) -> str:
-    """Return the text `record[name]`.
+    """Return the string `record[name]`.
 
     Raises:
-        ConfigError: with a message that names `where` and `name`, if the field is missing, blank or not a text.
+        ConfigError: with a message that names `where` and `name`, if the field is missing, blank or not a string.
     """
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
@@ -74,7 +74,7 @@ def text_field(record: dict, name: str, where: str) -> str:
 
 
 def write_lines(path: Path, records: Iterable[dict]) -> None:
-    """Replace the file `path` atomically by `records`, one line of JSON each.
+    """Atomically replace the content of the file `path` with `records`, one line of JSON each.
 
     Raises:
         OSError: with the name `path`, if the file cannot be written.

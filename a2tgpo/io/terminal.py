@@ -9,7 +9,7 @@ import unicodedata
 from typing import TextIO
 
 _TAG = re.compile(r"</?\w{1,20}>")
-# Python considers the zero-width joiners unprintable, but emoji and some words of Persian contain joiners.
+# Python considers the zero-width joiners unprintable, but emoji and some Persian words contain them.
 _JOINERS = "\u200c\u200d"
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 

@@ -67,7 +67,7 @@ def load_user_code(spec: str, key: str) -> Any:
 
 
 def fault_line(error: BaseException, path: Path) -> str:
-    """Return one line with the exception and its place: the last line of `path` in the traceback, if there is one."""
+    """Return one line with the exception and its place: the last frame in `path`, or else the last of all frames."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename) == path.absolute()] or frames
     kind, text = type(error).__name__, first_line(error)

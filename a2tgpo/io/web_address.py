@@ -1,4 +1,4 @@
-"""Tell addresses of web servers from other texts."""
+"""Recognise addresses of web servers."""
 
 from __future__ import annotations
 

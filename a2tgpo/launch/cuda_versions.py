@@ -70,7 +70,7 @@ def find_nvcc(environment: Mapping[str, str]) -> tuple[str, str]:
 
 
 def check_toolkit(cuda: str | None, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Return a warning if the compiler that builds kernels at run time has another CUDA version than `cuda`.
+    """Return a warning if the CUDA version of the compiler that builds kernels at run time is not `cuda`.
 
     Args:
         cuda: the CUDA version that torch was built for, or None if torch was built for CPUs.

@@ -10,7 +10,7 @@ CGROUPS = "sys/fs/cgroup"
 
 
 def memory_left(root: Path = Path("/")) -> tuple[int, str]:
-    """Return how many bytes of host memory this process can still take, and the name of the limit reached first.
+    """Return the bytes of host memory that this process can still take, and the name of the limit it reaches first.
 
     The page cache is treated as free memory, because the kernel can reclaim it.
 

@@ -73,7 +73,7 @@ def join(
     With `run.deterministic`, this process computes deterministically from then on.
 
     Returns:
-        The groups, and the seconds that the ranks took to join, without the import of Megatron.
+        The groups, and the seconds that the ranks took to join, not counting the import of Megatron.
 
     Raises:
         ConfigError: if this machine cannot compute deterministically.

@@ -1,4 +1,4 @@
-"""Describe what a program needs from its machines in addition to input files: disk space, and perhaps an engine."""
+"""List what a program needs from its machines besides input files: disk space, and perhaps memory for an engine."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def warm_start_needs(config: RunConfig, *, target: Path, root: Path) -> Needs:
     The disk must have room for two checkpoints, because the old and the new one exist together for a short time.
 
     Args:
-        config: the warm start's configuration for planning.
+        config: the configuration that `warmstart.settings.as_planned` returned.
         target: the folder to which the warm start writes its model.
         root: the folder of the warm start's metrics and checkpoints.
     """
@@ -110,8 +110,7 @@ def read_model(config: RunConfig) -> ModelDimensions | None:
 
 
 def checkpoints_to_come(config: RunConfig) -> Kept:
-    """Return how many checkpoints the run may add to those on disk. The run adds at least one whole
-    checkpoint."""
+    """Return how many checkpoints the run may add to those on disk, but at least one whole checkpoint."""
     most = most_kept(config)
     markers = (Path(config.run.root) / config.run.name / "checkpoints").glob("step_*/complete.json")
     # A checkpoint that was reduced to its weights has no random states.

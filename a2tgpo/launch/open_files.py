@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 
 FILES_PER_RANK = 5
-"""Connections that rank 0 has open for each rank of the run: three to rank 0's store, and two of gloo."""
+"""Connections that rank 0 has open for each rank of the run: three to rank 0's store, and two for gloo."""
 FILES_BESIDE = 512
 """Number of files that a process opens for libraries, GPUs, data and checkpoints."""
 

@@ -40,7 +40,7 @@ file, and the second contains its decision.
 """
 END = "end"
 LISTEN_S = 1.0
-"""Seconds of one wait for a message. The wait is short, because a signal cannot interrupt it."""
+"""Longest single wait for a message, in seconds. It is short, because a signal cannot interrupt it."""
 
 
 def start_ranks(config: RunConfig, paths: Mapping[str, str], needs: Needs | None = None) -> ParallelGroups:
@@ -269,7 +269,7 @@ def add_search_shortfall(facts: RankFacts, config: RunConfig, world_size: int) -
 
 
 def planned_host_memory(config: RunConfig, world_size: int) -> list[HostMemory]:
-    """Return the host memory that the plan expects each rank to take. Without a GPU or a plan, the list is empty."""
+    """Return each rank's host memory according to the plan; an empty list if there is no GPU or no plan."""
     try:
         plan = _plan_on_gpus(config, world_size)
     except ConfigError:

@@ -23,8 +23,8 @@ from a2tgpo.plan.host_memory import HostMemory, sum_of
 from a2tgpo.run.versions import versions
 
 MAX_CLOCK_SKEW_S = 5.0
-"""Largest allowed difference between the clocks of a rank and of rank 0, seconds. Busy machines read their clocks
-late."""
+"""Largest allowed difference, in seconds, between the clocks of a rank and of rank 0. The difference may seem large
+if a machine is busy and reads its clock late."""
 SAMPLED_BYTES = 4096
 """Number of bytes that a fingerprint reads at the start of each file, and again at the end of the file."""
 SMALL_BYTES = 1 << 20
@@ -48,7 +48,8 @@ class RankFacts:
     clock_ahead_s: float = 0.0
     """Seconds by which this machine's clock is ahead of rank 0's clock."""
     memory_left: tuple[int, str] = (0, "")
-    """Bytes of host memory that processes on this machine can still take, and the name of the limit reached first."""
+    """Bytes of host memory that processes on this machine can still take, and the name of the limit that
+    they reach first."""
     faults: list[str] = field(default_factory=list)
     """Faults that this rank found on its own machine, without comparing it with other ranks."""
     warnings: list[str] = field(default_factory=list)
@@ -225,7 +226,7 @@ def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[
 
 
 def _odd(values: list[dict[str, str]]) -> Iterator[tuple[int, str, str, str]]:
-    """Yield (rank, name, value of the rank, value of most ranks) if these two values differ."""
+    """For each rank and name, yield (rank, name, value of the rank, value of most ranks) if these values differ."""
     names = dict.fromkeys(name for of_rank in values for name in of_rank)
     for name in names:
         column = [of_rank.get(name, "none") for of_rank in values]

@@ -145,7 +145,7 @@ def first_host(node_list: str) -> str:
 
 
 def address_of(node: str) -> str:
-    """Return `node` if it is the name of a host, else the address that Slurm itself uses for the node."""
+    """Return `node` if this name can be resolved, else the address that Slurm itself uses for the node."""
     try:
         socket.getaddrinfo(node, None)
         return node

@@ -35,7 +35,7 @@ class RequestFailedError(RuntimeError):
 class HelperPool:
     """Helper processes that each answer one request at a time. Many threads may use the pool.
 
-    A process starts if all running processes are busy.
+    A new process starts only if all running processes are busy.
 
     Args:
         module: the program, a module that calls `serve`.
@@ -115,16 +115,16 @@ class _Helper:
 
 
 def serve(answer: Callable[..., Any], *, example: Sequence[Any], cpu_s: float, longest_s: int) -> None:
-    """Answer the requests of a `HelperPool`; the main function of a helper program.
+    """Answer the requests of a `HelperPool`. This is the main function of a helper program.
 
-    The program writes a line of JSON once it is ready: null, or why it cannot start. Then it reads a request from
-    each line of the standard input, and writes [answer, null] or [null, error].
+    The program first writes a line of JSON: null if it is ready, or else its error. Then it reads a request from each
+    line of the standard input, and writes [answer, null] or [null, error].
 
     Args:
         answer: returns the answer to a request.
         example: a request that is answered first, so that the time of imports does not count.
-        cpu_s: longest CPU time of a request in seconds. A limit on CPU time gives the same answers on a busy machine.
-        longest_s: longest time of a request in seconds.
+        cpu_s: longest CPU time of a request, in seconds. Unlike wall time, it does not grow if the machine is busy.
+        longest_s: longest wall time of a request, in seconds.
     """
     for limit in LIMIT_SIGNALS:
         signal.signal(limit, signal.SIG_DFL)
@@ -145,7 +145,7 @@ def serve(answer: Callable[..., Any], *, example: Sequence[Any], cpu_s: float, l
             signal.alarm(longest_s)
             try:
                 reply = [answer(*json.loads(line)), None]
-            except Exception as error:  # the libraries fail in many ways on hostile texts
+            except Exception as error:  # the libraries fail in many ways on hostile input
                 reply = [None, _line(error)]
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)

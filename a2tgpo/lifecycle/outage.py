@@ -10,7 +10,7 @@ class Outage:
     """Records whether this rank waits for a service, since when, and why. Only one thread may call `begin` and `end`.
 
     Args:
-        limit_s: seconds of one wait after which the run must end.
+        limit_s: the number of seconds after which a wait must end the run.
         clock: function that returns seconds, which never decrease.
     """
 

@@ -88,7 +88,7 @@ class StopRequest:
         return f"the job ends in {left_s:.0f} s ({END_TIME})"
 
     def _published_reason(self) -> str:
-        """Return the reason in the store, or an empty text if no rank has made a request."""
+        """Return the reason in the store, or an empty string if no rank has made a request."""
         with contextlib.suppress(RuntimeError):
             if self._store.check([_REASON]):
                 return str(self._store.get(_REASON).decode())

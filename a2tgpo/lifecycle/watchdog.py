@@ -70,8 +70,8 @@ class Watchdog:
         self._world_size = world_size
         self._outage = outage
         self._outages_seen = 0
-        """The store's counter `outages` at this rank's last poll. A rank adds 1 at every poll while it waits for a
-        service."""
+        """The store's counter `outages` at this rank's last poll. While a rank waits for a service, it adds 1 to
+        the counter at every poll."""
         self._looked_at = time.monotonic()
         self._paused = (0, 0.0)
         """Number of a `Place`, and the seconds in this place during which outages stopped the clock."""

@@ -149,7 +149,7 @@ class Workers:
         return [call for call in late if call.is_wanted]
 
     def _start_threads(self) -> None:
-        """Start threads for the queued calls, up to `num_workers` threads that do not hang."""
+        """Start threads for the queued calls, but keep at most `num_workers` threads that do not hang."""
         num_idle = self._num_threads - len(self._running)
         for _ in range(min(len(self._queued) - num_idle, self._num_workers - self._num_threads)):
             self._num_threads += 1

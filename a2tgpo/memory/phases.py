@@ -62,8 +62,8 @@ class MemoryPhases:
 
     Args:
         optimizer: None if nothing is trained.
-        reference: None if the run has no reference. `policy.base` has no weights of its own, so it moves with
-            `policy`.
+        reference: None if the run has no reference. The reference `policy.base` has no weights of its own, so it
+            moves with `policy`.
         engine: an engine that is asleep. None if the run has no engine, or if `build_engine` builds the engine later.
         offload: the setting `update.offload`.
     """

@@ -47,8 +47,8 @@ class RatioNoise:
         Returns:
             The metrics `ratio/noise` (nats) and `ratio/noise_share`, and a line of text. `ratio/noise_share` is the
             noise divided by the smaller of clip_low and clip_high. A step with fewer than three mini-batches has no
-            metrics. The line reports the noise after the `FIRST_STEPS`-th measured step. It is "" after other steps.
-            If the objective has no clipping range, there is no `ratio/noise_share` and no line.
+            metrics. The line is "" except after the `FIRST_STEPS`-th measured step, when it reports the noise. If
+            the objective has no clipping range, there is no `ratio/noise_share` and no line.
         """
         after_one, after_two = (metrics.get(name, math.nan) for name in SPREAD_METRICS.values())
         if not (math.isfinite(after_one) and math.isfinite(after_two)):

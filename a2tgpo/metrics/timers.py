@@ -12,7 +12,7 @@ class StageTimers:
     """Measure the wall time of each stage.
 
     If a stage runs several times, its times are added. The time of a stage includes the time of stages inside it. In
-    a profile, each stage is a range with the stage's name after `stage:`. On a GPU it is also an NVTX range.
+    a profile, each stage is a range with the name `stage: NAME`. On a GPU it is also an NVTX range.
 
     Args:
         synchronize: function that waits for the device, such as torch.cuda.synchronize. It runs at the beginning and

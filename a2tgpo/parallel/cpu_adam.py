@@ -9,7 +9,7 @@ import torch
 
 
 class CpuFusedAdam(torch.optim.Optimizer):
-    """Replacement of FusedAdam that gives Megatron's optimizers and checkpoints the same form on CPU and GPU.
+    """Replacement for FusedAdam that gives Megatron's optimizers and checkpoints the same form on CPU and GPU.
 
     Like FusedAdam and unlike torch's Adam, this class counts steps per parameter group (`group["step"]`). For each
     parameter it stores only `exp_avg` and `exp_avg_sq`, in float32.

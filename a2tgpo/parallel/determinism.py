@@ -35,7 +35,7 @@ requests share a batch depends on when tools answer."""
 
 FIRST_CAPABILITY = (9, 0)
 """Lowest compute capability on which trainer and batch-invariant kernels work in one process. On older cards, vLLM
-replaces torch's linear and matmul in the whole process by kernels without a backward pass."""
+replaces torch's linear and matmul by kernels without a backward pass, in the whole process."""
 
 
 def compute_deterministically(*, with_engine: bool = True) -> None:
@@ -49,7 +49,8 @@ def compute_deterministically(*, with_engine: bool = True) -> None:
         with_engine: whether the process builds an engine.
 
     Raises:
-        ConfigError: if a variable has another value, or if the process builds an engine on a GPU that is too old.
+        ConfigError: if a variable is already set to another value, or if the process builds an engine on a GPU that
+            is too old.
     """
     wanted = dict(VARIABLES)
     # vLLM's batch-invariant kernels need a GPU. On a CPU, its usual kernels are batch-invariant already.

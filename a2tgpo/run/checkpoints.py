@@ -249,7 +249,7 @@ class RunCheckpoints:
         return {carried_file(self._engine_group.index): encode(self._state.carried)}
 
     def _read_carried(self, path: Path, step: int, changed: dict[str, tuple[Any, Any]]) -> Carried:
-        """Return the carried groups of a checkpoint without the groups that the present settings do not allow."""
+        """Return those carried groups of a checkpoint that the present settings allow."""
         try:
             held = read(path, num_engines=self._engine_group.count)
         except ValueError as error:

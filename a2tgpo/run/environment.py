@@ -43,7 +43,7 @@ def parse_environment(text: str) -> dict[str, str]:
 
 
 def environment_changes(before: Mapping[str, str], now: Mapping[str, str]) -> tuple[Changes, Changes]:
-    """Return the changes of packages, code and user's files as two maps: refused changes and reported changes.
+    """Return the changes of packages, code and the user's files as two maps: refused changes and reported changes.
 
     Code is compared by content, so a commit that changes no executed file is not a change. A change of code is
     reported, but not refused, if the last start had uncommitted changes or no checkout.
@@ -66,7 +66,7 @@ def _short(line: str) -> str:
 
 def _gpus() -> str:
     """Return the number of ranks and the kind of this rank's GPU, or "none" without a GPU."""
-    import torch  # here, because programs import this module before they parse their arguments
+    import torch  # imported here, because programs import this module before they parse their arguments
     import torch.distributed as dist
 
     if not torch.cuda.is_available():

@@ -52,7 +52,7 @@ def keep(kept: Path, config: RunConfig) -> None:
 
 
 def _describe_file_changes(config: RunConfig, path: str, overrides: Sequence[str]) -> str:
-    """Return a clause that tells how the configuration files have changed since the first start, or an empty text."""
+    """Return a clause that tells how the configuration files have changed since the first start, or ""."""
     try:
         live = load_config(path, overrides)
     except ConfigError as error:

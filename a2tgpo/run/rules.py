@@ -114,7 +114,7 @@ def written_settings(text: str, keys: Iterable[str]) -> dict[str, Any]:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:
-    """Return the keys whose values differ between the maps. A key that only one map has is ignored."""
+    """Return each key whose values in the maps differ, with both values. A key that only one map has is ignored."""
     return {key: (before[key], now[key]) for key in now if key in before and before[key] != now[key]}
 
 

@@ -70,7 +70,7 @@ def require_same(folder: Path, config: RunConfig, rules: Rules, *, accept: bool,
     """Compare this start with the last start in `folder`, and report the changes; one process calls this.
 
     Args:
-        accept: whether to continue despite changes that the program would refuse.
+        accept: whether to continue despite changes that the program would otherwise refuse.
         done: the progress of the experiment, in a few words.
 
     Raises:

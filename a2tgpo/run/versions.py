@@ -78,9 +78,9 @@ def _copied_line() -> str:
 def _git(*arguments: str) -> str:
     """Return the output of git in the checkout of this code; an empty string if git fails or there is no checkout.
 
-    In a container, the checkout may belong to another user. git then reads it only with safe.directory.
+    In a container, the checkout may belong to another user. git then reads it only if safe.directory allows this.
     """
-    if not (_ROOT / ".git").exists():  # git could find another repository around an installed package
+    if not (_ROOT / ".git").exists():  # an installed package may lie inside another repository
         return ""
     try:
         done = subprocess.run(

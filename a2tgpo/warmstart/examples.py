@@ -92,7 +92,7 @@ def load_examples(config: RunConfig, *, date: datetime.date) -> Examples:
 
 
 def held_out_questions(demonstrations: Sequence[Demonstration], *, share: float, seed: int) -> set[str]:
-    """Return the held-out questions. They are about the fraction `share` of all questions.
+    """Return the held-out questions, which are the fraction `share` of all questions, rounded up.
 
     The questions are chosen by a hash, so few of them move between training and held-out examples if the file grows.
     """

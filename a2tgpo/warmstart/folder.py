@@ -76,7 +76,7 @@ class WarmStartFolder:
     def restore(
         self, path: Path, *, policy: Policy, optimizer: Any, schedule: LearningRateSchedule
     ) -> dict[str, Any]:
-        """Load the checkpoint `path`, or the newest undamaged checkpoint before it, and return the state."""
+        """Load the checkpoint `path` or, if it is damaged, the newest undamaged one before it. Return the state."""
         try:
             _, state = checkpoint.load_newest(path, policy=policy, optimizer=optimizer, schedule=schedule)
         except ValueError as error:

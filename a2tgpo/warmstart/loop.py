@@ -136,7 +136,7 @@ class WarmStart:
         return my_microbatches(chosen, self.policy, max_tokens=self.config.update.max_microbatch_tokens)
 
     def _evaluate(self) -> None:
-        """Report the mean cross-entropy of the policy's own tokens in the held-out examples."""
+        """Report the mean cross-entropy of the tokens that the policy should write in the held-out examples."""
         held_out, size = self.examples.held_out, self.settings.batch_size
         if not held_out:
             return

@@ -18,7 +18,7 @@ from a2tgpo.io.errors import ConfigError
 from a2tgpo.record.rollout_files import read_part, recorded_steps, step_ranges
 
 CALL_CLOSE = "</tool_call>"
-"""The tag that ends a call in the chat protocol's format hermes."""
+"""The tag that ends a call in the call format `hermes`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from a2tgpo.plan.parameters import checkpoint_parameters
 
 REFERENCE_LR, REFERENCE_PARAMETERS, MAX_LR = 1e-5, 8e9, 1e-3
 ADAPTER_LR_RATIO = 10
-"""Learning rate of adapters, divided by the rate for all weights."""
+"""Learning rate for adapters, divided by the rate for training all weights."""
 
 
 def learning_rate(config: RunConfig, dimensions: ModelDimensions) -> float:
