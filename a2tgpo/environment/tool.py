@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class ToolError(RuntimeError):
-    """Raised if a call has no answer. The message gives the cause in one line, which the policy reads."""
+    """Raised if a tool cannot answer a call. The message gives the cause in one line, which the policy reads."""
 
 
 class ToolUnavailableError(ToolError):
@@ -46,7 +46,7 @@ class Tool(Protocol):
 
         Raises:
             ToolError: if there is no answer.
-            ToolUnavailableError: if no call has an answer at present. `tools.on_outage` then decides what happens.
+            ToolUnavailableError: if the tool can answer no call now. `tools.on_outage` then decides what happens.
         """
 
     def close(self) -> None:

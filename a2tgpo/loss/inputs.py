@@ -33,7 +33,7 @@ class LossInputs:
     importance: torch.Tensor | None = None
     """[n]: importance weights without gradient, see `rollout_correction.importance_weights`. None: no correction."""
     is_cov_clipped: torch.Tensor | None = None
-    """[n] bool: tokens whose log-prob is a constant in the ratio, see `clip_cov`. None: no such tokens."""
+    """[n] bool: tokens that get no gradient from the policy term, see `clip_cov`. None: no such tokens."""
     entropy: torch.Tensor | None = None
     """[n] with gradient, nats: entropy of the distribution that predicts the token. None: no entropy term."""
     contrast_logprobs: torch.Tensor | None = None
@@ -42,7 +42,7 @@ class LossInputs:
     def segments(self, level: str) -> tuple[torch.Tensor | None, int]:
         """Return the segment id of each token, [n], and the number of segments.
 
-        `level` is turn, sequence or token. At token level, return (None, 0), because every token is its own segment.
+        `level` is `turn`, `sequence` or `token`. For `token`, return (None, 0): each token is its own segment.
         """
         if level == "turn":
             return self.turn_ids, self.num_turns
@@ -56,7 +56,7 @@ class TokenLosses:
     """The result of an objective. All tensors are [n]."""
 
     loss: torch.Tensor
-    """The token's policy term, with gradient, without the importance weight and the token weight."""
+    """The token's policy term, with gradient, not yet multiplied by the importance weight and the token weight."""
     ratio: torch.Tensor
     """The importance ratio of the token, for the metrics."""
     is_clipped: torch.Tensor

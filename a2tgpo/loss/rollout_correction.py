@@ -51,7 +51,7 @@ def importance_weights(
         old_logprobs: [n] log-probs that the trainer computed before the first update of the step.
         rollout_logprobs: [n] log-probs that the engine recorded when it sampled the tokens.
         segment_ids: [n] int64 turn or sequence of each token. None: every token is its own segment.
-        config: its `kind` must be truncate or mask.
+        config: its `kind` must be `truncate` or `mask`.
     """
     log_ratio = old_logprobs - rollout_logprobs
     if segment_ids is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 class CircuitBreaker:
-    """Refuses requests after `break_after` failures in a row. It then allows one try every `break_s` seconds. After a
+    """Refuses requests after `break_after` failures in a row, except for one try every `break_s` seconds. After a
     success, it allows all requests. The class is thread-safe.
     """
 

@@ -17,9 +17,9 @@ MAX_CHARACTER_TOKENS = 4
 
 
 class ObservationEncoder:
-    """Encode a tool's answer as the tokens of an observation.
+    """Encodes a tool's answer as the tokens of an observation.
 
-    The result contains the protocol's tags and no other control token.
+    The observation contains the protocol's tags and no other control token.
 
     Args:
         syntax: the tags to write, and to remove from answers.

@@ -27,7 +27,7 @@ class Burst:
     clients: int
     answered: int
     failed: int
-    """Number of queries without an answer within search.request_timeout_s."""
+    """Number of queries without an answer within `search.request_timeout_s`."""
     seconds: float
     """Time until the last query was answered or failed."""
 

@@ -59,7 +59,7 @@ class Health(BaseModel):
     status: str
     passages: int
     index: str
-    """One of bm25, dense, shards."""
+    """One of `bm25`, `dense`, `shards`."""
 
 
 class Refusal(BaseModel):

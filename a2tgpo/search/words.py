@@ -14,7 +14,7 @@ SPLITTING = 2
 _ASCII_WORD = re.compile(r"\w+")
 # A word includes the marks on its letters, because vowels are marks in Devanagari, Thai and many other scripts.
 _WORD = regex.compile(r"[\p{L}\p{N}_][\p{L}\p{N}\p{M}_]*")
-# A letter with its marks, in a script that puts no spaces between words or attaches particles to words (Hangul).
+# A letter with its marks, in a script without spaces between words, or with particles attached to words (Hangul).
 # U+30FC lengthens a kana, but Unicode assigns it to no script.
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\u30fc\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*"
 _UNSPACED_LETTER = regex.compile(_UNSPACED)

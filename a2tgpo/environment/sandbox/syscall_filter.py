@@ -78,8 +78,8 @@ _REFUSED_OPERATIONS = {
     ),  # FIOSETOWN, SIOCSPGRP
 }
 """System calls of which only some operations fail with EPERM. For each call: its number by architecture, the place of
-the operation among its arguments, and the operations that fail. They would let a process outlive the
-trainer, or let a pipe or a socket send signals."""
+the operation among its arguments, and the operations that fail. These operations would let a process
+outlive the trainer, or let a pipe or a socket send signals."""
 _SOCKETPAIR = {"x86_64": 53, "aarch64": 199}
 _AF_UNIX, _SOCK_STREAM, _TYPE_MASK = 1, 1, 0xF
 _CLONE = {"x86_64": 56, "aarch64": 220}

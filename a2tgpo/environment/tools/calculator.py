@@ -33,7 +33,7 @@ class _Refusal(ValueError):
 
 
 class Calculator:
-    """Answer a call with the value of the expression, or with a text that names the error in the expression."""
+    """Answers a call with the value of the expression, or with a text that names the error in the expression."""
 
     description = "Evaluates an arithmetic expression exactly."
     parameters: Mapping[str, Any] = {

@@ -21,7 +21,7 @@ NO_TEXT = "The answer has no text."
 
 
 class McpTool:
-    """Answer calls over one connection, which is opened again if it breaks.
+    """Answers calls over one connection, which is opened again if it breaks.
 
     Args:
         config: the section `mcp`.
@@ -202,7 +202,7 @@ def _find(tools: Sequence[Any], name: str) -> Any:
 
 
 def _cause(error: BaseException) -> str:
-    """Return the first cause of an error, in one line. The event loop may put the cause into exception groups."""
+    """Return the first cause of an error, in one line. The event loop may wrap it in exception groups."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return f"{type(error).__name__}: {first_line(error):.200}"

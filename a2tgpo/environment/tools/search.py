@@ -13,7 +13,7 @@ NOTHING_FOUND = "No passage was found."
 
 
 class Search:
-    """Answer a call with passages, each formatted as in Search-R1."""
+    """Answers a call with passages, each formatted as in Search-R1."""
 
     description = "Returns passages that match a query."
     parameters: Mapping[str, Any] = {

@@ -25,7 +25,7 @@ _HTML = ("text/html", "application/xhtml+xml")
 
 
 class Visit:
-    """Answer a call, which is the address of a page, with the page's text.
+    """Answers a call, which is the address of a page, with the page's text.
 
     Args:
         reader: reads pages. None if only recorded answers are used.

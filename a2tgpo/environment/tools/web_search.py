@@ -19,7 +19,7 @@ TOKEN_VARIABLE = "A2TGPO_WEB_TOKEN"
 
 
 class WebSearch:
-    """Answer a call with results. Each part of the answer has one result's number, title, address and text.
+    """Answers a call with results. Each part of the answer has one result's number, title, address and text.
 
     Args:
         service: None if only recorded answers are used.

@@ -52,7 +52,7 @@ class _NoVerdictError(RewardError):
 
 
 class _UsedUpError(RewardError):
-    """The step may send no more requests. This is not a failure of the server."""
+    """The step has used up its requests. This is not a failure of the server."""
 
 
 class Judge:
@@ -183,7 +183,7 @@ class Judge:
         return value if math.isfinite(value) else None
 
     def _spend(self) -> None:
-        """Count a request. Raise _UsedUpError if the step may send no more requests."""
+        """Count a request. Raise `_UsedUpError` if the step has used up its requests."""
         limit = self._config.max_calls_per_step
         with self._lock:
             if limit and self._counts["calls"] >= limit:
