@@ -1,4 +1,4 @@
-"""Floating-point operations of the model. A multiplication followed by an addition is two operations."""
+"""Floating-point operations of the model. A multiplication followed by an addition counts as two operations."""
 
 from __future__ import annotations
 

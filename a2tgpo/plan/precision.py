@@ -9,7 +9,7 @@ from a2tgpo.plan.hardware import Gpu
 from a2tgpo.plan.parameters import linear_parameters
 
 VALUE_BYTES = {"blockwise": 1 + 4 / 128, "tensorwise": 1.0, "mxfp8": 1 + 1 / 32}
-"""FP8 recipe -> bytes per value, including scales, of an activation that a linear layer keeps for backward."""
+"""FP8 recipe -> bytes per value, with scales, of an activation that a linear layer keeps for the backward pass."""
 WEIGHT_BYTES = {"blockwise": 1 + 4 / 128**2, "tensorwise": 1.0, "mxfp8": 1 + 1 / 32}
 """FP8 recipe -> bytes per value of a weight's FP8 copy, including scales."""
 WEIGHT_COPIES = 2

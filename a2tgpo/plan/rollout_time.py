@@ -53,7 +53,7 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
         return max(memory, running * forward / peak) + latency + host
 
     prompts = max(1.0, geometry.trajectories_per_engine / config.rollout.group_size)
-    # Of a branch, count only the part that the branch itself plays.
+    # For a branch, count only the part that the branch itself plays.
     trajectories = geometry.trajectories_per_engine * geometry.played_share
     sampled = workload.sampled_tokens
     observed = workload.response_tokens - sampled

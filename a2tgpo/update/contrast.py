@@ -16,8 +16,8 @@ def compute_contrast_logprobs(
     """Return the mini-batch with `contrast_logprobs`, computed with the policy's present weights. Every rank must
     call this.
 
-    Every micro-batch must have `contrast`. It contains the sampled tokens in the same order as `batch`, but at other
-    positions.
+    Every micro-batch must have `contrast`, which contains the sampled tokens in the same order as `batch`, but at
+    other positions.
     """
     batches = [m.contrast for m in minibatch if m.contrast is not None]
     found = compute_logprobs(policy, batches, distribution=distribution)

@@ -98,7 +98,7 @@ class Extrapolation:
         self._probe.take(masters)
         second = train_step(policy, optimizer, microbatches, losses[1], distribution=distribution)
         self._num_later_passes += 1
-        if not second.update_ok:  # a skipped step changes nothing, so the state is that after pass 1
+        if not second.update_ok:  # a skipped step leaves the state as it was after pass 1
             self._num_fallbacks += 1
             return first
         self._move_to_point(groups, masters, device=policy.groups.device)

@@ -72,7 +72,7 @@ def run_pipeline(
         is_real = number < real_count
         loss = token_function(number, logprobs, entropy) if is_real else logprobs.new_zeros(())
         if not (forward_only or loss.requires_grad):
-            loss = loss + 0.0 * logprobs.sum()  # backward must reach every stage and every parameter
+            loss = loss + 0.0 * logprobs.sum()  # the backward pass must reach every stage and parameter
         return loss * scale, {}
 
     load, replay = None if forward_only else policy.expert_load, policy.router_replay

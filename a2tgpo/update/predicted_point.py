@@ -9,7 +9,7 @@ steps without the decay, divided by -lr:
     w~ = w0 + alpha q (w2 - w0)
 
 If every step were r times the one before, q (w2 - w0) would be the sum of K steps. A weight whose |d0| is at most
-1e-3 is inactive, and has q = 1. Divided by lr, AdamW's steps are near 1, so the bound 1e-3 needs no scale.
+1e-3 is inactive, and has q = 1. AdamW's steps are about as large as lr, so the bound fits any lr.
 
 The paper divides gradients, r = g1 / g0. Under AdamW the step is not the gradient, so this module follows the
 authors' later release, which divides the steps.
