@@ -230,7 +230,7 @@ def step_of(path: Path) -> int:
 
 
 def is_of_weights(name: str) -> bool:
-    """Return whether the file `name` of a checkpoint belongs to the weights, which retention keeps."""
+    """Return whether retention keeps the file `name` when it reduces a checkpoint to its weights."""
     return name == STATE or name.startswith((f"{WEIGHTS}/", f"{ADAPTER_FOLDER}/"))
 
 

@@ -259,7 +259,7 @@ def _saved_state(policy: Policy, optimizer: Any) -> dict[str, Any]:
 
 
 def _settings(saved: dict[Any, Any]) -> dict[Any, Any]:
-    """Return the saved parameter groups and steps of the chained optimizers in the form for `load_state_dict`.
+    """Return the saved parameter groups and steps of the chained optimizers as `load_state_dict` takes them.
 
     The function drops the layout of the optimizer's tensors, which only older checkpoints contain.
     """

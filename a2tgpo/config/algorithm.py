@@ -96,8 +96,8 @@ class AlgorithmConfig:
     """Entropy in nats per token below which the entropy term is switched on (Skywork-OR1: 0.2, with entropy_coef
     0.005). `0`: the weight is always entropy_coef."""
     entropy_delta: float = 1e-4
-    """With entropy_target, the weight starts at 0. Each step raises the weight by this number if the entropy is
-    below the target, and lowers it if not."""
+    """With entropy_target, the weight of the entropy starts at 0. Each step raises the weight by this number if the
+    entropy is below the target, and otherwise lowers it."""
     clip_cov_share: float = 0.0
     """Share of the sampled tokens that get no gradient because they lower the entropy (Clip-Cov: 2e-4); 0: none."""
     clip_cov_low: float = 1.0

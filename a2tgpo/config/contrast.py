@@ -24,7 +24,7 @@ class ContrastConfig:
     top_share: float = 0.4
     """Share of the ranked units that together get `top_mass` of the weight (GCPO: 0.4)."""
     top_mass: float = 0.8
-    """Share of the total weight that these highest-ranked units get; at least `top_share` (GCPO: 0.8). If `top_mass`
+    """Share of the total weight that the units of `top_share` get; at least `top_share` (GCPO: 0.8). If `top_mass`
     equals `top_share`, all weights are 1."""
 
     def __post_init__(self) -> None:

@@ -156,8 +156,8 @@ class RolloutConfig:
     text in <result> tags (paper). `chat`: a call has the form of the model's own chat template, and its result is a
     message of role `tool`."""
     call_format: str = "auto"
-    """With protocol=chat, the form of a call: hermes, llama_json, qwen_xml, or another module in protocol/formats/.
-    `auto`: the form in which the chat template writes calls."""
+    """With protocol=chat, the form of a call: `hermes`, `llama_json`, `qwen_xml`, or another module in
+    protocol/formats/. `auto`: the form in which the chat template writes calls."""
     max_calls_per_turn: int = 4
     """With protocol=chat, maximum number of calls in one turn. These calls run at the same time. Further calls of the
     turn get an error as their result."""

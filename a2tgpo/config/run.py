@@ -92,10 +92,10 @@ class CheckpointConfig:
     """A run in a Slurm job stops in time to save before the job's end (SLURM_JOB_END_TIME). The run reserves the
     time of the longest update and save so far, plus this many seconds."""
     best_by: str = "em"
-    """Held-out score that decides which checkpoint is the best: em, em_format_gated, f1, reward (the weighted sum of
-    the rewards), or the name of a reward of reward.names. With evaluation.samples, mean_at_K and pass_at_K are
-    allowed, too. SET/em is the EM on the set SET of evaluation.sets. The weights of the best checkpoint are kept.
-    `none`: no checkpoint is the best."""
+    """Held-out score that decides which checkpoint is the best: `em`, `em_format_gated`, `f1`, `reward` (the weighted
+    sum of the rewards), or the name of a reward of reward.names. With evaluation.samples, `mean_at_K` and `pass_at_K`
+    are allowed, too. `SET/em` is the EM on the set SET of evaluation.sets. The weights of the best checkpoint are
+    kept. `none`: no checkpoint is the best."""
 
     def __post_init__(self) -> None:
         for name in ("every", "keep_every", "keep_gb", "keep_previous", "margin_s"):
@@ -266,7 +266,7 @@ class RunConfig:
     def check_training(self) -> None:
         """Raise `ConfigError` if training on the rollouts would have no effect or be wrong.
 
-        This method loads the files of the user that `algorithm` names.
+        This method loads the user's files that `algorithm` names.
         """
         self.rollout.check_training()
         check_combinations(self)

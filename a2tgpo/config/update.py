@@ -68,8 +68,8 @@ class UpdateConfig:
     clip_grad: float = 1.0
     """Largest global gradient norm. A larger gradient is scaled down to this norm; 0: no scaling."""
     freeze_router: bool = False
-    """Leave the routers of a mixture of experts unchanged, so that a change of a router's weights never sends
-    tokens to other experts. `true` is refused if the model has no experts."""
+    """Leave the routers of a mixture of experts unchanged, so that a token's experts change only if its hidden states
+    change. `true` is refused if the model has no experts."""
     distributed_optimizer: bool = True
     """Divide the optimizer state over the data-parallel ranks. `false`: every rank stores all of it."""
     offload: bool = True

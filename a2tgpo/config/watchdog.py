@@ -34,8 +34,8 @@ class WatchdogConfig:
     other_s: float = 2400.0
     """Limit of every other stage, such as waiting for other ranks' rollouts, and of the time between stages."""
     slack: float = 10.0
-    """After a stage was completed, its limit becomes this many (> 1) times its longest duration so far. `0`: the
-    limit does not change."""
+    """Once a rank has completed a stage, the stage's limit becomes this many (> 1) times its longest duration so far.
+    `0`: the limit does not change."""
     min_s: float = 300.0
     """Lower bound, in seconds, of every limit that is computed from `slack`."""
     slow_ratio: float = 1.5

@@ -32,7 +32,7 @@ class Demonstration:
     calls: tuple[tuple[DemonstratedCall, ...], ...] = ()
     """The calls of each turn. Empty if the texts contain the calls as tags."""
     quality: str = ""
-    """Quality label of the data set, used only in reports."""
+    """Optional label of the demonstration, for people."""
 
 
 def load_demonstrations(path: str, *, key: str = "warmstart.demonstrations") -> list[Demonstration]:

@@ -71,7 +71,7 @@ class PromptSampler:
             count: number of questions. The default is `per_step`.
             excluded: indices that must not be returned, because their questions are already in the step or, with
                 partial rollouts, were carried over (see `PartialConfig.check_questions`). Their number plus `count`
-                is at most the number of questions.
+                must not exceed the number of questions.
         """
         count = self.per_step if count is None else count
         assert len(excluded) + count <= self.num_questions, (
