@@ -107,7 +107,7 @@ def import_hf(args: argparse.Namespace) -> None:
     source, out = args.source, args.out
     config, model = load_saved(args.config or config_beside(source), args.overrides, source, key="--in")
     require(model.is_hf, "--in", str(source), "a Hugging Face folder, with hf-to-megatron")
-    # A checkpoint of a run with adapters has no other weights, so the model in `source` would not be in it.
+    # A run with adapters saves only the adapters, so its checkpoint would not contain the model in `source`.
     rule = "0 with hf-to-megatron; set model.path to the folder, and start the run without a checkpoint"
     require(not config.model.lora.enabled, "model.lora.rank", config.model.lora.rank, rule)
     require_new(out)

@@ -1,4 +1,4 @@
-"""Write what finished runs of the recipe configs/search_r1_3b.yaml measured into the table of docs/recipes.md.
+"""Write the results of finished runs of the recipe configs/search_r1_3b.yaml into the table of docs/recipes.md.
 
     python tools/fill_recipe.py RUN [RUN ...] [--page docs/recipes.md]
 
@@ -6,8 +6,8 @@ RUN is a run's folder (runs/NAME). Its last checkpoint must have been evaluated 
 
     python tools/evaluate.py --config RUN/config.yaml --checkpoint RUN/checkpoints/step_N
 
-A run fills the column of its method, and replaces what the column had. If a run has other settings than the recipe,
-or other numbers of questions, the program names them, and writes nothing.
+The results of a run replace the column of its method. If the settings or the numbers of questions differ from those
+of the recipe, the program names the differences, and writes nothing.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ FREE = (
     *("rollout.kv_cache_gib", "rollout.gpu_memory_fraction", "rollout.block_size"),
     *("rollout.enforce_eager", "rollout.async_scheduling"),
 )
-"""Prefixes of settings in which a run of the recipe may differ: files, seed, evaluation, and layout. The settings
-that may change between two starts of one run may differ, too, except run.steps."""
+"""Prefixes of settings in which a run of the recipe may differ: files, seed, evaluation, and layout. A run may
+also differ in the settings that may change between two starts of one run, except run.steps."""
 
 Column = dict[str, str]
 """{name of a row: text of the cell}."""
@@ -111,7 +111,7 @@ def fill(runs: Sequence[Path], page: Path) -> None:
 
 
 def to_table(columns: Mapping[str, Column]) -> str:
-    """Return the table. A cell that no run has filled says that it has not run."""
+    """Return the table. A cell that no run has filled contains `EMPTY`."""
     rows = []
     for row in ROWS:
         target = TARGETS.get(row.removesuffix(EM))
@@ -165,7 +165,7 @@ def method_of(run: Path) -> str:
     """Return the method whose settings the run has.
 
     Raises:
-        ConfigError: if the run follows the recipe with no method. The message names the settings that differ.
+        ConfigError: if the run follows the recipe with none of `METHODS`. The message names the settings that differ.
     """
     try:
         text = (run / CONFIG_FILE).read_text(encoding="utf-8")
@@ -184,7 +184,7 @@ def method_of(run: Path) -> str:
 
 
 def differences(text: str, recipe: RunConfig) -> Changes:
-    """Return the settings in which a run's configuration `text` differs, each as (value in `recipe`, in `text`)."""
+    """Return {setting: (value in `recipe`, value in `text`)} where a run's configuration `text` differs."""
     keys = [key for key in flat_config(recipe) if is_compared(key, recipe)]
     wanted, has = written_settings(dump_config(recipe), keys), written_settings(text, keys)
     for settings in (wanted, has):
@@ -215,7 +215,7 @@ def set_scores(report: Path, run: Path) -> dict[str, float]:
     """Return the exact match of each set in the report, without the format gate.
 
     Raises:
-        ConfigError: if there is no report, or if the report is not of all questions of the recipe's sets.
+        ConfigError: if there is no report, or if the report does not cover all questions of the recipe's sets.
     """
     checkpoint = run / "checkpoints" / report.parent.name
     command = f"tools/evaluate.py --config {run / CONFIG_FILE} --checkpoint {checkpoint}"

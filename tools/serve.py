@@ -4,11 +4,11 @@
     launch/local.sh -n RANKS --script tools/serve.py FOLDER/agent.json --model FOLDER [...]
 
 `tools/convert.py megatron-to-hf` writes FOLDER, including agent.json, the settings for playing the agent. POST
-/v1/chat/completions takes one user message and returns the agent's answer, which is the content of its \\boxed{}.
-The field `agent` of the response has turns, calls and results. The default --host listens on this machine only. If
---token-file is given, clients must send that bearer token. The ranks divide the model among themselves. If there are
-several engines, they divide the questions. On SIGTERM, the server finishes the questions that are being played, and
-exits.
+/v1/chat/completions takes one user message and returns the agent's answer, which is the content of its \\boxed{}. The
+field `agent` of the response has turns, calls and results. The default --host listens on this machine only. If
+--token-file is given, clients must send the bearer token in that file. The ranks divide the model among themselves.
+If there are several engines, they divide the questions. On SIGTERM, the server finishes the questions that are being
+played, and exits.
 """
 
 from __future__ import annotations

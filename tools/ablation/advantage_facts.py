@@ -1,4 +1,4 @@
-"""Describe the advantages of several methods on the same trajectories (tools/ablation/method_facts.py)."""
+"""Describe the advantages of several methods on the same trajectories, for tools/ablation/method_facts.py."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ OUTCOMES = {1.0: "all right", 0.0: "all wrong", -1.0: "all ill-formed"}
 
 
 def facts(steps: Sequence[Sequence[Trajectory]], config: AlgorithmConfig) -> dict[str, float]:
-    """Return the values of `config`'s row, by column. Each of `steps` is normalised separately, as in training.
+    """Return the values of `config`'s row, by column.
 
-    A column is missing if no trajectory has a value for it.
+    Gains and outcomes are normalised separately in each of `steps`, as in training. A column is missing if no
+    trajectory has a value for it.
     """
     sums = MetricSums()
     for trajectories in steps:
@@ -58,7 +59,7 @@ def equal_groups(steps: Sequence[Sequence[Trajectory]]) -> tuple[int, int]:
 
 
 def facts_text(steps: Sequence[Sequence[Trajectory]]) -> str:
-    """Return the table of all methods as Markdown, below a line on the groups."""
+    """Return the table of all methods as Markdown, below a line that counts the groups with equal rewards."""
     rows = []
     for name, config in METHODS.items():
         row = facts(steps, config)

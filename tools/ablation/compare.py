@@ -8,9 +8,9 @@
 A run of the method NAME reads CONFIG and FOLDER/NAME.yaml, which overrides CONFIG. Runs with the same seed draw the
 same questions, and sample with the same random seeds. With --warm-starts, each seed has its own initial policy, which
 the program makes before the seed's first run. If you start the same command again, it skips finished runs and resumes
-the other runs. A failed run does not stop the other runs. DIR contains runs/ and logs/, and warm_starts/ if there are
-any. Whenever a run ends, the program rewrites results.csv, curves.csv, report.md, the figures and tensorboard/ in
-DIR. --report DIR only rewrites these files.
+the other runs. A failed run does not stop the other runs. DIR contains runs/ and logs/, and with --warm-starts
+also warm_starts/. Whenever a run ends, the program rewrites results.csv, curves.csv, report.md, the figures and
+tensorboard/ in DIR. --report DIR only rewrites these files.
 """
 
 from __future__ import annotations

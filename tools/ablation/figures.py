@@ -1,9 +1,9 @@
 """Draw the figures of a comparison, and write each figure's numbers as CSV.
 
-`learning_curves.png` shows held-out EM, training reward, entropy and turns over the training (curves.csv).
+`learning_curves.png` shows held-out EM, training reward, entropy and turns over training (curves.csv).
 `figure4.png` shows the gains and advantages of IGPO and A2TGPO by turn index, for the same trajectories.
 `figure5.png` shows the spread of the advantage by the number of remaining process turns.
-`figure10.png` shows the tool calls over the training, and exact match by number of tool calls.
+`figure10.png` shows the tool calls over training, and exact match by number of tool calls.
 `needless.png` shows each method's advantages for trajectories with more searches than the question needs.
 
 Figures 4, 5 and 10 correspond to the figures with these numbers in the paper (arXiv 2605.06200).

@@ -4,11 +4,11 @@
 
 RUN_DIR is the folder of a run that recorded its rollouts. The table has a row for each method. Its columns:
 
-- *process turns*: mean advantage of process turns. It is near 0 if the method compares a turn with similar turns.
+- *process turns*: mean advantage of process turns. It is near 0 if the method compares turns only with similar turns.
 - *all right*, *all wrong*, *all ill-formed*: mean advantage of the final turns in groups whose rollouts all earned
-the same reward, 1, 0 or -1. It is 0 if the method centres outcomes in their group.
-- *narrow*: share of the normalised gains, in absolute values, from turn groups with a standard deviation of the gain
-  below 0.01. Only methods with turn groups have it.
+  the same reward, 1, 0 or -1. It is 0 if the method centres outcomes in their group.
+- *narrow*: share of the sum of |normalised gain| that comes from turn groups whose gains have a standard deviation
+  below 0.01. Only methods with turn groups have a value here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from a2tgpo.io.errors import require
 from a2tgpo.io.program import exit_code, program_parser
 
 STEPS = 16
-"""Number of steps of each run, spread over the run."""
+"""Largest number of steps to read from each run, spread over the run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

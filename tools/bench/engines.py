@@ -34,7 +34,7 @@ class PlannedEngine(EngineWithoutEnd):
     Args:
         median, longest: median and largest number of tokens of a turn. The distribution is log-normal.
         call_share: share of the turns that end with a search. The other turns end with the answer.
-        further: arguments of `VllmEngine`.
+        further: further arguments of `VllmEngine`.
     """
 
     def __init__(self, model_path: str, *, median: int, longest: int, call_share: float, **further: Any):
@@ -46,7 +46,7 @@ class PlannedEngine(EngineWithoutEnd):
         length, self._calls[request_id] = planned_turn(
             options["seed"], median=self._median, longest=self._longest, call_share=self._call_share
         )
-        # The engine looks for these strings after every token, as for the real stop strings, but never finds them.
+        # After every token the engine looks for these strings, as it would for the real ones, but never finds them.
         options["stop"] = [f"{text} never" for text in options["stop"]]
         super().submit(request_id, tokens, **{**options, "max_tokens": length})
 

@@ -8,10 +8,10 @@ the gold answer after the prompt and after every process turn:
     tree     The trainer scores a trajectory in one pass with all answers as branches, as in training runs' checks.
     in full  The trainer scores one row per pair of trajectory and turn, as in the paper's code.
 
-A variant's share of step time is the CPU seconds of its scoring, divided by the CPU seconds of a step. A step has
-generation, the old policy's log-probs, the update, and the variant's scoring. The bench also counts the tokens that
-the model processes. In the bench, the engine scores all contexts after the rollout. In training, it scores them
-during the rollout.
+A variant's share of step time is the CPU seconds of its scoring, divided by the CPU seconds of a step. A step
+consists of generation, the old policy's log-probs, the update, and the variant's scoring. The bench also counts the
+tokens that the model processes. In the bench, the engine scores all contexts after the rollout. In training, it
+scores them during the rollout.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def run_program(name: str, command: Sequence[str | Path], environment: Mapping[s
     """Run `command` in the checkout, with `environment` added to this process's environment, and hide its output.
 
     Raises:
-        RuntimeError: if the command failed. The end of its output has been printed.
+        RuntimeError: if the command failed, after printing the end of its output.
     """
     process = subprocess.run(
         command,

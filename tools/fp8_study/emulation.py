@@ -1,9 +1,9 @@
 """Emulate the forward pass of linear layers in FP8 on any machine, by rounding as in Transformer Engine's recipes.
 
 The operands are rounded to values of scaled FP8 numbers, then multiplied and summed in float32. The result is rounded
-to the format of the layer's input. A tensor core with full accumulation computes in the same way. A GPU sums in
-another order. In recipes with one scale per tensor, other values share a scale on a GPU. An emulated scale covers one
-matrix in Hugging Face's layout, and the input of one sequence. Megatron fuses matrices and packs sequences.
+to the format of the layer's input. A tensor core with full accumulation computes in the same way, but sums in
+another order. In recipes with one scale per tensor, an emulated scale covers one matrix in Hugging Face's layout, or
+the input of one sequence. On a GPU a scale covers more values, because Megatron fuses matrices and packs sequences.
 """
 
 from __future__ import annotations

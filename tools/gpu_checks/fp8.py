@@ -150,7 +150,7 @@ def _time(
 
 
 def _compare_activations(bench: Bench, dimensions: Any, tokens: int, measured: int) -> None:
-    """Add a row with `measured`, the bytes that a pass allocated, divided by a plan's estimate."""
+    """Add a row with the ratio of `measured`, the bytes that a pass allocated, to a plan's estimate."""
     planned = planned_activations(dimensions, tokens)
     note = f"{measured / 2**30:.3g} GiB, planned {planned / 2**30:.3g}"
     bench.info(

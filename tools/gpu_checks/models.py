@@ -71,7 +71,7 @@ def write_model(
         for parameter in model.parameters():
             if parameter.ndim == 1:  # biases and norms: their initial values would hide errors
                 parameter.add_(0.1 * torch.randn_like(parameter))
-            else:  # twice transformers' std at 256 channels, because too uniform logits would hide errors
+            else:  # twice transformers' std at 256 channels, because nearly uniform logits would hide errors
                 parameter.normal_(0, 0.64 * parameter.shape[-1] ** -0.5)
     model.bfloat16().save_pretrained(folder)
     return str(folder)

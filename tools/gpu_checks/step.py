@@ -36,7 +36,7 @@ The upper limit is about three times 0.09, because scales of fused matrices and 
 scales.
 """
 MAX_FP8_GAIN_GAP = 0.8
-"""Limit in nats for gold answers in FP8, which is the value of refit.verify.TOLERANCES for FP8."""
+"""The same limit as `MAX_GAIN_GAP`, but in FP8: the value of refit.verify.TOLERANCES for FP8."""
 
 SAMPLED = "gap/train_engine_abs_mean"
 GAIN = "gain/engine_trainer_gap"
@@ -216,7 +216,7 @@ def write_run(bench: Bench, *settings: dict[str, Any]) -> Path:
     """Write the questions, the corpus and the configuration of a run, and return the path of the configuration.
 
     Args:
-        settings: further settings by section. Later settings override earlier settings.
+        settings: further settings by section. A later argument overrides earlier ones.
     """
     import torch
 

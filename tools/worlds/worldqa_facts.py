@@ -65,7 +65,7 @@ class Country:
     currency: Name | None = None
     language: Name | None = None
     neighbours: tuple[str, ...] = ()
-    """ISO alpha-2 codes of the neighbours, which are all countries of this world."""
+    """ISO alpha-2 codes of the neighbours that `load_world` also returns."""
     largest_neighbour: str | None = None
     """The most populous of `neighbours`. None if the two packages list different neighbours, or if the two largest
     populations are too close."""
