@@ -203,7 +203,7 @@ def build_run_protocol(config: RunConfig, groups: ParallelGroups, toolset: Tools
 
 
 def build_reference(config: RunConfig, groups: ParallelGroups, policy: Policy) -> Policy | None:
-    """Build the frozen initial policy; None if the run needs no reference. Every rank must call this.
+    """Build the frozen initial policy, or return None if the run needs no reference. Every rank must call this.
 
     If `policy` has adapters, the reference is `policy` without them.
     """
@@ -265,7 +265,9 @@ def _record_of(path: Path) -> dict[str, Any]:
 def build_contrast_prompts(
     questions: list[Question], template: PromptTemplate, config: RunConfig, groups: ParallelGroups
 ) -> PromptSet | None:
-    """Build the contrast prompts of `questions`; None if no token credit needs them. Every rank must call this.
+    """Build the contrast prompts of `questions`, or return None if no token credit needs them.
+
+    Every rank must call this.
 
     Raises:
         ConfigError: on all ranks, if a contrast prompt is too long.

@@ -36,7 +36,7 @@ def layer_positions(cu_seqlens: Tensor, groups: ParallelGroups, *, sequence_para
     """Return the positions of a packed row that the layers of this rank compute, apart from attention.
 
     Context-parallel ranks divide the row. Under sequence parallelism, tensor-parallel ranks divide each
-    context-parallel rank's part. The row must have the padding of `packing.alignment`.
+    context-parallel rank's part. The row must be padded as `packing.alignment` requires.
 
     Returns:
         [n] int64, on the device of `cu_seqlens`.

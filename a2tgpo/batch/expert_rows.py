@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertShape:
-    """The sizes of a mixture of experts that determine a row."""
+    """The sizes of a mixture of experts that determine the shape and the dtype of a row."""
 
     layers: int
     chosen: int

@@ -66,7 +66,7 @@ class PackedBatch:
     sequence_ids: Tensor
     """[1, T] int64 in [0, S), index of the trajectory within this micro-batch. PADDING at padded positions."""
     rollout_logprobs: Tensor
-    """[1, T] float32, the engine's log-prob of the target, nats. 0 if `loss_mask` is False."""
+    """[1, T] float32, the engine's log-prob of the target, in nats. 0 if `loss_mask` is False."""
     trajectory_indices: tuple[int, ...]
     """[S], the index of each trajectory in the list that was passed to `pack`."""
     turn_trajectory: Tensor

@@ -52,7 +52,7 @@ class RankShare(msgspec.Struct, frozen=True):
 
 
 class BankedStep(msgspec.Struct, frozen=True, kw_only=True):
-    """The rollout of a step by one engine."""
+    """One engine's rollout of a step."""
 
     attempt: str
     """Name of the attempt at the step, equal on all ranks. Another attempt may train on other groups."""
@@ -91,7 +91,7 @@ class RolloutBank:
         self._attempt = ""
 
     def take(self, step: int, policy: Policy) -> PlayedStep | None:
-        """Return the stored rollouts of `step` with `policy`'s weights, or None if the caller must play the step.
+        """Return the stored rollouts of `step` that `policy`'s weights played, or None if the caller must play the step.
 
         The weights must be on the GPU. With the rollouts, `take` restores the state that `put` stored. Only the
         leader of each engine gets trajectories.

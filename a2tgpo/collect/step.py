@@ -21,7 +21,7 @@ With `rollout.tree`, these metrics describe the trees of the step's groups:
 
     tree/branches            number of trajectories that are branches
     tree/shared_turns        mean number of turns that a branch shares with its parent
-    tree/shared_token_share  share of the sampled tokens of all trajectories that are copies from a parent
+    tree/shared_token_share  share of the sampled tokens, over all trajectories, that are copied from a parent
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class StepRollout:
     def _agree_on_informative(
         self, drawn: range, trajectories: Sequence[Trajectory] | None
     ) -> list[bool] | None:
-        """Return whether each group of the draw is informative, or None if any rank was interrupted."""
+        """Return whether each group of the draw is informative, or None if any rank's rollout was interrupted."""
         world = world_group()
         mine = None
         if trajectories is not None:

@@ -19,7 +19,8 @@ def require_verdicts(trajectories: Sequence[Trajectory], *, max_share: float) ->
         max_share: value of `reward.max_failed_share`.
 
     Raises:
-        RewardFaultError: with a one-line message, if the share over all engines is larger than `max_share`.
+        RewardFaultError: with a one-line message, if the share of trajectories without a reward, over all engines, is
+            larger than `max_share`.
     """
     errors = [t.reward_error for t in trajectories if t.reward_error is not None]
     parts = all_gather_object((len(errors), len(trajectories), errors[-1:]), world_group())

@@ -27,7 +27,7 @@ class StepProfiler:
     """Profiles the steps of `profile.steps`. Every rank has one profiler and writes its own files.
 
     Args:
-        folder: the folder of the run's profiles. Step N is in `step_N/`.
+        folder: the folder of the run's profiles. Those of step N are in `step_N/`.
         phases: reports when a memory phase ends.
     """
 

@@ -10,7 +10,7 @@ from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.trajectory import Trajectory
 
 PROBLEMS = {"malformed": "malformed_calls", "unknown_tool": "unknown_tools", "excess": "excess_calls"}
-"""Name of the metric that counts the calls with each kind of problem (`Call.problem_kind`)."""
+"""Maps each kind of problem (`Call.problem_kind`) to the name of the metric that counts the calls with it."""
 SIGNAL_METRICS = {"gain": "gain", "scores": "turn_score"}
 """Maps each value of `algorithm.turn_signal` to the prefix of the metrics of the turns' gains or scores."""
 _SQUARE = "square of "
@@ -20,8 +20,9 @@ _SQUARE = "square of "
 def add_rollout_metrics(
     metrics: MetricSums, trajectories: Sequence[Trajectory], *, turn_signal: str = "gain"
 ) -> None:
-    """Add the sums and counts of `trajectories` to `metrics`. Reduce `metrics` only over ranks with different
-    trajectories.
+    """Add the sums and counts of `trajectories` to `metrics`.
+
+    Reduce `metrics` only over ranks that have different trajectories, so that no trajectory counts twice.
 
     Args:
         turn_signal: value of `algorithm.turn_signal`.

@@ -10,7 +10,7 @@ from pathlib import Path
 from a2tgpo.record.rollout_files import step_paths
 
 LASTING_EVERY = 100
-"""Steps whose number is a multiple of 100 are removed last, so that a long run keeps its beginning."""
+"""Steps whose number is a multiple of 100 are removed last, so that a long run keeps some of its early steps."""
 
 logger = logging.getLogger(__name__)
 

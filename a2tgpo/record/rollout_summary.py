@@ -34,7 +34,10 @@ class RolloutSummary(msgspec.Struct, frozen=True, array_like=True):
 def gather_summaries(
     trajectories: Sequence[Trajectory], groups: ParallelGroups, *, turn_signal: str = "gain"
 ) -> list[RolloutSummary]:
-    """Return the summaries of all replicas by prompt and sample. The first rank of every replica must call this."""
+    """Return the summaries of all replicas, sorted by prompt and sample.
+
+    The first rank of every replica must call this.
+    """
     own = msgspec.msgpack.encode([RolloutSummary.of(trajectory, turn_signal) for trajectory in trajectories])
     parts = all_gather_object(own, groups.dp_group)
     summaries = [s for part in parts for s in msgspec.msgpack.decode(part, type=list[RolloutSummary])]

@@ -20,8 +20,8 @@ class AnswerScore:
     """Log-probs of the tokens of each alias in one context."""
 
     aliases: list[list[float] | None]
-    """Nats per answer token, for each alias. None until the alias is scored. If one alias does not fit, all are
-    None."""
+    """For each alias, the log-prob of each token in nats, or None until the alias is scored. If one alias does not
+    fit, all are None."""
 
     num_pending: int = 0
     """Number of aliases that the engine is still scoring."""

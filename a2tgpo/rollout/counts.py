@@ -34,7 +34,7 @@ class RolloutCounts:
     reward_wait_s: float = 0.0
     """Seconds that the rollout waited for rewards after its last trajectory had ended."""
     reward_counts: Counter[str] = field(default_factory=Counter)
-    """Counts of the rewards themselves (see `RewardPool.take_counts`)."""
+    """Counts that the rewards report (see `RewardPool.take_counts`)."""
     tool_wait_s: float = 0.0
     """Seconds in which the engine was idle because all trajectories waited for a tool."""
     outage_s: float = 0.0

@@ -15,7 +15,7 @@ SEGMENTS = Path("/dev/shm")
 
 @contextlib.contextmanager
 def own_segments(communicator: Any) -> Iterator[None]:
-    """In this context, newly constructed engines use shared-memory names of this run.
+    """Make engines that are constructed in this context use shared-memory names of this run.
 
     All ranks of the world must enter and leave this context together. By default, vLLM uses the same names in every
     run that a launcher started (vllm/distributed/device_communicators/cpu_communicator.py, make_group_name). Shared

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 QUANTIZATION_NAMES = {"fp8": "fp8_per_block", "fp8_per_channel": "fp8_per_channel"}
-"""Maps `rollout.quantization` to vLLM's name of the method. At the first load and at every refit, each method
+"""Maps `rollout.quantization` to vLLM's name for the method. At the first load and at every refit, each method
 quantises full-precision weights layer by layer (vllm/model_executor/model_loader/reload/layerwise.py).
 """
 

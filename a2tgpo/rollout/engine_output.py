@@ -14,7 +14,7 @@ class EngineOutput:
     tokens: list[int]
     """Sampled ids, including the ids of the stop string or of the end-of-sequence token."""
     logprobs: list[float]
-    """Nats: log p of each token in the sampling distribution. If sampling was greedy, log p at temperature 1."""
+    """Log p of each token in the sampling distribution, in nats. For greedy sampling, log p at temperature 1."""
     text: str
     """The decoded tokens, up to and including the stop string."""
     finish_reason: str
@@ -35,7 +35,7 @@ class ScoreOutput:
 
     request_id: str
     answer_logprobs: list[float]
-    """Nats: log p of each answer token given all tokens before it."""
+    """Log p of each answer token given all tokens before it, in nats."""
     num_prompt_tokens: int
     """Number of tokens of prefix and answer together."""
     num_cached_tokens: int

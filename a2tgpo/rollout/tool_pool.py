@@ -57,7 +57,7 @@ class ToolPool:
 
     If the toolset has an outage limit, a call to an unavailable service is retried until the service answers.
 
-    The first rank also has the sessions of tools. The calls of one trajectory to tools with sessions run one after
+    The first rank also keeps the tools' sessions. The calls of one trajectory to tools with sessions run one after
     another, in the order of their submission.
 
     Args:
@@ -174,7 +174,7 @@ class ToolPool:
         self._open.close_all()
 
     def close(self) -> None:
-        """Discard the pending calls and close all sessions. A thread that hangs in a call ends with the call."""
+        """Discard the pending calls and close all sessions. A thread that hangs in a call ends when the call does."""
         self._workers.close()
         self._open.shut_down()
 

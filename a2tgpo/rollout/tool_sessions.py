@@ -117,7 +117,7 @@ class OpenSessions:
     def __init__(self, *, deadline_s: float):
         self._closers = Workers("tool session", NUM_CLOSERS, deadline_s=deadline_s)
         self._used: dict[int, TrajectorySessions] = {}
-        """The sessions that were called and are not known to be closed."""
+        """The sessions that were called and whose closing has not begun."""
         self._closing: dict[int, TrajectorySessions] = {}
         self._num_begun = 0
         self._num_failed = 0

@@ -41,7 +41,7 @@ class TreeGrowth:
 
     Args:
         group_size: number of trajectories per prompt, including branches.
-        seed: a text that names the run and the step, for random choices.
+        seed: a text that names the run and the step, and that seeds the random choices.
     """
 
     def __init__(self, config: TreeConfig, *, group_size: int, seed: str):
