@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 
 def is_http_address(text: str) -> bool:
-    """Return whether `text` is an http:// or https:// address with a host that can be looked up."""
+    """Return whether `text` is an http:// or https:// address with a well-formed host name."""
     try:
         parts = urlsplit(text)
         host = parts.hostname or ""

@@ -60,8 +60,8 @@ def saved_model_parser(description: str | None) -> argparse.ArgumentParser:
 def parse_start(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Return the parsed arguments of this start.
 
-    A scheduler restarts a job with the arguments of the job's first start. Later starts ignore `--resume` and
-    `--accept-changes`, resume from the newest checkpoint and accept no changes.
+    A scheduler restarts a job with the arguments of the job's first start. Later starts therefore ignore `--resume`
+    and `--accept-changes`, resume from the newest checkpoint and accept no changes.
     """
     args = parser.parse_intermixed_args()  # an override may follow an option
     if args.as_started is not None and args.as_started.exists():

@@ -199,7 +199,7 @@ def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[
     Args:
         found: the facts about each rank, in rank order. In a tie, the value of the lowest rank is taken as right.
         paths: maps configuration keys to the paths that every rank must be able to read. If no rank can read a path,
-            the setting is wrong, and a later check reports it. No rank is faulty then.
+            the setting is wrong, and a later check reports it. Then no rank counts as faulty.
     """
     causes = {facts.rank: list(facts.faults) for facts in found}
     for rank, name, value, usual in _odd([facts.equal for facts in found]):

@@ -1,4 +1,4 @@
-"""Make equal runs equal to the bit on GPUs, too (`run.deterministic`)."""
+"""Make runs with the same settings equal to the bit on GPUs, too (`run.deterministic`)."""
 
 from __future__ import annotations
 

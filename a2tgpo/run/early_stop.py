@@ -1,4 +1,4 @@
-"""Stop a run before its last step, with the state that its last checkpoint must contain."""
+"""Stop a run before its last step. If a step is unfinished, undo its rollout for the last checkpoint."""
 
 from __future__ import annotations
 

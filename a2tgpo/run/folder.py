@@ -58,7 +58,7 @@ class RunFolder:
         Args:
             resume: `auto`, `none`, or the folder of a checkpoint. With `auto`, the run resumes from its newest
                 complete checkpoint if it has one. With `none`, the old folder is renamed to NAME.previous_N.
-            accept_changes: whether to continue although settings, code or packages differ from the last start.
+            accept_changes: whether to continue if settings, code or packages differ from those of the last start.
 
         Raises:
             ConfigError: on all ranks, if the folder cannot be claimed, or if `resume` is a path without a checkpoint.
