@@ -91,7 +91,7 @@ class RolloutBank:
         self._attempt = ""
 
     def take(self, step: int, policy: Policy) -> PlayedStep | None:
-        """Return the stored rollouts of `step` that `policy`'s weights played, or None if the caller must play the step.
+        """Return the stored rollouts of `step` by `policy`'s weights, or None if the caller must play the step.
 
         The weights must be on the GPU. With the rollouts, `take` restores the state that `put` stored. Only the
         leader of each engine gets trajectories.
