@@ -93,8 +93,9 @@ class Turn:
     version: int = 0
     """Version of the weights that sampled this turn. Version N is the result of N training steps."""
     experts: bytes = b""
-    """Experts that the engine chose (`batch.expert_rows`), if `rollout.router_replay` is on. The rows of the turns so
-    far, end to end, are those of positions 0, 1, ... of the trajectory, up to this turn's last token but one."""
+    """Experts that the engine chose (`batch.expert_rows`), if `rollout.router_replay` is on. The rows of this turn
+    and of all turns before it, end to end, belong to positions 0, 1, ... of the trajectory, up to this turn's last
+    token but one."""
 
     def __post_init__(self) -> None:
         self.tokens = _as(TokenIds, self.tokens)

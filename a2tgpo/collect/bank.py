@@ -91,10 +91,10 @@ class RolloutBank:
         self._attempt = ""
 
     def take(self, step: int, policy: Policy) -> PlayedStep | None:
-        """Return the stored rollouts of `step` by `policy`'s weights, or None if the caller must play the step.
+        """Return the stored rollouts of `step`, or None if the caller must play the step.
 
-        The weights must be on the GPU. With the rollouts, `take` restores the state that `put` stored. Only the
-        leader of each engine gets trajectories.
+        Rollouts are returned only if `policy`'s weights played them. The weights must be on the GPU. With the
+        rollouts, `take` restores the state that `put` stored. Only the leader of each engine gets trajectories.
         """
         self._key = f"step {step}, weights {weights_fingerprint(policy)} {self._config_key}"
         banked = self._read(step)

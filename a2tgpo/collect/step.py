@@ -222,7 +222,7 @@ def informative_groups(trajectories: Sequence[Trajectory]) -> dict[int, bool]:
 
 
 def draw_size(informative: Sequence[bool], *, num_groups: int, num_engines: int, num_left: int) -> int:
-    """Estimate how many prompts the next draw needs to fill the step, from the share of informative groups so far.
+    """Estimate from the share of informative groups so far how many prompts the next draw needs to fill the step.
 
     The result is 0 if the step is full, or if the step has drawn all questions.
 

@@ -1,4 +1,4 @@
-"""Give a CPU engine's shared memory names that are unique to the run, and free the memory when the run ends."""
+"""Give the shared memory of a CPU engine names that are unique to the run, and free the memory when the run ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def own_segments(communicator: Any) -> Iterator[None]:
     memory of another run or of a killed run would then keep this run from starting.
 
     Args:
-        communicator: the class of vLLM whose method `make_group_name` names the shared memory.
+        communicator: the vLLM class whose method `make_group_name` names the shared memory.
     """
     token = broadcast_object(secrets.token_hex(8), world_group(), source=0)
     make_name = communicator.make_group_name

@@ -178,7 +178,7 @@ class MultiTurnLoop:
             items.
 
         Raises:
-            ToolFaultError: if a tool has a bug or hangs too often. Engine and tools can play again after this error.
+            ToolFaultError: if a tool has a bug or hangs too often. Engine and tools are usable after this error.
         """
         try:
             yield from self._play(live)

@@ -195,7 +195,7 @@ class ToolPool:
             return [], str(error)
 
     def _take(self, wait: bool) -> list[Call]:
-        """Return the ended calls that are not held. If `wait`, wait up to `WAIT_S` for a first call to end."""
+        """Return the ended calls that are not held. If `wait` is true, wait up to `WAIT_S` for one."""
         if self._held is None:
             return self._workers.take(timeout_s=WAIT_S if wait else 0.0)
         for call in self._held.take_due():

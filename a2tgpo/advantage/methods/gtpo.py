@@ -7,9 +7,11 @@ IGPO normalises the rewards and then sums them. GTPO sums the rewards and then n
 
 Decisions that the paper's abstract leaves open:
 - The mean and the sample standard deviation cover all turns of a prompt.
+- If a trajectory was cut after an observation, its last process turn also gets the reward R_i.
+
+Differences from the paper:
 - A turn's reward is its gain. The paper rewards the format of a turn's tool call instead.
 - The paper's rewards for failed trajectories whose code resembles that of successful ones are left out.
-- If a trajectory was cut after an observation, its last process turn also gets the reward R_i.
 """
 
 import torch
