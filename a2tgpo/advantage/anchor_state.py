@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from a2tgpo.trajectory import Trajectory
 
 NO_STATE = -1
-"""Key in columns in which a trajectory has no turn."""
+"""The key in the columns past a trajectory's last turn."""
 
 
 def turn_states(trajectory: Trajectory) -> list[int]:

@@ -176,7 +176,7 @@ def host_memory_faults(
         by_host.setdefault(facts.host, []).append(facts)
     faults = {}
     for ranks in by_host.values():
-        # JSON has turned the other ranks' `memory_left` into lists, so compare new tuples.
+        # JSON has turned the other ranks' `memory_left` into lists, so make all of them tuples before comparing.
         left, limit = min((facts.memory_left[0], facts.memory_left[1]) for facts in ranks)
         needed = sum_of([planned[facts.rank] for facts in ranks])
         if needed.total > left:

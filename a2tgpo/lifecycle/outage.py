@@ -37,7 +37,7 @@ class Outage:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the present wait began. 0.0 if this rank does not wait."""
+        """Seconds since the current wait began. 0.0 if this rank is not waiting."""
         since = self._since
         return 0.0 if since is None else self._clock() - since
 

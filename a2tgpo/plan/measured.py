@@ -1,4 +1,4 @@
-"""Replace a plan's assumptions with measurements of tools/gpu_check.py."""
+"""Replace a plan's assumptions with values that tools/gpu_check.py has measured."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Calibration:
 
 
 def calibrate(path: str, gpu: Gpu, *, fp8_recipe: str, assumed: Assumptions | None = None) -> Calibration:
-    """Return the assumptions of a plan on `gpu`, updated with measurements of tools/gpu_check.py.
+    """Return the assumptions of a plan on `gpu`, updated with values that tools/gpu_check.py has measured.
 
     Failed measurements are ignored. An assumption is kept if the file has no measurement of its quantity.
 

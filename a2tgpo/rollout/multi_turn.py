@@ -170,7 +170,7 @@ class MultiTurnLoop:
         """Play all trajectories in `live`, and start them in the order of `LiveTrajectory.start_order`.
 
         The caller may close the iterator after any item. All ranks of the engine must then close their iterators
-        after the same item. Afterwards, engine and tools have no request of this rollout left.
+        after the same item. After that, the engine and the tools work on no request of this rollout.
 
         Yields:
             Each trajectory that has ended, as soon as all its scores are known. None is a heartbeat: it comes every

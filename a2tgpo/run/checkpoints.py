@@ -214,7 +214,7 @@ class RunCheckpoints:
         self._saving = self._complete
 
     def report_saving(self, recorder: Recorder, step: int) -> None:
-        """If this rank knows of a failed save that was not reported yet, report the failure."""
+        """If this rank knows of a failed save that has not been reported yet, report the failure."""
         fault = self._writer.outcome
         if fault and self._reported != self._saving[0]:
             self._reported = self._saving[0]

@@ -1,4 +1,4 @@
-"""Compute the trainer's log-probs of answers at many places of a sequence, in one pass per sequence."""
+"""Compute the trainer's log-probs of answers inserted at many positions of a sequence, in one pass."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def without_policy(
 
 
 def end(plan: Plan, run: Run, exit_code: int, progress: Progress) -> list[RunResult]:
-    """Record that `run` ended, or that its warm start failed. Return its result in a list if the run failed."""
+    """Record that `run` ended, or that its warm start failed. Return a list of failed runs: this one or none."""
     plan.exit_codes[run.name] = exit_code
     plan.save(run.out)
     result = read_result(run, exit_code)
