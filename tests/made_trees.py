@@ -22,7 +22,7 @@ class Leaf:
     """Entropies of the turns that the trajectory plays itself, in nats."""
     outcome: float
     parent: int | None = None
-    """Sample index of the trajectory that it leaves."""
+    """Sample index of the trajectory from which this one branches."""
     num_shared: int = 0
     """The branch keeps at most this many of the process turns of its parent."""
     final: bool = True

@@ -103,8 +103,8 @@ def check_scores(bench: Bench) -> None:
 
 
 def check_probes(bench: Bench) -> None:
-    """Branches give the tokens the log-probs that transformers gives them in the trajectory. Some replicas have no
-    branches.
+    """Tokens in branches have the log-probs that transformers computes for them in the trajectory. Some replicas have
+    no branches.
     """
     policy, _ = bench.policy()
     mine = [i for i in bench.reference.logprobs if i % 2 == 0 and i // 2 % 2 == bench.groups.dp_rank]

@@ -116,7 +116,7 @@ def check_a_rollout_that_is_broken_off_and_played_anew(bench, seed):
 
 @contextlib.contextmanager
 def replaced(owner, name, make):
-    """In the `with` block, replace `owner.name` by the result of `make` for it."""
+    """In the `with` block, replace `owner.name` by `make(owner.name)`."""
     with mock.patch.object(owner, name, make(getattr(owner, name))):
         yield
 

@@ -93,9 +93,9 @@ def check_adapter_update(bench: Bench) -> None:
 
 
 def check_resume_adapters(bench: Bench) -> None:
-    """A resumed policy with adapters continues bit for bit, and its checkpoint has no other weights.
+    """A resumed policy with adapters continues bit for bit, and its checkpoint has only the adapters' weights.
 
-    A load refuses other adapters, and adapters of other weights.
+    A load is refused if the policy's adapters have other settings, or if its frozen weights are different.
     """
     check_resume(bench, lora=LORA)
     path = bench.folder / "checkpoints" / f"{bench.name}lora" / "step_2"

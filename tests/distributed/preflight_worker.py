@@ -31,7 +31,7 @@ def change(config: RunConfig, section: str, **values) -> RunConfig:
 
 def refused(attempt: int, config: RunConfig, paths: dict[str, str], *patches) -> str:
     """Return the text that this rank printed about a start that was refused on all ranks."""
-    # torchrun's store keeps the keys of an earlier start. This variable distinguishes a restart of the ranks from it.
+    # torchrun's store keeps the keys of earlier starts. This variable distinguishes the present start from them.
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.ExitStack() as stack:

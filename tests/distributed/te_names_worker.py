@@ -1,4 +1,4 @@
-"""What every rank of test_transformer_engine_names.py runs; rank 0 writes what was found as JSON."""
+"""Every rank of test_transformer_engine_names.py runs this program, and rank 0 writes the results as JSON."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def main(checkpoints: Path, out: Path) -> None:
 
 
 def describe(path: str, parallel: ParallelConfig, *, transformer_engine: bool) -> dict[str, Any]:
-    """By parameter: shape, dtype, how it is split, and the Hugging Face tensors it is made from."""
+    """Return for each parameter its shape, dtype and split, and the Hugging Face tensors that it is made from."""
     hf_config = load_hf_config(path)
     config = transformer_config(
         hf_config,

@@ -53,7 +53,7 @@ INITIAL = {"at2po": 3, "tree_grpo": 2}
 """For each method of trees, the number of trajectories of a group that begin at the prompt."""
 TREES = {name: [name, f"rollout.tree.initial={initial}"] for name, initial in INITIAL.items()}
 TREES |= {f"{name}_resumed": settings for name, settings in TREES.items()}
-# With the draws of dapo, whose sampling gcpo shares, its first step could not be compared with that of the others.
+# gcpo samples like dapo. With dapo's draws, gcpo's first step could not be compared with those of other methods.
 ONE_DRAW = "rollout.dynamic_sampling=false"
 RUNS = (
     {name: [name] for name in PRESETS}

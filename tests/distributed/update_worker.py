@@ -161,7 +161,7 @@ def check_data_parallel_updates(bench: Bench) -> None:
 
 
 def check_extrapolated_updates(bench: Bench) -> None:
-    """The same for updates that are extrapolated from two probe steps, also if weights are gathered in buckets."""
+    """The same holds for updates extrapolated from two probe steps, also if weights are gathered in buckets."""
     outcomes = []
     for replicas, bucket_size in ((1, None), (4, None), (4, 3000)):
         policy, update = bench.policy(distributed_optimizer=True, clip_grad=0.05, bucket_size=bucket_size)

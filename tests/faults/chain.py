@@ -97,7 +97,7 @@ def run_chain(
     Args:
         undisturbed: folder of the same run without faults, with at least as many steps.
         steps: number of steps of the run.
-        damage: before the last start, change a bit of the newest checkpoint.
+        damage: whether to change a bit of the newest checkpoint before the last start.
     """
     expected, rows, step, run = metrics_of(undisturbed), [], 0, config.parent / name
     own = config.with_name(f"{name}.yaml")

@@ -55,7 +55,7 @@ FAULTS = Faults()
 
 
 def fill_disk(fault: dict) -> None:
-    """Fill the disk of `path` up to `free` bytes."""
+    """Fill the disk of `path` until only `free` bytes are left."""
     path = Path(fault["path"])
     status = os.statvfs(path)
     free = status.f_bavail * status.f_frsize
@@ -112,7 +112,7 @@ ACTIONS: dict[str, Callable[[dict], Any]] = {
 
 
 def passing(owner: Any, name: str, point: str, *, after: bool = False) -> None:
-    """Make calls of `owner.name` pass `point` before or, with `after`, after their work."""
+    """Make each call of `owner.name` pass `point` before its work, or after its work if `after`."""
     function = getattr(owner, name)
 
     @functools.wraps(function)

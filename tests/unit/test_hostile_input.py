@@ -150,7 +150,8 @@ def test_answers_of_a_search_server():
     hits = [{"document": {"id": "1", "contents": '"T"\ntext'}, "score": 1.5}, {"id": 2, "contents": "plain"}]
     good = json.dumps({"result": [hits]}).encode()
 
-    # OverflowError comes from an integer score too large for a float. `HttpSearch` turns both into a failed search.
+    # OverflowError comes from an integer score too large for a float. `HttpSearch` turns OverflowError and ValueError
+    # into a failed search.
     def read(body: bytes) -> object:
         return http_client._parse_answer(body, 1)
 

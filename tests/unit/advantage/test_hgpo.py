@@ -113,7 +113,7 @@ def test_a_longer_equal_history_weighs_more_and_a_lonely_turn_has_no_advantage()
     rows = [("ab", 1.0), ("ab", 0.0), ("b", 0.0), ("ax", 1.0)]
     items = [(0, list(queries), outcome, True) for queries, outcome in rows]
     got = hgpo(items, gamma=1.0, hgpo_history=1, normalize_by_std=False)
-    # The last turn of the first rollout has 1. After `b` its group is (1, 0, 0), with weight 2. After `a`, `b` it is
-    # (1, 0), with weight 3.
+    # The last turn of the first rollout has outcome 1. Its group after `b` has outcomes (1, 0, 0) and weight 2. Its
+    # group after `a`, `b` has outcomes (1, 0) and weight 3.
     assert got[0, 2].item() == pytest.approx((2 * 2 / 3 + 3 * 1 / 2) / 5, abs=1e-12)
     assert got[3, 2].item() == 0.0

@@ -92,7 +92,7 @@ def test_every_step_is_full_nothing_is_lost_and_nothing_gets_too_old(
         assert all(e.is_complete for e in taken)
         # No complete group that stays is older than a group that is taken.
         assert all(left > taken[-1] for left in carried if left.is_complete)
-        # Only as many are played to the end as are needed, and the oldest.
+        # Only as many groups are played to the end as are needed, and these are the oldest.
         assert len(late) == max(0, num_groups - num_complete)
         assert all(left > late[-1] for left in carried if late and not left.is_complete)
         trained += [e.key for e in taken]
@@ -239,7 +239,7 @@ def test_a_checkpoint_without_such_files_carries_nothing(tmp_path):
 
 
 def test_groups_of_release_0_1_are_read(saved):
-    """It named the files by replica, and a turn's version its step."""
+    """Release 0.1 named the files by replica, and called the version of a turn its step."""
     folder, _ = saved
     expected = read(folder, num_engines=2)
     for path in (folder / "carried").iterdir():

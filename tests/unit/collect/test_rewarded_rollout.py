@@ -28,7 +28,7 @@ SOON_S = 30.0
 
 
 class Played:
-    """Stands in for `GroupRollout`: the trajectories of a group, the last sample first, with heartbeats."""
+    """Stands in for `GroupRollout`: finishes a group's trajectories from the last sample to the first."""
 
     def play(self, prompts, *, seed, version, score_gain, counts):
         for prompt, sample in itertools.product(prompts, reversed(range(len(ANSWERS)))):

@@ -46,7 +46,7 @@ def played() -> list[Trajectory]:
 
 
 class Start:
-    """What one start of the run holds."""
+    """The objects of one start of the run."""
 
     def __init__(self, world: SimpleNamespace, root: Path, *, questions: str = "", **changes: Any):
         config = dataclasses.replace(Run(world, root).config, **changes)
@@ -61,7 +61,7 @@ class Start:
 
 @pytest.fixture
 def banked(world, tmp_path) -> dict[str, float]:
-    """Step 3 played and put on disk; its metrics."""
+    """Put the rollouts of step 3 on disk, and return its metrics."""
     first = Start(world, tmp_path)
     assert first.take() is None
     metrics = MetricSums()

@@ -234,9 +234,9 @@ def test_presets_write_out_all_that_tells_methods_apart():
     keys = {name: flat_keys(yaml.safe_load(path.read_text())) for name, path in PRESETS.items()}
     assert all(written == keys["a2tgpo"] for written in keys.values())
     fields = {f"algorithm.{field.name}" for field in dataclasses.fields(AlgorithmConfig)}
-    # How engine and trainer are reconciled depends on the engine, the signal of a turn on the task; what keeps the
-    # entropy up, and what floor suits the spreads of the gains, on the run. Any method may have all of them. Only
-    # HGPO reads its length of history, only SAPO its temperatures, and only GCPO its contrast.
+    # Presets leave out settings that suit any method. The correction depends on the engine, and the signal of a turn
+    # on the task. The entropy settings and the floor of the gain spread depend on the run. Presets also leave out
+    # HGPO's length of history, SAPO's temperatures and GCPO's contrast, which no other method reads.
     of_the_run = tuple(
         f"algorithm.{name}"
         for name in (

@@ -190,9 +190,8 @@ def test_code_cannot_leave_its_session_or_reach_other_processes(sandbox):
         """
     allowed = ("PermissionError", "ProcessLookupError", "ValueError")
     lines = answer(sandbox, code).splitlines()
-    if (
-        sandbox.isolation == "bwrap"
-    ):  # without a session of its own, the code may create one, in a PID namespace that ends
+    # Under bwrap the code can create a session, which ends with the PID namespace.
+    if sandbox.isolation == "bwrap":
         lines = lines[1:]
     assert lines and all(line in allowed for line in lines), lines
 

@@ -26,7 +26,7 @@ from a2tgpo.parallel.determinism import (
 
 @pytest.fixture(autouse=True)
 def clean_process() -> Iterator[None]:
-    """The process is as it was before, after the test."""
+    """After the test, undo what it changed in this process."""
     environment = dict(os.environ)
     for name in (*VARIABLES, ENGINE_VARIABLE):
         os.environ.pop(name, None)

@@ -310,7 +310,8 @@ def test_rows_of_experts_take_384_bytes_a_token_of_qwen3_30b_a3b_on_the_host():
     config, dimensions = CONFIGS["train_30b_a3b"], KNOWN_MODELS["qwen3-30b-a3b"]
     plan = make_plan(config, dimensions, H100, gpus=16)
     tokens = 64 * 16 * 2000
-    # On each of a node's 8 ranks twice its replica's quarter; on its 2 engines what they played, and their caches.
+    # Each of a node's 8 ranks holds its replica's quarter twice. Each of its 2 engines holds the rows of what it
+    # played, and of its cache.
     expected = 384 * (8 * 2 * tokens / 4 + 2 * (tokens / 4 + plan.geometry.kv_tokens))
     assert plan.host.experts == pytest.approx(expected) and 3e9 < expected < 10e9
     assert plan.host.total == plan.host.offloaded + plan.host.saving + expected + 8 * PROCESS_GIB * GIB

@@ -97,8 +97,9 @@ def test_a_step_is_divided_as_the_configuration_says():
 def test_copies_between_a_card_and_its_host_by_hand():
     plan = make_plan(CONFIG_8B, QWEN_8B, H100, gpus=8)
     held = (8_190_735_360 + 36 * (2 * 4096 + 2 * 128) + 4096) / 2
-    # A step copies the weights out before the rollout and in after it, the reference and the optimizer in and out.
-    # The reference has as many bytes as the weights. Four replicas share the optimizer's 12 bytes per parameter.
+    # A step copies the weights out before the rollout and in after it. It also copies the reference and the optimizer
+    # in and out. The reference has as many bytes as the weights. Four replicas share the optimizer's 12 bytes per
+    # parameter.
     weights, reference, optimizer = 2 * held, 2 * held * (CONFIG_8B.algorithm.kl_coef > 0), 12 * held / 4
     assert transfer_bytes(plan) == pytest.approx(2 * (weights + reference + optimizer), rel=1e-6)
     staying = load_config(ROOT / "configs/train_8b.yaml", ["update.offload=false"])

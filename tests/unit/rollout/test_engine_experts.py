@@ -1,4 +1,4 @@
-"""The experts that an engine returns, against transformers. Most need vLLM's runner for GPUs."""
+"""The experts that an engine returns, against transformers. Most of these tests need vLLM's runner for GPUs."""
 
 from __future__ import annotations
 

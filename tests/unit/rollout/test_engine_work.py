@@ -126,8 +126,8 @@ def test_gain_costs_the_answers_tokens_and_an_unfilled_block_a_turn(play, tokeni
 
 
 def test_a_score_takes_the_output_layer_at_the_answer(asking_engine, monkeypatch):
-    """vLLM also runs the output layer for the one token that it always generates. One of vLLM's two runners adds a
-    block's uncached tokens.
+    """vLLM also runs the output layer for the one token that it always generates. One of vLLM's two runners also
+    runs it for a block's uncached tokens.
     """
     (model,) = asking_engine._engine.collective_rpc(lambda worker: worker.model_runner.get_model())
     compute_logits, rows = model.compute_logits, []

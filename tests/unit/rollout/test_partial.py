@@ -120,7 +120,7 @@ def as_dicts(trajectories):
 def assert_alike(found, expected):
     """Compare without the rounding errors of log-probs and probabilities.
 
-    Rounding depends on what the engine computes in the same pass, and so on when tools answer.
+    Rounding depends on what the engine computes in the same pass, and therefore on when tools answer.
     """
     floats, expected_floats = [], []
     assert without_floats(found, floats) == without_floats(expected, expected_floats)

@@ -70,7 +70,7 @@ def test_a_killed_process_keeps_no_folder_nor_does_one_that_is_not_buried(
     first.send_signal(signal.SIGKILL)
     while Path(f"/proc/{first.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
-    monkeypatch.setattr(folder_lock, "SILENCE_S", 9999.0)  # a live process would be waited for this long
+    monkeypatch.setattr(folder_lock, "SILENCE_S", 9999.0)  # a start would wait this long for a live process
     lock = FolderLock(tmp_path)  # the zombie process still exists
     assert json.loads((tmp_path / FILE).read_text())["pid"] == os.getpid()
     lock.release()

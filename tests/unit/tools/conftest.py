@@ -1,4 +1,4 @@
-"""A small worldqa data set for all tests of this folder, made like a user makes it."""
+"""A small worldqa data set for all tests of this folder, made as a user makes it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""tools/plan.py, run like a user runs it."""
+"""tools/plan.py, run as a user runs it."""
 
 from __future__ import annotations
 

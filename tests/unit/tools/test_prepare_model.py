@@ -1,4 +1,4 @@
-"""The tiny model and its tokenizer, built like a user builds them."""
+"""The tiny model and its tokenizer, built as a user builds them."""
 
 import zipfile
 from pathlib import Path

@@ -184,7 +184,7 @@ def test_too_few_questions_are_refused_in_one_line(tmp_path: Path):
 
 
 def test_few_questions_are_demonstrated_or_refused_in_one_line(tmp_path: Path):
-    """Among few questions no second one may ask for the same kind of thing, but a wrong answer is still found."""
+    """Even if no other question has an answer of the same type, a wrong answer is found."""
     sizes = ["--test-questions", "60", "--demonstrations", "90"]
     prepare(["worldqa", "--out", str(tmp_path / "few"), "--train-questions", "30", *sizes])
     shown = load_demonstrations(str(tmp_path / "few" / "demonstrations.jsonl"))
