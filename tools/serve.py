@@ -5,7 +5,7 @@
 
 `tools/convert.py megatron-to-hf` writes FOLDER, including agent.json, the settings for playing the agent. POST
 /v1/chat/completions takes one user message and returns the agent's answer, which is the content of its \\boxed{}. The
-field `agent` of the response has turns, calls and results. The default --host listens on this machine only. If
+field `agent` of the response has turns, calls and results. With the default --host, only this machine can connect. If
 --token-file is given, clients must send the bearer token in that file. The ranks divide the model among themselves.
 If there are several engines, they divide the questions. On SIGTERM, the server finishes the questions that are being
 played, and exits.

@@ -28,7 +28,7 @@ def context_positions(cu_seqlens: Tensor, cp_size: int) -> Tensor:
     position = torch.arange(segment.numel(), device=lengths.device)
     piece = (position - cu_seqlens[segment]) // (lengths // num_pieces)[segment]
     rank = torch.minimum(piece, num_pieces - 1 - piece)
-    # Each row of the result ascends, because the sort is stable.
+    # Each row of the result is in ascending order, because the sort is stable.
     return torch.argsort(rank, stable=True).view(cp_size, -1)
 
 

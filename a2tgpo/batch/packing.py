@@ -161,7 +161,7 @@ def pack(
     has `align.row` masked positions, and contributes nothing to the loss.
 
     Args:
-        expert_shape: the shape of the trajectories' rows of experts. None: the batch gets no experts.
+        expert_shape: the shape of the trajectories' rows of experts. None: the batch gets no such rows.
 
     Raises:
         ValueError: if a prompt is empty, or if a turn has more or fewer `rollout_logprobs` than tokens.

@@ -299,7 +299,7 @@ def _first_fault(path: Path, expected: dict[str, tuple[int, int]], pieces: Colle
 
 
 def _pieces_of(path: Path) -> dict[str, list[Piece]]:
-    """Return a map from each tensor file to its pieces. The map is empty if an older checkpoint has no pieces."""
+    """Return a map from each tensor file to its pieces. The map of a checkpoint of an earlier version is empty."""
     return _parse_pieces(json.loads((path / MARKER).read_text()))
 
 

@@ -129,7 +129,7 @@ def carried_file(engine: int) -> str:
 
 
 def encode(state: Carried) -> bytes:
-    """Return the file content for the carried groups of this rank's engine."""
+    """Return the bytes of the file that stores the carried groups of this rank's engine."""
     return encode_records(state.own)
 
 

@@ -24,8 +24,8 @@ class ContrastConfig:
     top_share: float = 0.4
     """Share of the ranked units that together get `top_mass` of the weight (GCPO: 0.4)."""
     top_mass: float = 0.8
-    """Share of the total weight that the units of `top_share` get; at least `top_share` (GCPO: 0.8). If `top_mass`
-    equals `top_share`, all weights are 1."""
+    """Share of the total weight that goes to the units selected by `top_share`; at least `top_share` (GCPO: 0.8). If
+    `top_mass` equals `top_share`, all weights are 1."""
 
     def __post_init__(self) -> None:
         key = "algorithm.contrast"

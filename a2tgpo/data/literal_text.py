@@ -85,7 +85,7 @@ class LiteralEncoder:
         encoded = encode(frame([self.broken_up(text) for text in texts]))
         (of_frame,) = map(self._control_tokens, encode(frame(["?"])))
         for place, text in enumerate(texts):
-            # A tokenizer that normalises text may create a new spelling of a control token. If so, break up the text
+            # A tokenizer that normalises text may create a new spelling of a control token. If so, split the text
             # at every character.
             if self._control_tokens(encoded[place]) != of_frame:
                 (encoded[place],) = encode(frame([BREAK.join(self.broken_up(text))]))

@@ -132,5 +132,5 @@ def _read(file: Path) -> Iterator[tuple[Key, Answer]]:
                 name, kind = record.pop("set"), record.pop("kind")
                 answer = Answer(**record | {"golds": tuple(record["golds"])})
             except (ValueError, KeyError, TypeError, AttributeError):
-                continue  # half a line, so the evaluation plays this question again
+                continue  # the line is incomplete, so the evaluation plays this question again
             yield (name, kind, answer.question_id, answer.sample_index), answer

@@ -37,7 +37,7 @@ class ParallelGroups:
     dp_group: ProcessGroup
     """One rank of each data-parallel replica. Counts of trajectories and tokens are reduced over this group."""
     dp_cp_group: ProcessGroup
-    """All ranks with the same weights as this rank. They reduce gradients and divide the optimizer state."""
+    """All ranks with the same weights as this rank. They reduce gradients and share out the optimizer state."""
     ep_rank: int
     ep_size: int
     ep_group: ProcessGroup

@@ -16,7 +16,7 @@ class Gpu:
     fp32_tflops: float
     """Peak without tensor cores, 1e12 operations per second. Training in float32 has this peak."""
     memory_tb_per_s: float
-    """Bandwidth of the GPU's own memory, 1e12 bytes per second."""
+    """Bandwidth of the GPU's own memory, in 1e12 bytes per second."""
     node_gb_per_s: float
     """One-way bandwidth of a GPU's link to the other GPUs of its node, 1e9 bytes per second."""
     network_gb_per_s: float

@@ -155,7 +155,7 @@ def make_plan(
     workload: Workload | None = None,
     assumed: Assumptions | None = None,
 ) -> Plan:
-    """Plan `config` on a cluster of `gpus` GPUs.
+    """Plan a run of `config` on a cluster of `gpus` GPUs.
 
     Args:
         workload: the expected mean trajectory. Values above the limits of `config` are reduced to these limits.

@@ -78,7 +78,8 @@ def _visible_turns(
 def _recorded(
     text: str, observation: str, protocol: ChatProtocol
 ) -> tuple[str, tuple[DemonstratedCall, ...]] | None:
-    """Return the text and the calls of a turn, or None if no rollout of this protocol wrote the turn."""
+    """Return the text and the calls of a turn, or None if no rollout of this protocol could
+    have written the turn."""
     visible = protocol.format.visible(text)
     written = protocol.call_format.find_calls(visible)
     results = protocol.frames.split(observation, len(written))

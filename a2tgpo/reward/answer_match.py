@@ -23,7 +23,7 @@ _WORDS = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 
 
 def normalize_answer(text: str) -> str:
-    """Return `text` in lower case, without punctuation and articles, and with single spaces.
+    """Return `text` in lower case, without punctuation or articles, and with single spaces.
 
     If nothing would remain, as for "A" or "The The", only change the spaces of `text`.
     """

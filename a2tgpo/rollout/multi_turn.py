@@ -173,7 +173,7 @@ class MultiTurnLoop:
         after the same item. After that, the engine and the tools work on no request of this rollout.
 
         Yields:
-            Each trajectory that has ended, as soon as all its scores are known. None is a heartbeat: it comes every
+            Each trajectory that has ended, as soon as all its scores are known; or `None`, a heartbeat, every
             `HEARTBEAT_EVERY` passes, and while all trajectories wait for tools. All ranks of the engine get the same
             items.
 
@@ -234,7 +234,7 @@ class MultiTurnLoop:
     def _score_prefix(self, live: LiveTrajectory, scorer: AnswerScorer) -> None:
         """Before this call plays a turn, score the gold answer in all contexts without a score.
 
-        The context after the prompt is scored once per group. A branch has the scores of the turns that it shares.
+        The prompt alone, as a context, is scored once per group. A branch has the scores of the turns that it shares.
         """
         group = live.group
         if group.baseline is None:

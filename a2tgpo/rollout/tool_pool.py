@@ -78,7 +78,8 @@ class ToolPool:
         self._late = f"no answer within {toolset.call_timeout_s:g} s"
         self._clock = clock
         self.outage = Outage(limit_s=toolset.outage_limit_s or 0.0, clock=clock)
-        """The record of waits for a service, equal on all ranks of the engine. The caller must enforce its limit."""
+        """The record of waits for a service, equal on all ranks of the engine. The record has a limit,
+        which the caller must enforce."""
         self._held = None if toolset.outage_limit_s is None else HeldCalls(self.outage, clock=clock)
         self._group = engine_group.group
         self._leads = engine_group.is_leader
@@ -200,7 +201,7 @@ class ToolPool:
             return self._workers.take(timeout_s=WAIT_S if wait else 0.0)
         for call in self._held.take_due():
             self._workers.submit(call)
-        if wait and self._workers.is_idle:  # further calls may wait for a held call of their trajectory
+        if wait and self._workers.is_idle:  # a call on hold may keep later calls of its trajectory waiting
             time.sleep(IDLE_S)
         return self._held.keep(self._workers.take(timeout_s=WAIT_S if wait else 0.0))
 

@@ -103,8 +103,8 @@ def entropy_points(members: Sequence[Trajectory], count: int, *, sibling_penalty
 def random_points(members: Sequence[Trajectory], count: int, *, seed: str) -> list[BranchPoint]:
     """Draw `count` process turns in total from a prompt's trees, and return the places after these turns.
 
-    The turns of a tree are all different if the tree has enough turns. In a tree without process turns, branches
-    begin at the prompt.
+    The turns drawn from a tree are all different if the tree has enough turns. In a tree without process turns,
+    branches begin at the prompt.
 
     Args:
         members: as for `entropy_points`.

@@ -46,7 +46,7 @@ class Bm25Index:
         self._bm25.save(folder, show_progress=False)
 
     def search(self, query: str, top_k: int) -> list[tuple[Passage, float]]:
-        """Return at most `top_k` passages with their scores, best first. Ties are in the corpus's order.
+        """Return at most `top_k` passages with their scores, best first. Equal scores are in corpus order.
 
         A passage that shares no word with the query is never returned. Stop words in a query are ignored, unless the
         query has only stop words.

@@ -70,7 +70,7 @@ class Extrapolation:
         *,
         distribution: TokenDistribution = MODEL_DISTRIBUTION,
     ) -> StepResult:
-        """Make one extrapolated update on `microbatches`. Every rank must call this, as it calls `train_step`.
+        """Make one extrapolated update on `microbatches`. Every rank must call this, as for `train_step`.
 
         The optimizer must have made an update before, and its learning rate must not be 0. If the loss or the
         gradient of a pass is not finite, the outcome depends on the pass:

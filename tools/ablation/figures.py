@@ -86,7 +86,7 @@ def write_figures(results: Sequence[RunResult], out: Path) -> dict[str, str]:
         envelopes = [envelope_signals(rollouts) for rollouts in signal_batches(by_method[source])]
         captions["figure5.png"] = write_figure5(join(envelopes), out, origin)
         needless = [needless_signals(rollouts) for rollouts in signal_batches(by_method[source])]
-        if len(join(needless)["needless"]):  # no rows if the questions' numbers of hops are unknown
+        if len(join(needless)["needless"]):  # no rows if the questions' hop counts are unknown
             captions["needless.png"] = write_needless(join(needless), out, origin)
     calls = {method: last_calls(own) for method, own in by_method.items()}
     captions["figure10.png"] = write_figure10(by_method, {m: c for m, c in calls.items() if c}, out)

@@ -24,7 +24,7 @@ class Row:
     """Name of the check in `catalogue.CHECKS`."""
     name: str
     status: str
-    """One of PASS, FAIL, SKIP and INFO. INFO is a measurement that has no limit."""
+    """One of PASS, FAIL, SKIP and INFO. INFO marks a measurement without a limit."""
     measured: float | None = None
     limit: float | None = None
     """The value that `measured` was compared with."""

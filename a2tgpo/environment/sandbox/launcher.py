@@ -1,4 +1,4 @@
-"""A program that gives up its rights, and then runs pieces of the policy's Python code one after another.
+"""A program that drops its privileges, and then runs pieces of the policy's Python code one after another.
 
     python -I -S launcher.py SETTINGS CONTROL
 

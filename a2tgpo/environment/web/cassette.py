@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Cassette:
-    """A folder of answers. Threads, processes and machines may share it.
+    """A folder of recorded answers of the web. Threads, processes and machines may share it.
 
     Args:
         folder: folder of the answers. With an empty path, nothing is recorded or found.
