@@ -93,7 +93,7 @@ class BestCheckpoint:
         return f"{place} ({self._best.metric} {self._best.score:.3f} ± {self._best.standard_error:.3f})"
 
     def state_dict(self) -> dict | None:
-        """Return the best policy's record for `load_state_dict`, as JSON values, or None before the first evaluation."""
+        """Return the best policy's record as JSON values for `load_state_dict`, or None before any evaluation."""
         return asdict(self._best) if self._best else None
 
     def load_state_dict(self, state: dict | None) -> None:

@@ -65,7 +65,7 @@ class VisitConfig:
     max_bytes: int = 5_000_000
     """Maximum number of bytes of a page that are read. The rest of the page is ignored."""
     timeout_s: float = 20.0
-    """Time limit in seconds for the page to arrive, including redirects. Its text is then extracted in at most 60 s."""
+    """Time limit in seconds for fetching the page and its redirects. The text is then extracted in at most 60 s."""
     allow_private: bool = False
     """Allow addresses that are not on the public internet, such as those of this cluster. The policy can then reach
     every server that this machine can reach."""

@@ -93,7 +93,7 @@ def decode_line(raw: bytes, where: str) -> str:
     """Return the text of one line of a file, without a byte order mark.
 
     Raises:
-        ConfigError: with a one-line message that starts with `where` and gives the bad byte, if the line is not UTF-8.
+        ConfigError: with a one-line message that starts with `where` and shows the byte, if the line is not UTF-8.
     """
     _refuse_other_encodings(raw, where)
     try:
