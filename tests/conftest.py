@@ -20,7 +20,7 @@ from hypothesis import settings
 
 SLOW = (
     *("distributed/", "e2e/", "faults/", "unit/environment/test_python_tool.py"),
-    "unit/environment/test_mcp_tool.py",
+    *("unit/environment/test_mcp_tool.py", "unit/evaluate/test_evaluate.py", "unit/test_hostile_input.py"),
     *("unit/docs/test_documentation.py", "unit/launch/test_local_ranks.py", "unit/launch/test_rendezvous.py"),
     *("unit/memory/", "unit/metrics/test_metric_sums.py", "unit/metrics/test_run_tools.py"),
     *("unit/model/test_policy_on_one_rank.py", "unit/refit/"),

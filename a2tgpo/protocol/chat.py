@@ -117,9 +117,9 @@ class ChatProtocol(AgentProtocol):
         texts = [self.result_text(result) for result in results]
         tokens = self._literal.encode_joined(texts, self.frames.join)
         if len(tokens) <= room:
-            return Observation(tokens=tokens, is_cut=False)
+            return Observation(tokens=tokens, is_shortened=False)
         assert room >= self.min_observation_tokens(len(texts)), f"{room} tokens are too few for the frame"
-        return Observation(tokens=self._fitted(texts, room), is_cut=True)
+        return Observation(tokens=self._fitted(texts, room), is_shortened=True)
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """Return the text of a turn without the control token that ended it."""

@@ -44,7 +44,7 @@ class Observation:
     """The results of a turn's calls as tokens."""
 
     tokens: list[int]
-    is_cut: bool
+    is_shortened: bool
     """Whether the results were cut because they were longer than `room`."""
 
 

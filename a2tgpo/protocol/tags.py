@@ -70,7 +70,7 @@ class TagProtocol(AgentProtocol):
             tokens = self._observations.encode(result.parts)
         else:
             tokens = self._observations.encode_failure(result.call.tool, result.error)
-        return Observation(tokens=self._observations.fit(tokens, room), is_cut=len(tokens) > room)
+        return Observation(tokens=self._observations.fit(tokens, room), is_shortened=len(tokens) > room)
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """Return the text of a turn. If the last token has text after the tag that ended the turn, cut this text."""

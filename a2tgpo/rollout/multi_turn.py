@@ -324,7 +324,7 @@ class MultiTurnLoop:
         """Append the observation, start the next generation, and score the gold answer in the new context."""
         room, _ = self._room(live)
         observation = self._protocol.observe(live.results, room=room - MIN_TURN_TOKENS)
-        self._counts.truncated_observations += observation.is_cut
+        self._counts.truncated_observations += observation.is_shortened
         turn = live.trajectory.turns[-1]
         turn.calls = [result.call for result in live.results]
         scores = [result.score for result in live.results if result.score is not None]

@@ -133,14 +133,14 @@ def test_an_observation_closes_its_frame_in_any_room_whatever_the_tool_wrote(fam
         if room < least:
             continue
         found = protocol.observe(results, room=room)
-        assert len(found.tokens) <= room and found.is_cut == (room < len(whole.tokens))
+        assert len(found.tokens) <= room and found.is_shortened == (room < len(whole.tokens))
         assert control(protocol, found.tokens) == frame
         shown = protocol.tokenizer.decode(found.tokens)
         assert shown.startswith(protocol.frames.open) and shown.endswith(protocol.frames.close)
         assert "\ufffd" not in shown
         if family == "llama":
             json.loads(shown[len(protocol.frames.open) - 1 : len(shown) - len(protocol.frames.close) + 1])
-    assert not whole.is_cut and control(protocol, whole.tokens) == frame
+    assert not whole.is_shortened and control(protocol, whole.tokens) == frame
 
 
 def test_results_come_in_the_order_of_the_calls_and_say_what_failed(qwen):
