@@ -27,7 +27,7 @@ from a2tgpo.trajectory import Trajectory
 PADDING = -1
 """Value of `sequence_ids` at positions that do not belong to a trajectory."""
 NOT_SAMPLED = -1
-"""Turn number of tokens that the policy did not sample."""
+"""The turn number that is given to every token that the policy did not sample."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ class BankedStep(msgspec.Struct, frozen=True, kw_only=True):
     attempt: str
     """Name of the attempt at the step, equal on all ranks. Another attempt may train on other groups."""
     ranks: list[RankShare]
-    """The share of each rank of the engine, in rank order."""
+    """The part of the rollout that each rank of the engine has, in rank order."""
     trajectories: list[Trajectory]
     sampler: dict[str, Any]
     carried: Carried

@@ -228,7 +228,7 @@ class PromptSet:
     Args:
         max_prompt_tokens: largest number of tokens that a prompt may have.
         suffix: text that follows each question in its prompt.
-        suffix_key: the setting that `suffix` comes from, for messages.
+        suffix_key: name of the setting that `suffix` comes from. Error messages name it.
     """
 
     def __init__(

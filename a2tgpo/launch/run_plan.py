@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def plan_of_run(config: RunConfig, *, num_gpus: int) -> tuple[Plan, str, str]:
-    """Return a plan for `num_gpus` GPUs, the source of the model's dimensions, and the GPU's description."""
+    """Return a plan for `num_gpus` GPUs; the source of the model's dimensions; and the name of the GPU."""
     from a2tgpo.plan.dimensions import model_dimensions
     from a2tgpo.plan.plan import make_plan
 

@@ -194,7 +194,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 class _TypeName(str):
-    """Name of a CPU tensor type, such as 'torch.FloatTensor', that also equals the name of the same type on a GPU.
+    """A string such as 'torch.FloatTensor' that also compares equal to the GPU's name, 'torch.cuda.FloatTensor'.
 
     Megatron's optimizers group parameters by comparing `param.type()` with 'torch.cuda.FloatTensor'
     (megatron/core/optimizer/distrib_optimizer.py:361, optimizer.py:671, clip_grads.py:167).

@@ -31,7 +31,8 @@ class Workload:
     rollout.
     """
     longest_to_mean: float = 3.0
-    """Sampled tokens of a step's longest trajectory, divided by the mean. A limit may cut this trajectory."""
+    """Sampled tokens of a step's longest trajectory, divided by the mean, before any limit on
+    lengths applies."""
 
     @property
     def tokens(self) -> float:
@@ -83,7 +84,7 @@ class Geometry:
     in_flight: int
     """Number of trajectories that one engine starts at once, if the cache has room for their first tokens."""
     concurrent: int
-    """Number of trajectories of mean length that fit into the cache until they end."""
+    """Number of trajectories of mean length that the cache has room for at their full length."""
     kv_tokens: int
     """Number of tokens that one engine's cache can hold."""
     full_sequences: int

@@ -86,7 +86,7 @@ class QueryBatcher:
                 item = self._waiting.get_nowait()
             except queue.Empty:
                 break
-            if item is None:  # None tells one thread to end, so leave it for another thread
+            if item is None:  # a `None` ends one thread, but this thread has a batch to send
                 self._waiting.put(None)
                 break
             batch.append(item)

@@ -108,7 +108,7 @@ def build_app(
 def _order(
     request: ChatRequest, protocol: AgentProtocol, temperature: float, max_prompt_tokens: int
 ) -> Order:
-    """Return the order for a request. Raise BadRequestError if the agent cannot fulfil the request."""
+    """Return what the agent is to do for a request. Raise BadRequestError if the agent cannot fulfil the request."""
     if [message.role for message in request.messages] != ["user"]:
         raise BadRequestError(
             "messages: give one message of role user; the agent has its own instructions and remembers nothing"

@@ -31,8 +31,9 @@ def routing_metrics(
     - `routing/token_differs` is the share of tokens for which the experts differ in at least one layer.
     - `routing/gap_own` and `routing/gap_replayed` are the mean |log-prob of the trainer - log-prob of the engine| of
       the sampled tokens, in nats, without and with replay.
-    - `routing/replayed_share` is the share of all positions of the step, without padding, that have a row.
-    - `routing/bytes` is the size of the step's rows.
+    - `routing/replayed_share` is the share of the step's positions, without padding, for which the engine
+      recorded its experts.
+    - `routing/bytes` is the size of these records.
     """
     metrics, replay = MetricSums(), policy.router_replay
     if replay is None:
