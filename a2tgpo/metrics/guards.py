@@ -152,7 +152,7 @@ class Guards:
                 self._streak = 0
 
     def _limits(self) -> dict[str, float]:
-        """Return each alarm's limit for a baseline of 1. The limits of two runs differ only if their settings differ."""
+        """Return each alarm's limit for a baseline of 1. So limits of two runs differ only if settings differ."""
         return {name: alarm.limit(1.0) for name, alarm in self._alarms.items()}
 
     def _extends_baseline(self, alarm: Alarm, metric: str, value: float) -> bool:

@@ -31,8 +31,8 @@ class Workload:
     rollout.
     """
     longest_to_mean: float = 3.0
-    """Sampled tokens of a step's longest trajectory, divided by the mean, before any limit on
-    lengths applies."""
+    """Sampled tokens of a step's longest trajectory, divided by the mean. A limit on lengths may still
+    cut this trajectory."""
 
     @property
     def tokens(self) -> float:
