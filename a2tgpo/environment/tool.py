@@ -123,7 +123,7 @@ class Toolset:
     max_concurrent_calls: int = 16
     """Largest number of calls that run at the same time on one rank."""
     call_timeout_s: float = 240.0
-    """Seconds from the start of a call until the call fails. The time in the queue is not included."""
+    """Seconds after which a running call fails. The time in the queue is not included."""
     outage_limit_s: float | None = None
     """Seconds for which a call that raises `ToolUnavailableError` is repeated before the run ends. 0: the run ends at
     once. None: the call is not repeated, and the policy reads that the call failed."""

@@ -24,7 +24,7 @@ def token_weights(
     Args:
         num_sampled_tokens: [N] int64: the number of sampled tokens in each of this rank's trajectories.
         aggregation: `seq-mean-token-mean` (Eq. 12), `token-mean`, `seq-mean-token-sum` or `seq-mean-token-sum-norm`.
-        norm_length: the constant by which `seq-mean-token-sum-norm` divides, tokens.
+        norm_length: the number of tokens by which `seq-mean-token-sum-norm` divides.
 
     Returns:
         [N] float64.

@@ -72,4 +72,4 @@ class TokenCredit:
     advantages: torch.Tensor
     """[n]: the advantage of each sampled token."""
     measured: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Maps names to values, any number for each. The metric credit/NAME is the mean of its values over the step."""
+    """Maps each name to any number of values. The metric credit/NAME is the mean of its values over the step."""

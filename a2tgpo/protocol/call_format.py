@@ -79,7 +79,7 @@ def read_call(text: str, value: Any, *, keys: Sequence[str]) -> WrittenCall:
 
     Args:
         text: the text from which `value` was decoded.
-        keys: possible names of the arguments in `value`, the usual name first.
+        keys: keys under which `value` may hold the arguments, the usual key first.
     """
     if len(text) > MAX_CALL_CHARS:
         return WrittenCall(

@@ -66,7 +66,7 @@ class ChatProtocol(AgentProtocol):
         tool, parameters = next(iter(self._parameters.items()))
         argument = next(iter(parameters.get("properties", {})), "query")
         self.probe = tool, argument
-        """A tool and one of its parameters, to render an example."""
+        """Names of a tool and of one of its parameters, to render an example."""
         self.frames = find_frames(template, tool=tool, argument=argument)
         self.call_format = _format_of(self.frames, call_format, expected=(tool, {argument: ARGUMENT}))
         self._max_calls = 1 if self.frames.is_single else max_calls

@@ -88,7 +88,7 @@ class CallSyntax:
 
 
 def _lines(text: str) -> str:
-    """Return the lines of `text`. Remove their common indent, unless the first line follows the opening tag."""
+    """Return the lines of `text`. Remove their common indent, unless text follows the opening tag on its line."""
     first, _, rest = text.partition("\n")
     return (
         f"{first.strip()}\n{rest}".rstrip() if first.strip() else textwrap.dedent(rest).strip("\n").rstrip()

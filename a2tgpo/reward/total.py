@@ -73,7 +73,7 @@ def judge(rewards: Sequence[NamedReward], episode: Episode, *, format_gate: bool
 
 
 def _checked(returned: object, episode: Episode) -> Score:
-    """Convert the value that a reward returned to a `Score` of floats. Raise ValueError if the value is invalid."""
+    """Convert a reward's return value to a `Score` of floats. Raise ValueError if the value is invalid."""
     score = returned if isinstance(returned, Score) else Score(value=returned)  # type: ignore[arg-type]
     value, parts = _number(score.value), {str(name): _number(part) for name, part in score.parts.items()}
     turn_scores = score.turn_scores

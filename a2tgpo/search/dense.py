@@ -75,7 +75,7 @@ def open_neighbours(path: Path, serving: DenseServing, *, built_nprobe: int = 0)
     """Return the FAISS index in a file. Its vectors are memory-mapped, or on the GPUs if `serving.on_gpus`.
 
     Args:
-        built_nprobe: the number of lists to search that is stored in the index; 0: none is stored.
+        built_nprobe: the number of IVF lists per query, as stored in the index folder; 0: none is stored.
 
     Raises:
         ConfigError: with a one-line message, if GPUs are requested, but FAISS sees no GPU.

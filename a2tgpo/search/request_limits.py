@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 MAX_CLIENTS = 4096
-"""Number of addresses whose rate is tracked. The least recently seen address is dropped first."""
+"""Number of client addresses whose request rate is tracked. The least recently seen address is dropped first."""
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -15,7 +15,7 @@ class ShardedIndex:
 
     Dense scores are comparable across shards. A BM25 score depends on how rare a word is in its shard. A word is
     about equally rare in all interleaved parts of a corpus (tools/build_index.py --part), so the merged order is
-    nearly the order of one index.
+    nearly that of one index for the whole corpus.
     """
 
     kind = "shards"

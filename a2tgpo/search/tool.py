@@ -73,7 +73,7 @@ class CachedSearch:
         )
 
     def take_counts(self) -> dict[str, int]:
-        """Return counts since the last call: cache hits and, with a client, retries and refused queries."""
+        """Return counts since the last call: cache hits and, with a retrieval server, retries and refused queries."""
         counts = {"cache_hits": self._cache.num_hits}
         if isinstance(self._backend, HttpSearch):
             counts |= {"retries": self._backend.num_retries, "refused": self._backend.num_refused}
@@ -82,7 +82,7 @@ class CachedSearch:
         return taken
 
     def close(self) -> None:
-        """Close a client's connections. The tool cannot be used afterwards."""
+        """Close the connections to the retrieval server, if there is one. The tool cannot be used afterwards."""
         if isinstance(self._backend, HttpSearch):
             self._backend.close()
 
@@ -94,8 +94,8 @@ def build_search(
 
     Args:
         max_connections: largest number of concurrent requests.
-        tells_outages: as in `CachedSearch`; has an effect only with search.backend=http.
-        probe: with search.backend=http, send one query first, so that a wrong address is found at the start.
+        tells_outages: as in `CachedSearch`; has an effect only with `search.backend=http`.
+        probe: with `search.backend=http`, send one query first, so that a wrong address is found at the start.
 
     Raises:
         ConfigError: with a one-line message, if the corpus is malformed or the server does not answer the probe.

@@ -29,7 +29,7 @@ class Order:
 
 @dataclass(frozen=True, kw_only=True)
 class Played:
-    """The result of an order."""
+    """The result of an `Order`."""
 
     trajectory: Trajectory
     texts: tuple[str, ...]

@@ -36,7 +36,7 @@ from a2tgpo.trajectory import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Player:
-    """The objects with which one rank plays."""
+    """The objects with which one rank plays the policy."""
 
     config: RunConfig
     """The configuration. Its `model.path` is the folder from which the architecture and the tokenizer come."""

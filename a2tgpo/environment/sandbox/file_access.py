@@ -16,7 +16,7 @@ _VERSION_FLAG, _PATH_BENEATH = 1, 1
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _TRUNCATE, _IOCTL_DEV = 1, 2, 4, 8, 1 << 14, 1 << 15
 _OF_A_FILE = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 _NUM_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
-"""Maps each version of Landlock to its number of access rights. Later versions have at least 16."""
+"""Maps each version of Landlock to its number of access rights. Versions above 4 have at least 16."""
 _CONNECT_AND_BIND, _SIGNALS_AND_ABSTRACT_SOCKETS = 3, 3
 """Kinds of access to the network and to other processes. With Landlock 6 or later, `restrict_files` refuses them."""
 _PR_SET_NO_NEW_PRIVS = 38

@@ -157,7 +157,7 @@ class SandboxProcess:
         code = self._process.returncode
         if code is None:
             return "the code closed the pipes of its process"
-        number = -code if code < 0 else code - 128  # like a shell, bubblewrap adds 128 to a signal
+        number = -code if code < 0 else code - 128  # bubblewrap reports signal N as 128 + N, like a shell
         if number in signal.valid_signals():
             return f"the process was ended by {signal.Signals(number).name}"
         return f"the code ended its process with exit code {code}"

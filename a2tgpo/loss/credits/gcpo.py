@@ -63,7 +63,7 @@ def divergence(logprobs: torch.Tensor, contrast: torch.Tensor) -> tuple[torch.Te
 def token_weights(
     eta: torch.Tensor, is_usable: torch.Tensor, inputs: LossInputs, exponent: float
 ) -> torch.Tensor:
-    """Return the weight of each token by its rank in its trajectory, [n] float64."""
+    """Return the weight that each token gets for its rank in its trajectory, [n] float64."""
     weights = torch.ones_like(eta)
     weights[is_usable] = rank_weights(
         eta[is_usable], inputs.sequence_ids[is_usable], inputs.num_sequences, exponent
@@ -74,7 +74,7 @@ def token_weights(
 def turn_weights(
     eta: torch.Tensor, is_usable: torch.Tensor, inputs: LossInputs, exponent: float
 ) -> torch.Tensor:
-    """Return the weight of each token's turn by the rank of its mean eta in its trajectory, [n] float64."""
+    """Return for each token the weight of its turn, [n] float64. Turns are ranked by their mean eta."""
     turns = inputs.turn_ids[is_usable]
     of_turn = segment_mean(eta[is_usable], turns, inputs.num_turns)
     sequences = turns.new_zeros(inputs.num_turns).index_copy(0, inputs.turn_ids, inputs.sequence_ids)
