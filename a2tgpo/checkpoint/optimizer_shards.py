@@ -24,7 +24,7 @@ from torch import Tensor
 PIECE_BYTES = 2**26
 """Largest size of a saved shard in bytes, unless one row is larger. A reader loads whole shards into host memory."""
 UNCUT = 2**62
-"""Value of `piece_bytes` for a load: no cuts, because torch would read a saved shard again for each piece of it."""
+"""`piece_bytes` for a load: cut nothing, because torch would read a saved shard once for each of its pieces."""
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """The offset and the size of a rectangle in each dimension of its tensor."""
@@ -44,7 +44,7 @@ def owned_shards(optimizer: Any, models: dict[str, Any], *, piece_bytes: int) ->
     Args:
         optimizer: Megatron's chain of distributed optimizers, which must already have their moments.
         models: sharded state dicts of the model chunks, with the model's own parameters and no copies.
-        piece_bytes: largest size of a shard in bytes. A larger row is one shard.
+        piece_bytes: largest size of a shard in bytes. A row that is larger is not cut.
 
     Returns:
         Float32 shards, whose keys in the checkpoint are `optimizer.state.{param,exp_avg,exp_avg_sq}.PARAMETER`.
@@ -163,7 +163,7 @@ def _shards_of(
 def _shard(
     template: ShardedTensor, prefix: str, data: Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]
 ) -> ShardedTensor:
-    """Return a shard for the rectangle of `template` that has these offsets and sizes, relative to `template`."""
+    """Return `data` as a shard with shape `sizes` at `offsets` within `template`."""
     ahead = template.prepend_axis_num
     data = data.view(*(1 for _ in range(ahead)), *sizes)
     return ShardedTensor(

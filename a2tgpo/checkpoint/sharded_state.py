@@ -194,7 +194,7 @@ def load_sharded(
 def load_sharded_weights(
     path: Path, policy: Policy, *, pieces: Mapping[str, list[Piece]] = MappingProxyType({})
 ) -> None:
-    """Load only the model that `write_sharded` wrote, with the arguments and errors of `load_sharded`.
+    """Load only the model that `write_sharded` wrote. `pieces` and the errors are those of `load_sharded`.
 
     Every rank must call this.
     """

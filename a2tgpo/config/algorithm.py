@@ -32,9 +32,9 @@ class AlgorithmConfig:
     advantage: Expanded = "turn_group"
     """Name of a module in advantage/methods/ (docs/methods.md), or your own function as path/to/file.py:name.
     `turn_group` is Eq. 6-9. `turn_group_absent` also counts turns that a trajectory did not take, with gain 0.
-    `igpo_joint` and `igpo_separate` pool the gains of all turns. `grpo` uses only the outcome. `gigpo`, `hgpo`,
-    `gtpo` and `mt_grpo` are the advantages of GiGPO, HGPO, GTPO and MT-GRPO. `at2po` and `tree_grpo` are those of
-    AT2PO and Tree-GRPO, and need rollout.tree."""
+    `igpo_joint` normalises gains and outcomes together, `igpo_separate` separately. `grpo` uses only the outcome.
+    `gigpo`, `hgpo`, `gtpo` and `mt_grpo` are the advantages of GiGPO, HGPO, GTPO and MT-GRPO. `at2po` and `tree_grpo`
+    are those of AT2PO and Tree-GRPO, and need rollout.tree."""
     objective: Expanded = "clipped_ratio"
     """Policy loss: name of a module in loss/objectives/ (docs/methods.md), or your own function as
     path/to/file.py:name. `clipped_ratio` is Eq. 12. `cispo`, `sapo` and `gmpo` are the losses of CISPO, SAPO and

@@ -31,8 +31,8 @@ class EvaluationConfig:
     """Evaluate the policy before the first step, as a baseline."""
     max_questions: int = 256
     """Number of questions from each set in an evaluation during training; 0: all. The questions do not depend on the
-    seed. Every combination of `data_source` and `hops` contributes its first questions, in proportion to its size. If
-    questions have neither field, every nth question is used."""
+    seed. Every combination of `data_source` and `hops` contributes its first questions, in proportion to its size.
+    Questions with neither field are chosen at equal distances in the file."""
     sets: ExpandedMapping = field(default_factory=dict)
     """Sets of held-out questions by name, instead of data.test. Each value is a file, or a mapping with the keys file
     and max_questions. Example: {nq: nq.jsonl, bamboogle: {file: bamboogle.jsonl, max_questions: 0}}. The EM over all

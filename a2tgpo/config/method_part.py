@@ -1,4 +1,4 @@
-"""The parts of a training method that are one file each: a module of this package, or a file of the user."""
+"""The parts of a training method. Each part is a module of this package or a file of the user."""
 
 from __future__ import annotations
 

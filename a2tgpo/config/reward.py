@@ -39,7 +39,7 @@ class RewardConfig:
     format_gate: bool = True
     """`true`: a response with a wrong format gets -1 in place of the weighted sum (Eq. 13-15)."""
     num_workers: int = 16
-    """Number of rollouts that each engine's first rank scores at a time, in threads."""
+    """Number of rollouts that each engine's first rank scores at the same time."""
     timeout_s: float = 120.0
     """Seconds after which the scoring of a rollout is treated as failed."""
     max_failed_share: float = 0.25

@@ -39,8 +39,8 @@ class GainConfig:
     """Maximum number of aliases that answer_reduction=max scores. An alias that is too long is ignored."""
     scaffold: str = "</think> <answer> \\boxed{"
     """Text between a context and the gold answer. A leading </think> is left out if the context has no open thought.
-    A leading <think> is left out if the context has an open thought. With rollout.protocol=chat, \\boxed{
-    replaces the default, after an empty thought if the model thinks. Any other text is used unchanged."""
+    A leading <think> is left out if the context has an open thought. With rollout.protocol=chat, the default is
+    \\boxed{, preceded by an empty thought if the model thinks. Any other text is used unchanged."""
     verify_every: int = 0
     """Number of steps between checks. In a check, the trainer also scores gold answers, and the difference from the
     engine's scores is logged as `gain/engine_trainer_gap`. `0`: no checks."""

@@ -141,7 +141,7 @@ def _read_nq(path: Path) -> Iterator[Item]:
 
 
 def _annotated_nq(where: str, record: dict) -> Item:
-    """Return the item of a Natural Questions record in the simplified or the full format; both contain the text."""
+    """Return the item of a Natural Questions record in the simplified or the full format."""
     tokens = _nq_tokens(where, record)
     answers: list[str] = []
     for annotation in record["annotations"]:

@@ -26,7 +26,7 @@ def load_tokenizer(path: str, *, key: str = "model.path") -> PreTrainedTokenizer
 
     Raises:
         ConfigError: with a one-line message, if the folder has no intact tokenizer, or if the model has no embedding
-            for one of its ids.
+            for one of the tokenizer's ids.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -22,7 +22,7 @@ from a2tgpo.rollout.judging import Judging
 from a2tgpo.trajectory import Prompt
 
 _SQUARE, _NUMBER = "square of ", "number of "
-"""Parts of the names of two metrics of each score: the mean of its squares, and the number of its values."""
+"""Prefixes of a score's name for two more metrics: the mean of the score's squares, and the number of its values."""
 
 
 @dataclass(frozen=True, kw_only=True)

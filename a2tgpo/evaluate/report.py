@@ -22,9 +22,9 @@ def summarize(greedy: Mapping[str, Sequence[Answer]], sampled: Mapping[str, Sequ
 
     Returns:
         `sets`, which maps each data set to its entry, and `average`, the entry over all questions. Each entry has
-        `num_questions` and the `SCORES`. The maps `by_tool_calls` and `by_hops` in an entry give the same values for
-        each number of tool calls or hops. If there are sampled answers, the entry has `pass_at`, which gives
-        `exact_match` and `format_gated` for each k that is a power of two.
+        `num_questions` and the `SCORES`. The maps `by_tool_calls` and `by_hops` in an entry give these values for
+        each number of tool calls or hops separately. If there are sampled answers, the entry has `pass_at`, which
+        gives `exact_match` and `format_gated` for each k that is a power of two.
     """
     pooled = [answer for answers in greedy.values() for answer in answers]
     per_set = {

@@ -16,7 +16,7 @@ from a2tgpo.trajectory import Prompt
 
 
 class EvaluationSets:
-    """Held-out question sets that are played together. Positions number the questions of all sets consecutively.
+    """Held-out question sets that are played together. A position is a question's index over all sets.
 
     Args:
         sets: maps the name of each set to its questions.
@@ -45,7 +45,7 @@ class EvaluationSets:
         return self._names[bisect.bisect_right(self._starts, position) - 1]
 
     def prompts(self, positions: Sequence[int]) -> list[Prompt]:
-        """Return the prompts at `positions`, in ascending order. The index of each prompt is its position.
+        """Return the prompts at the ascending `positions`. The index of each prompt is its position.
 
         If there are several sets, each id begins with the name of its set, because two sets may have equal ids.
         """
