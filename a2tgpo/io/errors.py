@@ -23,7 +23,7 @@ def require(holds: bool, key: str, value: object, rule: str) -> None:
 
 
 def one_of(choices: Sequence[str], value: object) -> str:
-    """Return a rule for `require` that lists `choices`, and then the one nearest to `value`, if it is similar."""
+    """Return a rule for `require`: the list of `choices`, then the choice nearest to `value` if one is similar."""
     near = difflib.get_close_matches(value[:100], choices, n=1) if isinstance(value, str) else []
     return " | ".join(choices) + "".join(f" (nearest: {name})" for name in near)
 

@@ -33,7 +33,7 @@ def exit_code(work: Callable[[], int | None], *, out: str = "--out") -> int:
     After a ConfigError or OSError, print one line and return 2.
 
     Args:
-        out: the option that says where the program writes. The line after an OSError names it.
+        out: the option that says where the program writes. The line that reports an OSError names it.
     """
     try:
         return work() or 0

@@ -12,7 +12,8 @@ def start_parser(description: str, *, resume: str) -> argparse.ArgumentParser:
     """Return a parser for the argument CONFIG, the options of a start, and the overrides.
 
     Args:
-        resume: the help text's name for a --resume value other than `auto` and `none`; "" if there is no such value.
+        resume: the help text's placeholder for values of --resume besides `auto` and `none`, e.g. PATH; "" if
+            there are none.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="YAML file of the run")

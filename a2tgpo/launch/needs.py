@@ -110,7 +110,7 @@ def read_model(config: RunConfig) -> ModelDimensions | None:
 
 
 def checkpoints_to_come(config: RunConfig) -> Kept:
-    """Return how many checkpoints the run may add to those on disk, but at least one whole checkpoint."""
+    """Return how many whole (at least 1) and weights-only checkpoints the run may add to those on disk."""
     most = most_kept(config)
     markers = (Path(config.run.root) / config.run.name / "checkpoints").glob("step_*/complete.json")
     # A checkpoint that was reduced to its weights has no random states.

@@ -93,8 +93,8 @@ class Meeting:
 
     Args:
         store: the store that the ranks share, or None if there is only one rank.
-        patience_s: the longest time, in seconds, that rank 0 waits for all ranks to arrive. Rank 0 then waits up to
-            the same time for all ranks to check their machines.
+        patience_s: the longest time, in seconds, that rank 0 waits for all ranks to arrive. Rank 0 then waits at
+            most as long again for all ranks to check their machines.
     """
 
     def __init__(self, store: Store | None, *, rank: int, world_size: int, patience_s: float):

@@ -164,8 +164,7 @@ def host_memory_faults(
 ) -> dict[int, list[str]]:
     """Return {first rank of a machine: fault} for each machine that has too little host memory left.
 
-    If the need exceeds the memory by at most the share `cluster.plan_margin`, the machine gets a warning instead of a
-    fault.
+    An excess of up to `cluster.plan_margin` times the memory left (0: any excess) gives a warning instead of a fault.
 
     Args:
         found: the facts about each rank, in rank order.
@@ -199,7 +198,7 @@ def compare(found: list[RankFacts], paths: Mapping[str, str]) -> dict[int, list[
     Args:
         found: the facts about each rank, in rank order. In a tie, the value of the lowest rank is taken as right.
         paths: maps configuration keys to the paths that every rank must be able to read. If no rank can read a path,
-            the setting is wrong, and a later check reports it. Then no rank counts as faulty.
+            no rank counts as faulty: the setting is wrong, and a later check reports it.
     """
     causes = {facts.rank: list(facts.faults) for facts in found}
     for rank, name, value, usual in _odd([facts.equal for facts in found]):

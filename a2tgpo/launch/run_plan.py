@@ -30,8 +30,8 @@ def check_memory(plan: Plan, *, has_engine: bool) -> str:
         has_engine: whether the program has an engine. If it has none, only the memory of the update is checked.
 
     Raises:
-        ConfigError: with a one-line message, if the plan exceeds the memory by more than the share
-            `cluster.plan_margin`, or if `rollout.kv_cache_gib` is too small for one sequence.
+        ConfigError: with a one-line message, if the excess over the GPU's memory is more than `cluster.plan_margin`
+            times that memory (0: never), or if `rollout.kv_cache_gib` is too small for one sequence.
     """
     cache_fault = ""
     if has_engine and not plan.holds_a_sequence:

@@ -30,7 +30,7 @@ class ReportedByRank0(RuntimeError):
 def report_failure(error: ConfigError | RuntimeError | OSError, *, is_ending: bool = False) -> int:
     """Print the error's message in one line, and return the program's exit code, `BAD_CONFIG` or `BROKEN_RUN`.
 
-    If `is_ending`, this process is already stopping. An error that another rank's end has caused is then not printed.
+    If `is_ending` (this process is already stopping), an error that another rank's end has caused is not printed.
     A RuntimeError whose message has several lines is from a library, so it is raised again to show its traceback.
     """
     if isinstance(error, ReportedByRank0):

@@ -137,7 +137,7 @@ class _HostPages:
         self._pages = [torch.empty(size, dtype=torch.uint8, pin_memory=page_locked) for size in sizes]
 
     def beside(self, on_card: Tensor, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each piece of `on_card` [bytes] with its place in the pages. The first place is byte `start`."""
+        """Yield each piece of `on_card` [bytes] with its place in the pages. The places begin at byte `start`."""
         done = 0
         while done < on_card.numel():
             page, offset = divmod(start + done, PAGE_BYTES)

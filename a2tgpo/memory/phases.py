@@ -3,13 +3,13 @@
 When the phase changes, parts leave the GPU first. Then torch's allocator frees its cache, and other parts come back.
 Before and after each change, an error is raised if a part is not where the table says.
 
-Every change adds these metrics for the new phase. Each metric is the largest value over all ranks:
+Every change adds these metrics, with the new phase as PHASE. Each metric is the largest value over all ranks:
 
 `memory/PHASE_trainer_gib` is the size of the trainer's state on the GPU.
 `memory/PHASE_used_gib` is all memory in use on the GPU. Without a GPU it is the process's resident memory.
 `memory/PHASE_allocated_gib` is the memory of torch's tensors, only with a GPU.
 `memory/PHASE_reserved_gib` also includes the cache of torch's allocator, only with a GPU.
-`memory/PHASE_peak_gib` is the peak of the allocated memory in the phase that ends, only with a GPU.
+`memory/PHASE_peak_gib` is the peak of the allocated memory in PHASE, here the phase that ends, only with a GPU.
 
 Two metrics are sums over all phase changes of a step, averaged over ranks. `memory/moved_gib` is the data copied to
 and from the host, and `memory/move_s` is the time.

@@ -16,8 +16,7 @@ _REMEDIES = {
     "score": "lower update.max_microbatch_tokens, or raise parallel.tensor or parallel.context",
     "update": _TRAINING,
 }
-"""For each memory phase, the three settings that most likely help. For phases that are not listed, `_STATE` names the
-settings."""
+"""Memory phase -> the three settings that most likely help. For phases that are not listed, these are in `_STATE`."""
 
 
 def shortage_line(

@@ -136,7 +136,7 @@ class Guards:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore `state`, except the alarms that are now turned off or have another limit.
+        """Restore `state`, except the alarms that are now turned off or whose limit has changed.
 
         If such an alarm was active, the count of consecutive steps with an alarm restarts at 0.
         """

@@ -24,7 +24,7 @@ METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 PROGRESS_METRICS = {"reward": "reward/mean", "EM": "reward/em", "tok/s": "speed/tokens_per_s"}
-"""The metric that the progress line shows after each label."""
+"""Label on the progress line -> the metric whose value follows it."""
 
 
 class MetricWriter:

@@ -19,7 +19,7 @@ ENGINE_NCCL_VARIABLES = (
 VARIABLES = {
     # The backward pass of Transformer Engine's attention then adds in a fixed order.
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
-    # The smallest workspace. cuBLAS then never splits the sum of a product, so the result for a row does not depend
+    # With the smallest workspace, cuBLAS never splits the sum of a product, so the result for a row does not depend
     # on the number of rows. vLLM sets the same values, but only after the trainer has created its cuBLAS handles.
     "CUBLAS_WORKSPACE_CONFIG": ":16:8",
     "CUBLASLT_WORKSPACE_SIZE": "1",
@@ -67,7 +67,7 @@ def compute_deterministically(*, with_engine: bool = True) -> None:
     os.environ.update(wanted)
     # This also makes Inductor choose kernels by rules, not by measured times.
     torch.use_deterministic_algorithms(True)
-    # Do not fill new tensors with NaN. This takes time, and vLLM computes with rows that it never reads.
+    # Do not fill new tensors with NaN. Filling takes time, and vLLM never reads what it computes from unfilled rows.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

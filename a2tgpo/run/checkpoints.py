@@ -141,9 +141,9 @@ class RunCheckpoints:
         return step
 
     def save(self, step: int, *, evaluation_is_due: bool = False) -> None:
-        """Wait for the previous save, then start to save a checkpoint after `step` steps; every rank must call this.
+        """Wait for the previous save, then start to save the checkpoint of step `step`; every rank must call this.
 
-        The recorded rollouts of these steps must be on disk, because a resumed run does not play the steps again.
+        The recorded rollouts up to this step must be on disk, because a resumed run does not play them again.
         Once the checkpoint is complete, retention removes older checkpoints.
 
         Args:
@@ -249,7 +249,7 @@ class RunCheckpoints:
         return {carried_file(self._engine_group.index): encode(self._state.carried)}
 
     def _read_carried(self, path: Path, step: int, changed: dict[str, tuple[Any, Any]]) -> Carried:
-        """Return those carried groups of a checkpoint that the present settings allow."""
+        """Return a checkpoint's carried groups, except those that the present settings no longer allow."""
         try:
             held = read(path, num_engines=self._engine_group.count)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Stop a run before its last step. If a step is unfinished, undo its rollout for the last checkpoint."""
+"""Stop a run before its last step. If a step is unfinished, undo its rollout before the last checkpoint."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class FolderLock:
                     )
                     os._exit(BROKEN_RUN)
                 self._write()
-            except OSError:  # if the file system does not recover, another write fails and ends the run
+            except OSError:  # if the file system stays broken, the run's other writes fail and end the run
                 continue
 
 

@@ -22,7 +22,7 @@ PACKAGES = (
 CODE = ("a2tgpo", "launch")
 """Folders whose Python files a run executes."""
 COMMIT_FILE = "COMMIT"
-"""File in a copy of a checkout (slurm/job.sh). It contains the line that `commit_line` returned in the checkout."""
+"""File that slurm/job.sh adds to its copy of a checkout: the line that `commit_line` returns in the checkout."""
 UNKNOWN = "unknown"
 UNCOMMITTED = " with uncommitted changes"
 _ROOT = Path(__file__).resolve().parents[2]

@@ -94,7 +94,7 @@ class WarmStartFolder:
         schedule: LearningRateSchedule,
         state: dict[str, Any],
     ) -> None:
-        """Wait for the previous save, then start to save a checkpoint after `step` steps.
+        """Wait for the previous save, then start to save the checkpoint of step `step`.
 
         All older checkpoints are removed when the new one is complete.
         """

@@ -61,7 +61,7 @@ class Report:
         self._bar.update()
 
     def add_held_out(self, step: int, loss: float) -> None:
-        """Record the held-out loss after `step` steps."""
+        """Record `loss`, the held-out loss of the model after `step` steps."""
         self._held_out.append(loss)
         self._writer.log(step, {"warmstart/held_out_loss": loss})
         self._last = time.perf_counter()

@@ -25,8 +25,8 @@ def folder_of(config: RunConfig) -> Path:
 def require_target(config: RunConfig) -> None:
     """Raise a `ConfigError` with a one-line message if the warm start must not write to model.path.
 
-    The folder must not be, contain, or lie inside an input of the warm start. If the folder exists and is not empty,
-    a warm start must have written it.
+    The folder must not be, contain, or lie inside an input of the warm start. If it is not empty, it is
+    allowed only if a warm start wrote it.
     """
     settings, given = config.warmstart, config.model.path
     for field in ("source", "demonstrations"):
