@@ -55,7 +55,7 @@ def build_policy(
             False, the parameters have no gradients.
         with_weights: read the weights. If False, the weights stay as Megatron initialises them. A model with adapters
             always reads its weights, because its checkpoints have only the adapters.
-        router_replay: replay the experts of packed batches that have them.
+        router_replay: make the routers choose the `experts` of packed batches that have them.
 
     Raises:
         ConfigError: if the checkpoint is missing, malformed or unsupported, if the layout does not divide the model,
@@ -192,7 +192,7 @@ def wrap_for_training(
                 bucket_size=bucket_size,
             ),
             chunk,
-            # The gradients of other chunks are reduced during the backward pass of earlier chunks, so only the first
+            # A later chunk's gradients are reduced during the backward pass of earlier chunks, so only the first
             # chunk needs buckets.
             disable_bucketing=number > 0,
         )

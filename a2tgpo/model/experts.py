@@ -80,7 +80,7 @@ def expert_settings(
         "moe_grouped_gemm": True,
         "moe_permute_fusion": transformer_engine,
         "expert_model_parallel_size": parallel.expert,
-        # Experts are narrow, so each is kept whole. Tensor-parallel ranks can hold different experts, but no slices.
+        # Experts are narrow, so each is kept whole. Tensor-parallel ranks can hold whole experts, but no slices.
         "expert_tensor_parallel_size": 1,
     }
 

@@ -167,7 +167,8 @@ def _refuse_unsupported(path: str, hf_config: PretrainedConfig) -> None:
     where = f"model.path {path!r}: config.json has"
     if hf_config.hidden_act != "silu":
         raise ConfigError(f"{where} hidden_act {hf_config.hidden_act!r}; allowed: silu")
-    # Qwen2 has biases on q, k and v without these options. attention_bias also adds a bias to the output projection.
+    # Even without these options, Qwen2 has biases on q, k and v. attention_bias also adds a bias to the output
+    # projection.
     for option in ("attention_bias", "mlp_bias"):
         if getattr(hf_config, option, False):
             raise ConfigError(f"{where} {option} true; allowed: false")

@@ -208,7 +208,7 @@ class RowAdapter(LoraAdapter):
         """Return [T, ..., outputs] for x [T, ..., own inputs]. With sequence parallelism, the result has only T / tp
         rows."""
         first, second = self.pair(self.projections[0])
-        low = self._scale * F.linear(x, first)  # this rank's share of a sum, [T, ..., rank]
+        low = self._scale * F.linear(x, first)  # this rank's term of the sum over ranks, [T, ..., rank]
         if self._groups.tp_size > 1:
             low = (
                 reduce_scatter_to_sequence_parallel_region(low, group=self._groups.tp_group)
@@ -278,7 +278,7 @@ def attach_adapters(
                 linear = getattr(owner, name)
                 norm = _Norm(getattr(linear, "layer_norm_weight", None), config.layernorm_epsilon)
                 linear.register_forward_hook(_Addition(adapters, adapter, norm))
-                number = layer.layer_number - 1  # counted in the whole model
+                number = layer.layer_number - 1  # the layer's index in the whole model
                 adapters.by_weight[f"decoder.layers.{number}.{parent}.{name}.weight"] = adapter
     return adapters
 

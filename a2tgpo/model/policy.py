@@ -55,7 +55,7 @@ class Policy:
 
     @property
     def expert_shape(self) -> ExpertShape | None:
-        """The shape of the rows of experts that the policy replays, or None if it replays none."""
+        """The shape of each token's row of expert ids, or None if the policy replays no experts."""
         return self.router_replay.shape if self.router_replay else None
 
     @property

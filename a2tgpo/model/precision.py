@@ -92,7 +92,7 @@ def _cards(recipe: Recipe) -> str:
 
 
 def spec_provider(layer_spec: str) -> Any:
-    """Return the `BackendSpecProvider` for `model.layer_spec`, which names the module class of each layer part."""
+    """Return the `BackendSpecProvider`, which names the module class of each layer part, for `model.layer_spec`."""
     if uses_transformer_engine(layer_spec):
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 

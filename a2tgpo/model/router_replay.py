@@ -101,8 +101,7 @@ class RouterReplay:
             differs.copy_(all_reduce_max(differs, group))
 
     def check_spent(self) -> None:
-        """Raise RuntimeError if the backward pass did not compute a layer again exactly as often as the forward pass
-        did."""
+        """Raise RuntimeError if the backward pass computed a layer fewer times than the forward pass did."""
         left = [choice.layer for choice in self._choices if choice.kept]
         if left:
             raise RuntimeError(f"router replay: the backward pass did not reach layers {left}")
@@ -118,8 +117,8 @@ class _Choice:
         self.differs: Tensor | None = None
         """[n] uint8, whether the router's own choice differs from `rows`, if the pass compares."""
         self.kept: deque[Tensor | None] = deque()
-        """`rows` of the passes that are computed again, in the order of these passes. For each chunk, Megatron's
-        schedules run the backward passes of the micro-batches in the order of their forward passes."""
+        """`rows` of the passes that are still to be computed again, in the order of these passes. For each chunk,
+        Megatron's schedules run the backward passes of the micro-batches in the order of their forward passes."""
         self._in_pass = False
         self._compares = False
         layer.mlp.router.router_replay = self
@@ -144,7 +143,7 @@ class _Choice:
 
         Args:
             scores: [n, experts], the router's scores for its tokens.
-            default_compute_topk: Megatron's own choice, with the same arguments.
+            default_compute_topk: the function that makes Megatron's own choice, with the same arguments.
         """
         assert default_compute_topk is not None
         own_scores, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)

@@ -60,7 +60,8 @@ class TreeAttention(nn.Module):
 def attending_along(chunk: Any, nodes: Sequence[TreeNode], positions: Tensor) -> Iterator[None]:
     """Make `chunk` attend along the tree `nodes` inside this context. The row must be one segment.
 
-    Run passes without gradients. Context parallelism is impossible, because each rank needs all keys of its heads.
+    Passes inside it must not compute gradients. Context parallelism is impossible, because each rank needs all keys
+    of its heads.
 
     Args:
         positions: [1, T] int64 on the model's device: the rotary position of each token in the row, less than T.

@@ -216,7 +216,7 @@ def iterate_hf_weights(policy: Policy, *, bucket_bytes: int = 0) -> Iterator[tup
 def _named_parts(
     policy: Policy, record: ParameterRecord, parts: list[torch.Tensor]
 ) -> list[tuple[str, torch.Tensor]]:
-    """Return (name, whole parameter) pairs. If the record describes an expert, each part is a whole parameter."""
+    """Return (name, whole parameter) pairs: one for each part if the parts are experts, and otherwise only one."""
     groups, config = policy.groups, policy.transformer_config
     if is_expert(record.name):
         assert config.num_moe_experts is not None

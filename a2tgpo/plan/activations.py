@@ -13,7 +13,7 @@ from a2tgpo.plan.dimensions import ModelDimensions
 
 FLOAT32_BYTES = 4
 LOGIT_CHUNK_TOKENS = 512
-"""Number of tokens whose float32 logits exist at a time. The number equals the default in
+"""Number of tokens whose float32 logits exist at a time. It equals the default `chunk_size` of
 model.logprobs.token_logprobs."""
 LOGIT_CHUNK_COPIES = 4
 """Number of float32 tensors per chunk of tokens that exist at once in the backward pass of token_logprobs."""

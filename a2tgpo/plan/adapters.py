@@ -43,8 +43,8 @@ def layer_adapters(lora: LoraConfig, dimensions: ModelDimensions, tensor: int) -
     sizes, split, replicated = projection_sizes(dimensions), 0, 0
     for name in lora.targets_of(has_experts=bool(dimensions.experts)):
         inputs, outputs = sizes[name]
-        # The tensor-parallel ranks split the inputs of some layers and the outputs of others. Of A and B, they split
-        # only the matrix on that side.
+        # If the tensor-parallel ranks split a layer's inputs, they split A but not B. If they split its outputs, they
+        # split B but not A.
         is_row_parallel = name in ("o_proj", "down_proj")
         split += lora.rank * (inputs if is_row_parallel else outputs) // tensor
         replicated += lora.rank * (outputs if is_row_parallel else inputs)

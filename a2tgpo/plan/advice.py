@@ -106,7 +106,7 @@ def _changes(config: RunConfig, *, has_experts: bool) -> Iterator[tuple[str, Run
             if size > 0:
                 changed = dataclasses.replace(rollout, kv_cache_gib=size)
                 yield f"rollout.kv_cache_gib={size:g}", dataclasses.replace(config, rollout=changed)
-    # If the configuration sets no share, the plan has chosen the best share itself.
+    # If the configuration does not set the engine's share of the GPU, the plan has already chosen the best one.
     candidates = range(2, 20) if rollout.gpu_memory_fraction else ()
     below = [share / 20 for share in reversed(candidates) if share / 20 < rollout.gpu_memory_fraction]
     above = [share / 20 for share in candidates if share / 20 > rollout.gpu_memory_fraction]

@@ -95,7 +95,7 @@ class Plan(PlanInputs):
 
     @property
     def stage_flops(self) -> dict[str, float]:
-        """The model's operations in one step, by stage, without recomputed operations."""
+        """The model's operations in the scoring and in the update of one step, without recomputed operations."""
         w, tokens = self.workload, self.geometry.tokens
         once = self.token_flops * tokens
         update = 3 * once

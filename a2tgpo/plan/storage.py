@@ -71,8 +71,8 @@ def restart_bytes(config: RunConfig, dimensions: ModelDimensions, *, gpus: int, 
     """Return the bytes that all ranks together read when they start from a checkpoint.
 
     All ranks together read the checkpoint once. If there is a reference model, or if the checkpoint has only
-    adapters, each node reads the files of `model.path` once. If engines quantise weights while loading, each engine
-    reads these files once, or each node if there are more nodes than engines.
+    adapters, each node reads the files of `model.path` once. If engines quantise weights while loading, these files
+    are also read once per engine, or once per node if there are more nodes than engines.
     """
     model = checkpoint_parameters(dimensions) * MODEL_FILE_BYTES
     nodes = -(-gpus // gpus_per_node)

@@ -99,8 +99,7 @@ def update_time(given: PlanInputs) -> PassTime:
 
 
 def update_repeats(config: RunConfig) -> int:
-    """Return how many times an update runs the forward pass, the backward pass and the optimizer on its
-    mini-batch."""
+    """Return the number of optimizer steps that an update makes, each with its own forward and backward pass."""
     return EXTRAPOLATED_PASSES if config.update.extrapolation.is_on else 1
 
 

@@ -12,7 +12,7 @@ from a2tgpo.plan.inputs import PlanInputs
 from a2tgpo.plan.memory import TrainerMemory, trainer_memory
 
 STEP = ("refit", "rollout", "score", "update", "refit")
-"""The memory phases of a step, until the next step begins."""
+"""The memory phases of a step, and the first phase of the next step."""
 
 
 def transfer_bytes(given: PlanInputs) -> float:

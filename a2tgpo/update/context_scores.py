@@ -20,7 +20,7 @@ class ContextScorer:
     answers: Mapping[str, Sequence[str]]
     """The gold answers of each question, by the question's id."""
     max_model_len: int
-    """Number of tokens in the engine's longest sequence. A context whose answers do not fit gets no scores."""
+    """Largest number of tokens in a sequence of the engine. A context whose answers do not fit gets no scores."""
     max_tokens: int
     """Number of positions in one packed row."""
 

@@ -77,4 +77,4 @@ def _record(metrics: MetricSums, sums: dict[str, float], totals: Sequence[float]
     metrics.add("correction/unusable_tokens", sums["tokens"] - sums["usable"], 0)
     weight, weight_squared, tokens = totals
     share = weight * weight / (tokens * weight_squared) if weight_squared else 0.0
-    metrics.add("correction/effective_sample_share", share, 1)  # the same on all replicas
+    metrics.add("correction/effective_sample_share", share, 1)  # `share` is the same on all replicas

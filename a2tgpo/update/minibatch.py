@@ -97,7 +97,7 @@ def build_minibatches(
     Args:
         contrast_prompts: the token ids of the contrast prompt of each question, by the question's id. None: the run
             has no contrast prompts.
-        expert_shape: the shape of the rows of experts that the policy replays. None: the policy replays none.
+        expert_shape: the shape of each token's row of expert ids. None: the policy replays no experts.
     """
     prompts = config.update.prompts_per_minibatch
     is_correct = torch.tensor([t.exact_match == 1 for t in trajectories], dtype=torch.bool)

@@ -219,7 +219,7 @@ class _TrainingPasses:
         return loss_function
 
     def _inputs(self, microbatch: Microbatch, entropy: Tensor) -> tuple[LossInputs, ImportanceWeights | None]:
-        """Return the inputs of the policy loss, and the importance weights: None without a correction."""
+        """Return the inputs of the policy loss, and the importance weights, which are None without a correction."""
         inputs, importance = microbatch.loss_inputs(), None
         if self._config.correction.kind != "none":
             importance = weigh(inputs, microbatch.batch, self._config.correction)

@@ -27,6 +27,6 @@ def spread_sums(log_ratio: Tensor, inputs: LossInputs, level: str) -> dict[str, 
 
 
 def record_spread(metrics: MetricSums, sums: dict[str, Tensor], *, num_updates: int) -> None:
-    """Record the mean square of a mini-batch's log-ratios, if `SPREAD_METRICS` has a metric for `num_updates`."""
+    """Record a mini-batch's mean squared log-ratio, if `SPREAD_METRICS` has a metric for this number of updates."""
     if num_updates in SPREAD_METRICS and int(sums["ratios"]):
         metrics.add(SPREAD_METRICS[num_updates], float(sums["spread"]), int(sums["ratios"]))
