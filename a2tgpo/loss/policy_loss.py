@@ -13,7 +13,7 @@ from a2tgpo.loss.kl import kl_penalty
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """The loss of a micro-batch, with gradient. The other fields, [n] without gradient, are for the metrics."""
+    """The loss of a micro-batch. Only `loss` has a gradient. The other fields, all [n], are for the metrics."""
 
     loss: torch.Tensor
     token_loss: torch.Tensor

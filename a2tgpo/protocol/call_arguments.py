@@ -32,7 +32,7 @@ def argument_text(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -
         parameters: the tool's parameters, as a JSON schema of type object.
 
     Raises:
-        ArgumentError: if an argument is missing, unknown, empty or of another type.
+        ArgumentError: if an argument is missing, unknown, empty or of the wrong type.
     """
     properties: Mapping[str, Any] = parameters.get("properties", {})
     for name in parameters.get("required", ()):

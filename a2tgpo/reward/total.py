@@ -100,7 +100,7 @@ def _number(value: object) -> float:
 def _added(
     sums: tuple[float | None, ...] | None, scores: Sequence[float | None] | None, *, weight: float
 ) -> tuple[float | None, ...] | None:
-    """Return `sums`, the turn scores of earlier rewards, plus the weighted turn scores of one reward."""
+    """Add one reward's weighted turn scores to `sums`, those of earlier rewards, and return the new sums."""
     if scores is None:
         return sums
     own = tuple(None if score is None else weight * score for score in scores)

@@ -52,7 +52,7 @@ def new_folder(out: Path, description: dict[str, Any], offsets: np.ndarray) -> I
     """Yield a temporary folder for an index's own files, and rename it to `out` when the `with` block ends.
 
     Args:
-        description: the result of `describe`, and the entries of this kind of index.
+        description: all entries of index.json but `files`: those from `describe`, and those of this kind of index.
         offsets: the offsets of the passages, from `corpus_file.scan`.
     """
     with atomic_folder(out) as partial:

@@ -24,8 +24,8 @@ class RequestLimits:
 
     Args:
         token: bearer token; None: no token is required.
-        max_requests_per_s: largest number of requests from one client address, per second and in a burst. 0: no
-            limit.
+        max_requests_per_s: number of requests per second that one client address may send. A burst may have as many.
+            0: no limit.
     """
 
     def __init__(self, app: App, *, token: str | None, max_body_bytes: int, max_requests_per_s: float):

@@ -126,7 +126,7 @@ def _check(result: int, libc: ctypes.CDLL, name: str) -> None:
 
 
 def _limit_cpu(timeout_s: float) -> None:
-    """Let the kernel end the process if the next piece of code uses more CPU time than its deadline allows."""
+    """Let the kernel end the process soon after the next piece of code has used `timeout_s` seconds of CPU time."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = math.ceil(used.ru_utime + used.ru_stime + timeout_s) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))

@@ -22,7 +22,7 @@ class WebSearch:
     """Answers a call with results. Each part of the answer has one result's number, title, address and text.
 
     Args:
-        service: None if only recorded answers are used.
+        service: queries the web. None if only recorded answers are used.
     """
 
     description = "Searches the web, and returns titles, addresses and short texts of pages."

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _OF_CLOUDS = tuple(map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24", "fec0::/10")))
-"""Networks of cloud providers' internal services, such as metadata servers. `is_global` may be True for them."""
+"""Networks of cloud providers' internal services, such as metadata servers. Python may treat them as global."""
 
 
 class NotPublicError(ValueError):
