@@ -71,7 +71,7 @@ class RunParts:
     state: RolloutState
     policy: Policy
     reference: Policy | None
-    """The initial policy, or None if the run needs none: a frozen copy or, with adapters, `policy.base`."""
+    """The initial policy: a frozen copy or, with adapters, `policy.base`. None if the run needs no reference."""
     optimizer: Any
     schedule: LearningRateSchedule
     entropy_weight: EntropyWeight

@@ -82,7 +82,7 @@ class Turn:
     observation_tokens: TokenIds = field(default_factory=TokenIds)
     """Token ids of the observation. Empty for the final turn. The policy is never trained on these tokens."""
     calls: list[Call] = field(default_factory=list)
-    """The calls of a process turn, in the order of their results. Empty for the final turn."""
+    """The calls of a process turn, in the order in which the policy wrote them. Empty for the final turn."""
     answer_prob: float | None = None
     """P_t, the length-normalised probability of the gold answer after this turn's observation."""
     info_gain: float | None = None

@@ -24,7 +24,7 @@ def step_advantages(
         max_turns=config.rollout.max_turns,
         failed_calls=config.algorithm.failed_calls,
         turn_signal=config.algorithm.turn_signal,
-        # If the group size is not 1, a trajectory is alone only if rewards could not judge the others.
+        # If the group size is not 1, a trajectory is alone in its group only if rewards could not judge the others.
         keep_single=config.rollout.group_size == 1,
     )
     result = compute_advantages(table, config.algorithm, dp_group=groups.dp_group)

@@ -16,7 +16,7 @@ def deal(lengths: Sequence[int], num_bins: int) -> list[int]:
     The largest bin has at most 4/3 times as many tokens as the largest bin of the best possible assignment.
     """
     assert num_bins >= 1, f"num_bins is {num_bins}; at least one bin is needed"
-    loads = [(0, 0, number) for number in range(num_bins)]  # (tokens, items, bin); sorted, so a heap
+    loads = [(0, 0, number) for number in range(num_bins)]  # (tokens, items, bin); a sorted list is a heap
     bins = [0] * len(lengths)
     for item in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
         tokens, items, number = loads[0]

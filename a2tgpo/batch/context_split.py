@@ -33,7 +33,7 @@ def context_positions(cu_seqlens: Tensor, cp_size: int) -> Tensor:
 
 
 def layer_positions(cu_seqlens: Tensor, groups: ParallelGroups, *, sequence_parallel: bool) -> Tensor:
-    """Return the positions of a packed row that the layers of this rank compute, apart from attention.
+    """Return the positions of a packed row that this rank computes in all layers except attention.
 
     Context-parallel ranks divide the row. Under sequence parallelism, tensor-parallel ranks divide each
     context-parallel rank's part. The row must be padded as `packing.alignment` requires.

@@ -27,7 +27,7 @@ def pack_microbatches(
     """Pack `trajectories[i] for i in rows` of this data-parallel replica. Every rank must call this.
 
     The replica that needs the most micro-batches determines their number. The other replicas make the same number of
-    micro-batches. A replica with fewer trajectories makes one micro-batch for each trajectory.
+    micro-batches. A replica with fewer trajectories than this number makes one micro-batch for each trajectory.
     """
     lengths = [align.segment_length(packed_length(trajectories[i])) for i in rows]
     fewest = torch.tensor(len(microbatches(lengths, max_tokens, row=align.row)))

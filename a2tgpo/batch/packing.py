@@ -74,9 +74,9 @@ class PackedBatch:
     turn_index: Tensor
     """[U] int64, the index of each turn in its trajectory, counted from 0."""
     experts: Tensor | None = None
-    """[T, layers, chosen] uint8 or int16, the experts that the engine chose for each of `tokens`. Positions without a
-    row, among them all padding, have `ExpertShape.no_expert`. None: no position has a row. This tensor stays in host
-    memory."""
+    """[T, layers, chosen] uint8 or int16, the experts that the engine chose for each of `tokens`. Positions without
+    known experts, among them all padding, have `ExpertShape.no_expert`. None: no position has known experts. This
+    tensor stays in host memory."""
     tree: tuple[TreeNode, ...] | None = None
     """The nodes that define the attention, see `probes`. None: attention is causal within each segment."""
 

@@ -31,7 +31,7 @@ class Entry:
     begun: int
     """Version of the weights with which the group began (`Turn.version`)."""
     index: int
-    """Index of the group's prompt among the prompts that began in the same step."""
+    """Index of the group's prompt among the new prompts of the step in which the group began."""
     question: int
     engine: int
     """Index of the engine that plays the group."""
@@ -71,7 +71,7 @@ def engines_for(entries: Sequence[Entry], count: int, *, num_engines: int) -> li
 
 
 def is_due(entry: Entry, version: int, *, max_staleness: int) -> bool:
-    """Return whether the group of `entry` would be too stale for the step after `version`."""
+    """Return whether the group of `entry` would be too stale for the step after the one with weights `version`."""
     return version - entry.begun >= max_staleness
 
 

@@ -18,8 +18,8 @@ def own_segments(communicator: Any) -> Iterator[None]:
     """Make engines that are constructed in this context use shared-memory names of this run.
 
     All ranks of the world must enter and leave this context together. By default, vLLM uses the same names in every
-    run that a launcher started (vllm/distributed/device_communicators/cpu_communicator.py, make_group_name). Shared
-    memory of another run or of a killed run would then keep this run from starting.
+    run under a launcher such as torchrun (vllm/distributed/device_communicators/cpu_communicator.py,
+    make_group_name). Shared memory of another run or of a killed run would then keep this run from starting.
 
     Args:
         communicator: the vLLM class whose method `make_group_name` names the shared memory.

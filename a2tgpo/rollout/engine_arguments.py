@@ -78,7 +78,8 @@ def engine_arguments(
         config.kv_cache_gib,
         f">= {needed / 2**30 + 0.0005:.3f}, enough for one sequence of {max_model_len} tokens",
     )
-    # On a CPU, prompts are prefilled whole, because prefilling in parts would need a random generator with an offset.
+    # On a CPU, prompts are prefilled whole. After a part of a prompt, vLLM would reset the offset of the request's
+    # random generator, but CPU generators have no offset.
     return arguments | dict(
         enforce_eager=True,
         kv_cache_memory_bytes=cache_bytes,

@@ -80,7 +80,7 @@ def check_router_replay(hf_config: Any) -> ExpertShape:
         ConfigError: if the model has no experts, or if engines on this machine do not return experts.
     """
     shape = ExpertShape.of(hf_config)
-    # vLLM's runner for GPUs needs Triton, so a CPU engine uses this runner only if the variable demands it.
+    # Model runner V2 needs Triton, so a CPU engine uses it only if VLLM_USE_V2_MODEL_RUNNER is 1.
     has_second_runner = torch.cuda.is_available() or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
     if not has_second_runner:
         raise ConfigError(

@@ -150,7 +150,7 @@ class GroupRollout:
         Args:
             groups: the groups that this engine plays. They are not changed.
             budgets: for each group, the number of sampled tokens after which a trajectory begins no further turn in
-                this call. None means that the trajectory is played to its end.
+                this rollout. None means that the trajectory is played to its end.
             seed, version, score_gain, counts: as in `play`. Until the weights change, a group draws the same samples
                 as in `play`.
 

@@ -12,7 +12,7 @@ A trajectory ends with one of these stop reasons:
 The turn in which a trajectory ends is its final turn. A final turn has neither calls nor an observation.
 
 A trajectory with a budget may also pause after an observation. A paused trajectory has no stop reason, and a later
-call continues it.
+rollout continues it.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ class LiveTrajectory:
     num_known: int = 0
     """Number of tokens of the sequence that the engine has already computed."""
     budget: int | None = None
-    """After this many sampled tokens in this call, the trajectory begins no further turn. None means no limit."""
+    """After this many sampled tokens in this rollout, the trajectory begins no further turn. None means no limit."""
     num_past_turns: int = 0
-    """Number of turns that were played by earlier calls, or by the trajectories from which this one branched off."""
+    """Number of turns that were played in earlier rollouts, or by trajectories from which this one branched off."""
 
     @property
     def start_order(self) -> tuple[bool, bool, int]:
@@ -127,7 +127,7 @@ class LiveTrajectory:
 
     @property
     def is_spent(self) -> bool:
-        """Whether this call has used up the trajectory's budget."""
+        """Whether this rollout has used up the trajectory's budget."""
         return self.budget is not None and sum(len(turn.tokens) for turn in self.new_turns) >= self.budget
 
 
@@ -232,7 +232,7 @@ class MultiTurnLoop:
         return finished
 
     def _score_prefix(self, live: LiveTrajectory, scorer: AnswerScorer) -> None:
-        """Before this call plays a turn, score the gold answer in all contexts without a score.
+        """Score the gold answer in the contexts that precede this rollout's first turn and have no score yet.
 
         The prompt alone, as a context, is scored once per group. A branch has the scores of the turns that it shares.
         """
@@ -257,7 +257,7 @@ class MultiTurnLoop:
             top_p=self._sampling.top_p,
             stop=self._protocol.stop_strings,
             stop_tokens=self._protocol.stop_tokens,
-            # If this call has played a turn, the rows up to that turn's last token but one have been returned.
+            # If this rollout has played a turn, the rows up to that turn's last token but one have been returned.
             experts_from=max(0, live.num_known - 1),
         )
 
@@ -270,7 +270,7 @@ class MultiTurnLoop:
             experts=output.experts,
         )
         if turn.experts and not live.num_known:
-            # The rows begin at position 0, and replace the rows of turns that earlier calls played.
+            # The rows begin at position 0, and replace the rows of turns that earlier rollouts played.
             past = [dataclasses.replace(earlier, experts=b"") for earlier in live.trajectory.turns]
             live.trajectory.turns[:] = past
         live.trajectory.turns.append(turn)

@@ -92,7 +92,7 @@ def entropy_points(members: Sequence[Trajectory], count: int, *, sibling_penalty
         path = b""
         for (parent, node), turn in zip(_edges(member), member.turns, strict=True):
             path += turn.tokens.tobytes() + turn.observation_tokens.tobytes()
-            # Log-probs of equal tokens may differ in the last bit, so equal paths use the same entropy.
+            # Equal tokens may have log-probs that differ in the last bit, so turns with equal paths get one entropy.
             entropy = entropies.setdefault(path, turn.entropy)
             if turn.is_process and node[0] == member.sample_index:
                 values.append((sibling_penalty * (num_children[parent] - 1) - entropy, node))

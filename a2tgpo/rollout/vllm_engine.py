@@ -326,7 +326,10 @@ class VllmEngine:
         return any(data.tag == part and not data.is_asleep for data in taken)
 
     def wake(self, part: str) -> None:
-        """Allocate the memory of `part` again. Wake the weights first, so that the trainer can free its weights."""
+        """Allocate the memory of `part` again.
+
+        Wake and load the weights first, so that the trainer can free its own weights before the KV cache wakes.
+        """
         assert part in PARTS, part
         if part not in self._asleep:
             return
@@ -362,7 +365,7 @@ class VllmEngine:
         self, request_id: str, tokens: list[int], num_scored: int, max_hit: int
     ) -> None:
         if self._has_second_runner:
-            # Runner V2 computes logits for every token unless prompt_logprob_start is set. V1 scores the answer only.
+            # Only runner V2 can limit the log-probs to the answer. V1 computes them for all uncached tokens.
             logprob_options: dict[str, Any] = dict(
                 prompt_logprob_token_ids=[[token] for token in tokens[-num_scored:]],
                 prompt_logprob_start=len(tokens) - num_scored - 1,
@@ -377,7 +380,7 @@ class VllmEngine:
             skip_reading_prefix_cache=False,
             extra_args={MAX_CACHE_HIT: max_hit},
             output_kind=RequestOutputKind.FINAL_ONLY,
-            # If the engine returns experts, vLLM would otherwise copy those of the whole context.
+            # If the engine returns experts, keep vLLM from copying those of the whole context.
             routed_experts_prompt_start=len(tokens),
             **logprob_options,
         )

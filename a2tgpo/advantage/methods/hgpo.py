@@ -1,8 +1,8 @@
 """HGPO's advantage (arXiv:2602.22817): a turn is compared with turns that were written after the same history.
 
 K is `algorithm.hgpo_history`. A turn has up to K + 1 groups, numbered k = 1 .. K + 1. Its group k consists of the
-turns of the same prompt that were written after the same last k states (`anchor_state.turn_states`). A turn at index
-t has groups for k <= t only.
+turns of the same prompt that were written after the same last k states (`anchor_state.turn_states`). Turn t, counted
+from 1, has groups for k <= t only.
 
     A_{i,t} = sum_k w_k z_k(gamma^{T_i - t} R_i),    w_k = (k + 1)^alpha / sum_j (j + 1)^alpha
 
@@ -11,7 +11,7 @@ have at least two members. A turn without such a group has advantage 0.
 
 The weights w_k are those of the authors' code. As in their scripts (`base_group` is false), no advantage of the whole
 trajectory is added. Their code also skips groups in which the z-score is exactly 0. Here these groups keep their
-weight. As in their code, a trajectory that repeats a state is in a group more than once.
+weight. As in their code, a trajectory that repeats a state may have several turns in one group.
 """
 
 import hashlib
