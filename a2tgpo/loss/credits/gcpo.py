@@ -74,7 +74,7 @@ def token_weights(
 def turn_weights(
     eta: torch.Tensor, is_usable: torch.Tensor, inputs: LossInputs, exponent: float
 ) -> torch.Tensor:
-    """Return for each token the weight of its turn, [n] float64. Turns are ranked by their mean eta."""
+    """Return the weight of each token's turn, [n] float64. A trajectory's turns are ranked by their mean eta."""
     turns = inputs.turn_ids[is_usable]
     of_turn = segment_mean(eta[is_usable], turns, inputs.num_turns)
     sequences = turns.new_zeros(inputs.num_turns).index_copy(0, inputs.turn_ids, inputs.sequence_ids)
