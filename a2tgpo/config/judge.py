@@ -66,7 +66,7 @@ class JudgeConfig:
             require(getattr(self, name) >= 1, f"judge.{name}", getattr(self, name), ">= 1")
         require(self.max_calls_per_step >= 0, "judge.max_calls_per_step", self.max_calls_per_step, ">= 0")
         require(self.timeout_s > 0, "judge.timeout_s", self.timeout_s, "> 0")
-        # The message of `require` would show the password.
+        # `require` is not used here, because its message would show the password.
         if "@" in "".join(self.url.split("/", 3)[2:3]):
             raise ConfigError("judge.url contains a user name or password; use judge.token_file for a token")
 

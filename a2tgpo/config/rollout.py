@@ -70,7 +70,7 @@ class PartialConfig:
     partial rollouts."""
     extra_prompts: int = 0
     """Number of prompts, over all ranks, that are played in addition to prompts_per_step; at most prompts_per_step.
-    The next step continues at most this many groups."""
+    The next step continues the trajectories of at most this many prompts."""
     max_staleness: int = 1
     """Maximum number of steps between a trajectory's oldest turn and the training step that uses the trajectory."""
 
@@ -111,8 +111,8 @@ class TreeConfig:
     rounds: int = 1
     """Number of rounds in which the branches begin. In a later round, branches can branch again."""
     choice: Literal["entropy", "random"] = "entropy"
-    """`entropy`: a branch plays one of the turns with the highest entropy again (AT2PO). `random`: a branch continues
-    after a turn that is drawn at random, and each tree gets the same number of branches (Tree-GRPO)."""
+    """`entropy`: a branch plays a turn again, one of those with the highest entropy (AT2PO). `random`: a branch
+    continues after a turn that is drawn at random, and each tree gets the same number of branches (Tree-GRPO)."""
     sibling_penalty: float = 0.05
     """For choice=entropy: nats that are subtracted from a turn's entropy for each sibling of the turn. Siblings are
     turns that follow the same turn."""

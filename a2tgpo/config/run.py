@@ -44,8 +44,8 @@ class RunSettings:
     Results do not depend on the layout of the processes."""
     deterministic: bool = False
     """Compute in a fixed order on GPUs, so that two runs with the same settings on the same machines are equal to the
-    bit. Runs on CPUs are always reproducible. Rollouts and updates become slower. GPUs need compute capability 9.0 or
-    higher."""
+    bit. Rollouts and updates then become slower, and the GPUs need compute capability 9.0 or higher. Runs on CPUs are
+    always reproducible."""
     log_rollouts: int = 8
     """Number of trajectories per step that TensorBoard shows: half of them the best, half the worst. The run's folder
     rollouts/ has all trajectories."""

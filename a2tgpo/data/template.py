@@ -267,7 +267,7 @@ class PromptSet:
         return digest.hexdigest()
 
     def first_too_long(self, share: slice = slice(None)) -> tuple[int, str] | None:
-        """Return the index of the first question in `share` whose prompt is too long, and an error message."""
+        """Return (index, error message) for the first question in `share` whose prompt is too long, or None."""
         indices = range(len(self))[share]
         for first in range(0, len(indices), CHUNK):
             chunk = indices[first : first + CHUNK]

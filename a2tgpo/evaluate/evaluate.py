@@ -79,7 +79,7 @@ def evaluate(
 
     Returns:
         A map from each metric's name to its value over all questions, equal on all ranks. The scores are em,
-        em_format_gated and f1, and with samples also mean_at_K and pass_at_k. A wrong format does not change em.
+        em_format_gated and f1, and with samples also the `sampled_scores`. A wrong format does not change em.
         standard_error_SCORE is the standard error of SCORE. Other metrics are format_ok_rate, tool_calls,
         num_questions, and em_N_hops, the em over the questions with N hops. If there are several sets, the map also
         has SET/METRIC for each set and metric. With `rewards`, the map also has the `Answer.scores` of the greedy
