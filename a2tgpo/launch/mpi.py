@@ -1,4 +1,4 @@
-"""Choose the address at which ranks started by mpirun meet, and return it in torchrun's variables."""
+"""Choose the address at which mpirun's ranks meet, and return it in torchrun's variables."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class Gpus:
 
 
 def see_gpus(local_rank: int) -> tuple[Gpus, list[str], list[str]]:
-    """Return the GPUs that torch sees on this machine, and lists of faults and warnings about its GPUs."""
+    """Return the GPUs that torch sees on this machine; the faults of its GPUs; and warnings about its GPUs."""
     import torch
 
     if not torch.cuda.is_available():

@@ -56,7 +56,7 @@ def check_memory(plan: Plan, *, has_engine: bool) -> str:
 
 
 def card_to_plan_for(config: RunConfig) -> tuple[Gpu, str]:
-    """Return this machine's GPU, or the configured GPU if this machine has none, and a description of the GPU."""
+    """Return this machine's GPU, or the configured GPU if this machine has none; and a description of that GPU."""
     import torch
 
     meant = GPUS[config.cluster.gpu]

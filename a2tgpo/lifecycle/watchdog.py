@@ -167,7 +167,7 @@ class Watchdog:
         return place.since + self._paused_s(place) + deadline_s - time.monotonic()
 
     def _deadline(self, stage: str) -> tuple[str, float]:
-        """Return a text that names the limit of `stage`, and the limit in seconds (0: no limit)."""
+        """Return a text that names the limit of `stage`; and this limit in seconds (0: no limit)."""
         key, limit_s = self._config.deadline(stage)
         known = STEADY if stage in WAITING else (stage,) if stage in STEADY else ()
         longest_s = max((self._longest.get(name, 0.0) for name in known), default=0.0)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 @dataclass
 class MetricSums:
-    """The metrics of one rank: a sum with a count, a maximum or a minimum for each name.
+    """The metrics of one rank. For each name, it holds a maximum, a minimum, or a sum with its count.
 
     `reduce` merges the sums of all ranks and then divides each sum by its count. Ranks may have different metrics.
     Use a name with only one of `add`, `add_max` and `add_min`.

@@ -1,4 +1,4 @@
-"""Stop a run before its last step. If a step is unfinished, undo its rollout before the last checkpoint."""
+"""Stop a run before its last step. Before the last save, undo the rollout of an unfinished step."""
 
 from __future__ import annotations
 

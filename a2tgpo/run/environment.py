@@ -65,7 +65,7 @@ def _short(line: str) -> str:
 
 
 def _gpus() -> str:
-    """Return the number of ranks and the kind of this rank's GPU, or "none" without a GPU."""
+    """Return the number of ranks and the kind of this rank's GPU as one text, or "none" if there is no GPU."""
     import torch  # imported here, because programs import this module before they parse their arguments
     import torch.distributed as dist
 
