@@ -47,7 +47,7 @@ def inference_config(
 
     Args:
         config: a run's configuration with the overrides `UNDIVIDED`.
-        explicit: dotted keys that keep their values in `config`.
+        explicit: dotted keys of the settings that are taken from `config` unchanged.
 
     Raises:
         ConfigError: with a one-line message, if a parallel size in `explicit` does not divide the model's sizes.

@@ -81,7 +81,7 @@ def kv_bytes_per_token(config: RunConfig, dimensions: ModelDimensions) -> int:
 
 
 def cache_gib_of_share(config: RunConfig, dimensions: ModelDimensions, gpu: Gpu) -> float:
-    """Return the GiB of KV cache that `rollout.gpu_memory_fraction` leaves, rounded down to half a GiB.
+    """Return the GiB that `rollout.gpu_memory_fraction` leaves for the KV cache, rounded down to half a GiB.
 
     A configuration should set `rollout.kv_cache_gib` to this value. Otherwise vLLM measures the remaining memory when
     the engine starts, and a later version of vLLM may silently leave less memory for the cache.

@@ -30,7 +30,8 @@ class ContextScorer:
         """Return, for each trajectory and context, the log-prob of each token of each alias, in nats.
 
         Every rank must call this. All ranks of a data-parallel replica must pass the same trajectories, possibly
-        none, and get the same result. A context is None if the answers do not fit, or if there is no answer to score.
+        none, and get the same result. A context gets None if the answers do not fit, or if there is no answer to
+        score.
         """
         sequences = [self._probed(trajectory) for trajectory in trajectories]
         found = compute_probe_logprobs(model, sequences, max_tokens=self.max_tokens)

@@ -163,7 +163,7 @@ class _TrainingPasses:
     def loss_of(self, minibatch: list[Microbatch], *, is_first: bool) -> LossFunction:
         """Return the loss function of a mini-batch. Only the first mini-batch of a step may lack `old_logprobs`.
 
-        The loss function then replaces the micro-batches in `minibatch` by copies that have `old_logprobs`.
+        If it lacks them, the loss function replaces its micro-batches in `minibatch` by copies that have them.
         """
         credited: dict[int, Tensor] = {}
         self._credited = credited
