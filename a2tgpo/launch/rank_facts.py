@@ -23,8 +23,8 @@ from a2tgpo.plan.host_memory import HostMemory, sum_of
 from a2tgpo.run.versions import versions
 
 MAX_CLOCK_SKEW_S = 5.0
-"""Largest allowed difference, in seconds, between the clocks of a rank and of rank 0. The difference may seem large
-if a machine is busy and reads its clock late."""
+"""Largest allowed difference, in seconds, between the clocks of a rank and of rank 0. The measured difference is
+too large if a busy machine reads its clock late."""
 SAMPLED_BYTES = 4096
 """Number of bytes that a fingerprint reads at the start of each file, and again at the end of the file."""
 SMALL_BYTES = 1 << 20

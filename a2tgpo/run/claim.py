@@ -25,8 +25,8 @@ def claim(
         begins_anew: whether the experiment begins anew. If so, an existing folder is first renamed to
             NAME.previous_N. Only the newest `checkpoint.keep_previous` renamed folders are kept.
         accept: whether to continue despite changes since the last start.
-        done: the progress of the experiment, in a few words. It is empty if nothing was trained yet. The start is
-            then not compared with the last start.
+        done: the progress of the experiment, in a few words. It is empty if nothing was trained yet, and
+            this start is then not compared with the last one.
 
     Raises:
         ConfigError: with a one-line message, if the folder cannot be written, is locked, or contains another

@@ -34,7 +34,7 @@ class Rules:
         return key.startswith(self.used) and key not in PLACES
 
     def is_free(self, key: str, config: RunConfig) -> bool:
-        """Return whether the setting `key` may change. run.steps must stay if the learning rate's decay uses it."""
+        """Return whether the setting `key` may change. run.steps must not change if a learning rate decay uses it."""
         if key == "run.steps":
             return config.update.lr_schedule == "constant"
         return key.startswith(self.free)
