@@ -97,7 +97,7 @@ def index_groups(keys: torch.Tensor, *, dp_group: dist.ProcessGroup | None) -> t
     keys.
 
     Args:
-        keys: [n] int64, such as `TurnTable.state`.
+        keys: [n] int64, such as entries of `TurnTable.state`.
     """
     own = keys.unique()  # ascending
     lists = [own.tolist()] if dp_group is None else all_gather_object(own.tolist(), dp_group)

@@ -9,7 +9,7 @@ from a2tgpo.parallel.groups import ParallelGroups
 
 
 def context_positions(cu_seqlens: Tensor, cp_size: int) -> Tensor:
-    """Return, for each context-parallel rank, the positions of the packed row that this rank holds.
+    """Return, for each context-parallel rank, the positions of the packed row that it holds.
 
     Every segment is cut into 2 * cp_size equal pieces. Rank r holds pieces r and 2 * cp_size - 1 - r ("zigzag", as in
     Transformer Engine and Megatron), so all ranks have the same amount of work under causal attention.

@@ -302,6 +302,6 @@ def add_rollout_counts(metrics: MetricSums, counts: RolloutCounts) -> None:
     for name, number in counts.reward_counts.items():
         metrics.add(name, number, 0)
     metrics.add("gain/scored_tokens", counts.scored_tokens, 0)
-    # The engine computes the scaffold, the gold answer, and the part of the context that its KV cache lacks.
+    # To score, the engine computes scaffold, gold answer, and the part of the context that its KV cache lacks.
     metrics.add("gain/computed_tokens", counts.score_prompt_tokens - counts.score_cached_tokens, 0)
     metrics.add("speed/sampled_tokens", counts.sampled_tokens, 0)

@@ -15,8 +15,7 @@ from a2tgpo.plan.hardware import GIB, GPUS
 
 
 def settle_engine_share(config: RunConfig) -> RunConfig:
-    """Return `config` with the memory share and the size of the KV cache that the plan chose. Every rank must call
-    this.
+    """Return `config` with the engine's memory share and KV cache size from a memory plan. Every rank must call this.
 
     The plan is made for the GPU with the least memory, so all ranks get the same share. If there is no GPU, or if
     `rollout.gpu_memory_fraction` is set, `config` is returned unchanged.

@@ -1,8 +1,8 @@
 """Check that the schedulers on the ranks of an engine take the same decisions.
 
 If two schedulers took different decisions, the collectives of a forward pass would hang, or would mix the activations
-of different tokens. The check compares a running hash of all decisions twice in a pass: before the pass is computed,
-and before its tokens are used.
+of different tokens. In every n-th pass (see `Lockstep`), the ranks compare a running hash of their decisions twice:
+before the pass is computed, and before its tokens are used.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Lockstep:
     Args:
         scheduler: vLLM's scheduler on this rank. Three of its methods are wrapped.
         group: CPU group of the ranks that share the engine.
-        every: number of passes from one comparison to the next.
+        every: the number n. The ranks compare their decisions in every n-th pass.
     """
 
     def __init__(self, scheduler: Any, group: dist.ProcessGroup, *, every: int):
