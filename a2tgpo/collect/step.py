@@ -13,7 +13,7 @@ that were played:
     sampling/groups_played          number of groups in all draws
     sampling/kept_share             share of informative groups among all groups played
     sampling/surplus_groups         number of informative groups that did not fit into the step
-    sampling/unfilled_groups        number of uninformative groups that fill the step
+    sampling/unfilled_groups        number of uninformative groups that the step takes for lack of informative ones
     sampling/reward_all_mean        mean outcome reward over all groups played
     sampling/format_error_rate_all  rate of format errors over all groups played
 

@@ -19,7 +19,7 @@ MAX_TRAJECTORIES = 4096
 TEMPLATE = Path(__file__).with_name("rollouts_page.html")
 PLACE = "@DATA@"
 MAX_BYTES = 4
-"""Largest number of bytes of a character. A character has at most as many tokens as bytes."""
+"""Largest number of bytes of a character in UTF-8. A character has at most as many tokens as bytes."""
 
 _SPECIAL = re.compile(r"<[|｜][^|｜>]{1,40}[|｜]>")
 _ROLE = re.compile(r"^(?:system|user|assistant)(?=\s|$)")
