@@ -6,12 +6,12 @@
     python tools/build_index.py dense --corpus FILE --out FOLDER --encoder FOLDER --from-faiss FILE ...
 
 The corpus is JSONL in Search-R1's format (`id`, `contents`). The index stores each passage's position in the corpus
-file, and a fingerprint of the corpus that is checked on every load. --part I/N builds the index of part I of the
-corpus, for a server of that part (tools/retrieval_server.py --shards).
+file, and a fingerprint of the corpus, which every load checks. --part I/N builds the index of part I of the corpus,
+for a server of that part (tools/retrieval_server.py --shards).
 
 Embeddings are kept in FOLDER.embeddings until the index is written, so the same command resumes an interrupted build.
---workers N starts N embedding processes on this machine and assigns the GPUs to them in turn. --worker I/N makes this
-process number I of N embedding processes that you start yourself, on any machines that see the folder. These
+--workers N starts N embedding processes on this machine and assigns the GPUs to them in turn. With --worker I/N this
+process is number I of N embedding processes, which you start yourself on any machines that see the folder. These
 processes end when all passages are embedded. Then run the command without --worker to write the index. --from-faiss
 takes an existing FAISS index over the corpus, such as Search-R1's e5_Flat.index.
 """

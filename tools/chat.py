@@ -77,7 +77,8 @@ def chat(args: argparse.Namespace) -> None:
 
 
 def read_question(given: str | None, number: int) -> str:
-    """Return the `given` question if `number` is 0, else the next input line. Return "" at the end of the input."""
+    """Return question `number` (from 0), or "" after the last. The only question is `given`. If it is None, every
+    input line is a question."""
     if given is not None:
         return whole(given).strip() if number == 0 else ""
     with contextlib.suppress(EOFError, KeyboardInterrupt):

@@ -165,7 +165,7 @@ def method_of(run: Path) -> str:
     """Return the method whose settings the run has.
 
     Raises:
-        ConfigError: if the run follows the recipe with none of `METHODS`. The message names the settings that differ.
+        ConfigError: if the run's settings fit none of `METHODS`. The message names the settings that differ.
     """
     try:
         text = (run / CONFIG_FILE).read_text(encoding="utf-8")

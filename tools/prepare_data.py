@@ -13,7 +13,7 @@ SET is one of hotpotqa, 2wiki, musique, bamboogle, nq, triviaqa, popqa and jsonl
 be compressed. For jsonl, RAW is a JSONL or Parquet file that has the fields `question` and `answers`, or the format
 of verl's training sets for search agents. If RAW joins several sets, --data-source takes only the questions whose
 field `data_source` is NAME. FILE can be used as data.train or data.test. FILE.report.json has counts, duplicates and
-lengths. With --against, the report also has the number of questions that FILE shares with the other file.
+lengths. With --against, the report also has the number of questions that both files share.
 """
 
 import argparse

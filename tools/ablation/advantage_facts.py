@@ -26,7 +26,7 @@ OUTCOMES = {1.0: "all right", 0.0: "all wrong", -1.0: "all ill-formed"}
 
 
 def facts(steps: Sequence[Sequence[Trajectory]], config: AlgorithmConfig) -> dict[str, float]:
-    """Return the values of `config`'s row, by column.
+    """Return {column: value}, the table's row for the method with the settings `config`.
 
     Gains and outcomes are normalised separately in each of `steps`, as in training. A column is missing if no
     trajectory has a value for it.

@@ -76,7 +76,7 @@ class Experiment:
         return WarmStart(seed=run.seed, out=run.out) if self.has_warm_starts else None
 
     def arguments(self, run: Run) -> list[str]:
-        """Return the arguments after CONFIG. The method's file comes first, then `section.field=value` settings."""
+        """Return the launcher's arguments after CONFIG: the method's file, then `section.field=value` settings."""
         own = [f"run.name={run.name}", f"run.root={run.folder.parent}", f"run.seed={run.seed}"]
         if warm_start := self.warm_start(run):
             own.append(f"model.path={warm_start.model}")
@@ -195,7 +195,7 @@ def without_policy(
 
 
 def end(plan: Plan, run: Run, exit_code: int, progress: Progress) -> list[RunResult]:
-    """Record that `run` ended, or that its warm start failed. Return a list of failed runs: this one or none."""
+    """Record that `run` ended, or that its warm start failed. Return [its result] if it did not finish, else []."""
     plan.exit_codes[run.name] = exit_code
     plan.save(run.out)
     result = read_result(run, exit_code)

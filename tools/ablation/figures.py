@@ -94,7 +94,7 @@ def write_figures(results: Sequence[RunResult], out: Path) -> dict[str, str]:
 
 
 def signal_source(by_method: Mapping[str, Sequence[RunResult]]) -> str:
-    """Return the last method with turn-group advantages, or the last method if there is none."""
+    """Return the last method with turn-group advantages, or the last of all methods if no method has them."""
     grouped = [
         method
         for method, own in by_method.items()

@@ -58,7 +58,7 @@ def table_of(trajectories: Sequence[Trajectory]) -> TurnTable:
 
 
 def gain_signals(trajectories: Sequence[Trajectory]) -> Columns:
-    """Return the turn index (from 1) and the signals of all process turns with a gain in one step."""
+    """Return a row for every process turn of one step that has a gain: its turn index (from 1) and its signals."""
     table = table_of(trajectories)
     has_gain = table.has_gain
     igpo, grouped = (compute_advantages(table, config, dp_group=None) for config in (IGPO, RESCALED))

@@ -1,4 +1,4 @@
-"""The warm starts of a comparison: one initial policy for each seed, which all methods with this seed share."""
+"""The warm starts of a comparison: one initial policy for each seed, from which every method starts."""
 
 from __future__ import annotations
 

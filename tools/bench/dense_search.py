@@ -8,7 +8,7 @@ shape of e5-base-v2, 12 layers of 768 channels. The encoder's tokenizer is that 
 tokenizer of e5-base-v2. The server runs with OMP_NUM_THREADS=1 in its environment, as in a Slurm job. The table has
 queries per second of wall time, queries per CPU second, and the number of cores that other programs kept busy. Trust
 the ratios only if other programs kept almost no cores busy. Every round measures each number of threads once. The
-last lines have medians over the rounds, and their ratios to the medians of the first number of threads.
+last lines have medians over the rounds. `ratio` is the query rate divided by the rate with the first number of threads.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def serve(corpus: Path, index: Path, *, threads: int, clients: int, seconds: flo
 
 
 def medians(table: list[dict[str, float]]) -> list[str]:
-    """Return a line for each number of threads: medians, and the query rate relative to that with the first
-    number."""
+    """Return a line for each number of threads: medians over the rounds of the measured values, and of the ratio
+    of the query rate to the rate with the first number of threads in the same round."""
     by_threads: dict[float, list[dict[str, float]]] = {}
     for row in table:
         by_threads.setdefault(row["threads"], []).append(row)

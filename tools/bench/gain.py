@@ -1,4 +1,4 @@
-"""Measure what the information gain of a step costs in three variants: engine, trainer's tree, full prefixes.
+"""Measure what the information gain of a step costs if the engine or the trainer scores the gold answers.
 
 The bench plays a step of SmolLM2-135M in float32 with four trajectories of 2,000 tokens. Each trajectory has six
 process turns and a final turn. The engine plays the trajectories, and the trainer trains on them. Each variant scores

@@ -93,8 +93,8 @@ def interleaved(
     second round reverses the order.
 
     Args:
-        clock: returns seconds. By default it counts the CPU time of all threads, which excludes waits for other
-            programs.
+        clock: returns seconds. The default clock counts the CPU time of all threads, which excludes waits for
+            other programs.
         warm_up: whether to run each variant once before the first round, without measuring.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -111,7 +111,7 @@ def interleaved(
 
 
 def run_program(name: str, command: Sequence[str | Path], environment: Mapping[str, str]) -> None:
-    """Run `command` in the checkout, with `environment` added to this process's environment, and hide its output.
+    """Run `command` in the checkout, with `environment` added to this process's environment, and hide the output.
 
     Raises:
         RuntimeError: if the command failed, after printing the end of its output.

@@ -57,7 +57,7 @@ class Client:
         self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
 
     def retrieve(self, queries: Sequence[str], top_k: int) -> list:
-        """Send one request, and return the `result` of its response. Raise OSError or ValueError if there is none."""
+        """Send one request, and return the `result` of its response. Raise OSError or ValueError if that fails."""
         body = json.dumps({"queries": list(queries), "topk": top_k, "return_scores": True})
         try:
             self._connection.request("POST", self._path, body, {"Content-Type": "application/json"})

@@ -56,7 +56,7 @@ for its results."""
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """Return the environment of both variants: the variables that training sets, and `cache` for vLLM's cache."""
+    """Return the environment of both variants: the variables that training sets, and vLLM's cache in `cache`."""
     return {
         "PYTHONPATH": str(measure.ROOT),
         "VLLM_CACHE_ROOT": str(cache),

@@ -167,7 +167,7 @@ def move_weights(model: Any, drift: float, *, seed: int) -> None:
 
 
 def noise_rows(old: Mapping[str, Logprobs], new: Mapping[str, Logprobs]) -> list[dict[str, Any]]:
-    """Return the table's rows, one for each question of study.py (rounding, gap, ratio), format and length.
+    """Return a row for each combination of a question of study.py (rounding, gap, ratio), a format and a length.
 
     Args:
         old, new: the results of `measure` before and after `move_weights`.

@@ -34,7 +34,7 @@ class Row:
     note: str = ""
     """Why the row failed or was skipped, or further observations."""
     quantity: str = ""
-    """The plan's assumption that `measured` can replace, named as in `QUANTITIES`. Empty if there is none."""
+    """Name (in `QUANTITIES`) of the plan's assumption whose value `measured` can replace, or "" if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,7 +153,7 @@ def by_transformers(path: str, device: Any, lengths: Sequence[int] = LENGTHS) ->
 
 
 def distance(gradients: dict[str, Any], expected: dict[str, Any]) -> float:
-    """Return |gradients - expected| / |expected|, where all weights together form one vector."""
+    """Return |gradients - expected| / |expected|, with the gradients of all weights in one vector."""
     assert gradients.keys() == expected.keys(), "the same weights"
     difference = sum((gradients[name] - expected[name]).square().sum().item() for name in expected)
     return (difference / sum(tensor.square().sum().item() for tensor in expected.values())) ** 0.5

@@ -65,7 +65,7 @@ CHAINS: dict[int, list[tuple[str, ...]]] = {
         ("country", "largest_city", "south"),
     ],
 }
-"""{number of hops: chains of relations}. A chain begins with the relation of the question's subject."""
+"""{number of hops: chains of relations}. A chain's first relation is a relation of the question's subject."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def split_countries(world: dict[str, Country], seed: int) -> tuple[set[str], set
 def build_questions(
     world: dict[str, Country], codes: set[str], answerable: Callable[[Hop], bool]
 ) -> dict[int, list[Question]]:
-    """Return {number of hops: questions} for countries in `codes`. All hops of the questions are `answerable`."""
+    """Return {number of hops: questions} for countries in `codes`. `answerable` is true of all their hops."""
     questions: dict[int, list[Question]] = {}
     for num_hops, chains in CHAINS.items():
         found = []
