@@ -8,7 +8,8 @@ shape of e5-base-v2, 12 layers of 768 channels. The encoder's tokenizer is that 
 tokenizer of e5-base-v2. The server runs with OMP_NUM_THREADS=1 in its environment, as in a Slurm job. The table has
 queries per second of wall time, queries per CPU second, and the number of cores that other programs kept busy. Trust
 the ratios only if other programs kept almost no cores busy. Every round measures each number of threads once. The
-last lines have medians over the rounds. `ratio` is the query rate divided by the rate with the first number of threads.
+last lines have medians over the rounds. `ratio` is the query rate divided by the rate with the first number of
+threads.
 """
 
 from __future__ import annotations
