@@ -13,7 +13,7 @@ counts for Prometheus. GET /docs returns a description of the interface.
 memory. With --shards, the server passes every query to several servers, each with one part of the corpus, and merges
 their results. Anyone who reaches the port can search the corpus, so the default --host listens on this machine only.
 Clients need a bearer token if --token-file or A2TGPO_SEARCH_TOKEN is set. On SIGTERM, the server completes pending
-requests and exits with 0. On SIGUSR1, it completes pending requests and exits with 75, which requests a restart.
+requests and exits with 0. On SIGUSR1, it completes pending requests and exits with code 75, which requests a restart.
 --url-file writes the server's address to a file for search.url_file.
 """
 

@@ -68,7 +68,9 @@ def test_every_module_lies_in_a_room():
 
 
 def test_the_design_page_lists_the_rooms_in_order():
-    layers = (ROOT / "docs/design.md").read_text().split("## Layers")[1].split("Four choices in this table")[0]
+    layers = (
+        (ROOT / "docs/design.md").read_text().split("## Layers")[1].split("Four choices in this table")[0]
+    )
     assert re.findall(r"^\| `(\w+)` \|", layers, re.MULTILINE) == list(ORDER)
 
 
