@@ -1,4 +1,4 @@
-"""Estimate whether a configuration fits a cluster, how long a step takes, and how its work is divided; needs no GPU.
+"""Estimate whether a configuration fits a cluster, how a step is divided, and how long it takes, without a GPU.
 
     python tools/plan.py CONFIG [OVERRIDE ...] [--gpus 64] [--gpu h100-80gb] [--model NAME] [--suggest] [--json FILE]
     python tools/plan.py CONFIG --passages 21015324 [--search-dim 768] [--search-cores 16]

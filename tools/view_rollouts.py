@@ -111,7 +111,7 @@ def select(run_dir: Path, *, step: int | None, prompt: str | None, order: str) -
         order: a key of `ORDERS`.
 
     Raises:
-        ConfigError: if no recorded trajectory fits the arguments, or if the file is damaged.
+        ConfigError: if no recorded trajectory fits the arguments, or if a file of the step is damaged.
     """
     files = rollout_files(run_dir)
     if step is None:

@@ -6,10 +6,10 @@ run's own `time/*` metrics, without the first step. The rollout stage includes s
 
 After `make setup-trl`, TRL also trains on two processes with one thread each. TRL uses the same questions, group
 size, lengths, search, observations and rewards, two updates per step, and two trajectories per forward pass. TRL
-differs from this project as follows. transformers generates its rollouts, because TRL's vLLM modes need a GPU or a
-server. TRL's loss has one ratio per token. TRL pads rows. TRL's output layer, which is made for GPUs, runs at every
-position. TRL scores no information gain, and has no refit. The two programs sample different text, so compare tokens
-per second.
+differs from this project as follows. TRL's rollouts use transformers' generate, because TRL's vLLM modes need a GPU
+or a server. TRL's loss has one ratio per token. TRL pads rows. TRL's output layer, which is made for GPUs, runs at
+every position. TRL scores no information gain, and has no refit. The two programs sample different text, so compare
+tokens per second.
 
 The bench takes about 6 minutes, and 4 more if it makes the warm start.
 """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 MAX_FP8_LOGPROB_GAP = 0.2
 MAX_FP8_GRADIENT_GAP = 0.35
-"""Largest accepted differences between FP8 and bfloat16, computed as in `passes`.
+"""Largest accepted differences of log-probs and of gradients between FP8 and bfloat16, defined as in `passes`.
 
 The log-probs of emulated FP8 (`fp8_study/emulation.py`) differ from those of bfloat16 by 0.06 with every recipe. If
 Transformer Engine's kernels are replaced by rounding in PyTorch, the gradients differ from those of bfloat16 by 0.17
@@ -74,7 +74,7 @@ def _compare_recipes(
     *,
     number_format: Format,
 ) -> list[Recipe]:
-    """Add rows for log-probs and gradients of each recipe, or a row that fails. Return the recipes that ran."""
+    """Add each recipe's rows for log-probs and gradients, or a FAIL or SKIP row. Return the recipes that ran."""
     from a2tgpo.config.fp8 import TOKEN_MULTIPLES, Fp8Config
     from a2tgpo.io.errors import ConfigError
 

@@ -2,7 +2,7 @@
 
     python tools/gpu_checks/hardware_table.py found.json [found.json ...]
 
-The output is Markdown. The exit code is 2 if tools/gpu_check.py --json did not write one of the files.
+The output is Markdown. The exit code is 2 if a file does not come from tools/gpu_check.py --json.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ MAX_CITIES_PER_COUNTRY = 14
 MIN_CITY_POPULATION = 60_000
 MIN_TOWN_POPULATION = 15_000
 RANK_MARGIN = 1.15
-"""Smallest accepted ratio of the two largest populations. If the ratio is lower, the year of the count may decide the
-order."""
+"""Smallest accepted ratio of the two largest populations. If the ratio is lower, which population is larger may
+depend on the year of the count."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class City:
     country_code: str
     population: int
     north: Name | None = None
-    """The nearest town within 45 degrees of north that has at least `MIN_TOWN_POPULATION` people.
+    """The nearest town with at least `MIN_TOWN_POPULATION` people within 45 degrees of north.
 
     The field is None if this town is in another country or has an ambiguous name.
     """
