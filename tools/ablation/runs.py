@@ -109,7 +109,7 @@ class RunResult:
     """`finished` if the last step and its evaluation are recorded, `failed` if the last attempt ended too early, else
     `unfinished`."""
     fault: str
-    """A line that says why the run is not finished, or empty if it is finished."""
+    """A line that says why the run is not finished, or "" if it is finished."""
 
     @property
     def is_finished(self) -> bool:

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 class WarmStart:
     """The warm start of one seed: supervised training of a tiny model whose random weights depend on the seed.
 
-    Models differ by their initial weights and by the order of their demonstrations. An interrupted warm start is
-    resumed.
+    The models of two seeds differ in their initial weights and in the order of their demonstrations. An interrupted
+    warm start is resumed.
     """
 
     seed: int

@@ -39,7 +39,7 @@ class Row:
     noise: float
     """Half the range of the rounds' ratios, divided by their median. It is 0 if the values are counts."""
     target: str = ""
-    """The limit for `ratio`, such as ">= 200" or "<= 0.03", or empty if there is no target."""
+    """The limit for `ratio`, such as ">= 200" or "<= 0.03", or "" if there is no target."""
     note: str = ""
 
     @property

@@ -181,7 +181,7 @@ def _played(trajectory: Trajectory) -> Played:
 
 
 def longer_model(folder: Path) -> Path:
-    """Copy the model to `folder`, and raise its context limit above that of its training. Return `folder`."""
+    """Copy the model to `folder`, with a higher context limit than in its training. Return `folder`."""
     shutil.copytree(MODEL, folder, dirs_exist_ok=True)
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": MAX_MODEL_LEN}))
