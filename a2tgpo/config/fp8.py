@@ -55,7 +55,7 @@ class Fp8Config:
     def __post_init__(self) -> None:
         for name in ("first_layers_bf16", "last_layers_bf16"):
             require(getattr(self, name) >= 0, f"model.fp8.{name}", getattr(self, name), ">= 0")
-        # The optimizer copies its float32 weights before a checkpoint is read
+        # The optimizer copies the model's weights into its float32 weights before a checkpoint is read
         # (megatron/core/optimizer/distrib_optimizer.py:385). Refit and checkpoints expect bfloat16 weights.
         require(
             not self.param_gather,

@@ -44,7 +44,7 @@ _DECIDING = (
 """Keys of the settings that determine the answers. A resumed evaluation may have another layout and another
 `search.url`, because these are not listed."""
 _OF_METHOD = f"{PREFIX}algorithm."
-"""Prefix of the digest names of files that only training uses."""
+"""Prefix of the names under which the digests of files are recorded that only training uses."""
 _OF_JUDGE = ("judge.max_tokens", "judge.model", "judge.pattern", "judge.scores")
 _OF_TOOLS = {
     "mcp": ("mcp.command", "mcp.stateful", "mcp.tool"),

@@ -14,7 +14,7 @@ from a2tgpo.loss.inputs import LossInputs, TokenCredit
 def needs_contrast(config: AlgorithmConfig) -> bool:
     """Return whether the token credit reads log-probs after contrast prompts.
 
-    A user's function reads them if its attribute `needs_contrast` is True.
+    A user's function reads these log-probs if its attribute `needs_contrast` is True.
     """
     if is_user_code(config.token_credit):
         return bool(getattr(TOKEN_CREDIT.load(config.token_credit), "needs_contrast", False))

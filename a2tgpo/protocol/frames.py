@@ -123,7 +123,7 @@ def call_message(calls: Sequence[tuple[str, Mapping[str, Any]]], *, content: str
 
 
 def result_messages(results: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Return the messages with results, which are pairs (name of the tool, result)."""
+    """Return the messages for `results`, which are pairs (name of the tool, text of the result)."""
     return [
         {"role": "tool", "name": name, "tool_call_id": _call_id(place), "content": text}
         for place, (name, text) in enumerate(results)

@@ -108,7 +108,7 @@ def changed_settings(state: dict[str, Any], settings: Mapping[str, Any]) -> Chan
 def changed_files(path: Path, config: RunConfig) -> list[str]:
     """Return a line for each of the user's files that has changed since the run that wrote the checkpoint `path`.
 
-    A changed reward or tool may give the same weights other scores.
+    If a reward or a tool has changed, the same weights may get different scores.
     """
     try:
         state = checkpoint.read_record(path)["state"]

@@ -51,8 +51,8 @@ class Extrapolation:
     def is_ready(self, schedule: LearningRateSchedule) -> bool:
         """Return whether the next update can be extrapolated.
 
-        The first update of a run cannot, because it creates AdamW's state. An update with learning rate 0 cannot,
-        because it has no steps to extrapolate.
+        The first update of a run cannot be extrapolated, because it creates AdamW's state. An update with learning
+        rate 0 cannot be extrapolated, because it does not move the weights.
         """
         return self._config.is_on and self.gate.is_open and schedule.steps_done > 0 and schedule.lr > 0
 
