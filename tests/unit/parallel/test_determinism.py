@@ -84,8 +84,7 @@ def test_an_engine_on_a_card_whose_kernels_have_no_backward_pass_is_refused(
 
 def test_vllm_replaces_linear_only_on_older_cards_and_sets_known_variables() -> None:
     """The refusal of older cards and the list of variables follow from vLLM's code, which may change."""
-    from vllm.model_executor.determinism import batch_invariant
-
+    batch_invariant = pytest.importorskip("vllm.model_executor.determinism.batch_invariant")
     replaced = inspect.getsource(batch_invariant.enable_batch_invariant_mode)
     older, newer = replaced.split("is_device_capability_family(", 1)[1].split("else:", 2)[:2]
     assert older.strip().startswith("80") and "aten::linear" in older and "aten::matmul" in older
