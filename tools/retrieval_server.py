@@ -50,7 +50,7 @@ LISTEN_BACKLOG = 4096
 """Maximum number of connections that wait to be accepted, large enough for a burst of clients."""
 SHARD_TIMEOUT_S = 30.0
 GRACE_S = 30
-"""Longest wait for pending requests after the server was told to end, in seconds."""
+"""After a signal, the server waits at most this many seconds for pending requests."""
 
 
 def open_index(options: argparse.Namespace, token: str | None) -> tuple[SearchIndex, int]:

@@ -39,7 +39,7 @@ KEEP_ALIVE_S = 60.0
 """Longest time between two messages from rank 0, in seconds. The other ranks wait up to parallel.timeout_s for a
 message."""
 GRACE_S = 30.0
-"""Longest wait for answers to reach their clients after the server was told to end, in seconds."""
+"""After a signal, the server waits at most this many seconds for answers to reach their clients."""
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ class Projection(NamedTuple):
         return self.name.rpartition(".")[2]
 
 
-class LoraAdapter(nn.Module):
+class LoraAdapter(nn.Module, ABC):
     """The adapters of one linear layer: parameters A_NAME [rank, inputs] and B_NAME [outputs, rank] by projection.
 
     B is 0 at first. As in PEFT, A is at first uniform in [-1 / sqrt(inputs), 1 / sqrt(inputs)]. Its values depend
@@ -87,9 +88,9 @@ class LoraAdapter(nn.Module):
         """Return this rank's parts of a projection's A and B."""
         return getattr(self, f"A_{projection.leaf}"), getattr(self, f"B_{projection.leaf}")
 
+    @abstractmethod
     def delta(self) -> Tensor:
         """Return alpha / rank * B A for this rank's part of the layer's weight, float32."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def merged(self, weight: Tensor) -> Tensor:

@@ -12,9 +12,11 @@ CONFIG = "configs/quickstart.yaml"
 
 
 def check(folder, *overrides):
+    """Return the agent's configuration if the program accepts the agent's file."""
     path = folder / AGENT_FILE
     config = load_config(path, overrides)
     require_harmless(path, config, overridden=overridden_keys(overrides))
+    return config
 
 
 def change(folder, section, **settings):
@@ -33,7 +35,8 @@ def folder(tmp_path):
 
 
 def test_an_agent_of_the_packages_tools_is_harmless(folder):
-    check(folder)
+    config = check(folder)
+    assert (config.tools.names, config.search.corpus) == (("search",), "a$b")
 
 
 @pytest.mark.parametrize(
