@@ -20,11 +20,6 @@ WITHOUT_CLIPPING_RANGE = ("sapo",)
 Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"]
 
 
-def advantage_names() -> list[str]:
-    """Return the values that `algorithm.advantage` may have: the names of the modules in advantage/methods/."""
-    return ADVANTAGE.names()
-
-
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
     """Settings of the training method. The defaults define A2TGPO; configs/algorithm/ has other methods."""

@@ -19,7 +19,8 @@ from claims import Claims
 
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import build_turn_table
-from a2tgpo.config.algorithm import OF_TREES, AlgorithmConfig, advantage_names
+from a2tgpo.config.algorithm import OF_TREES, AlgorithmConfig
+from a2tgpo.config.method_part import ADVANTAGE
 from a2tgpo.trajectory import Branch, Call, Trajectory, Turn
 
 NUM_PROMPTS, GROUP_SIZE, MAX_TURNS = 6, 8, 5
@@ -131,7 +132,7 @@ def main(out: str) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     torch.set_num_threads(1)
     claims = Claims()
-    for name in advantage_names():
+    for name in ADVANTAGE.names():
         claims.check(name, check, name)
     claims.save(out)
     dist.destroy_process_group()

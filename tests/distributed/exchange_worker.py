@@ -13,7 +13,8 @@ from claims import Claims
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import build_turn_table
 from a2tgpo.batch.exchange import exchange
-from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.method_part import ADVANTAGE
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.loss.aggregate import token_weights
 from a2tgpo.parallel.initialize import initialize, lay_out, shutdown
@@ -92,7 +93,7 @@ def check_advantages(groups, mine: list[Trajectory]) -> None:
     everything = all_trajectories(0)
     everything_on_first = everything if groups.dp_rank == 0 else []
     for share in (mine, everything_on_first):
-        for name in advantage_names():
+        for name in ADVANTAGE.names():
             config = AlgorithmConfig(advantage=name)
             whole = compute_advantages(table_of(everything), config, dp_group=None)
             rows = [everything.index(t) for t in share]
@@ -129,7 +130,7 @@ def check_small_gains_to_the_last_digits(groups) -> None:
             if turn.info_gain is not None:
                 turn.info_gain -= 1000.0
     share = [t for i, t in enumerate(everything) if i % 3 % groups.dp_size == groups.dp_rank]
-    for name in advantage_names():
+    for name in ADVANTAGE.names():
         config = AlgorithmConfig(advantage=name)
         whole = compute_advantages(table_of(everything), config, dp_group=None).advantages
         spread = compute_advantages(table_of(share), config, dp_group=groups.dp_group).advantages

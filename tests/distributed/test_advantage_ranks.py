@@ -5,7 +5,7 @@ import json
 import pytest
 from ranks import run_ranks
 
-from a2tgpo.config.algorithm import advantage_names
+from a2tgpo.config.method_part import ADVANTAGE
 
 pytestmark = pytest.mark.distributed
 
@@ -17,6 +17,6 @@ def outcomes(tmp_path_factory) -> dict[str, str]:
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("name", advantage_names())
+@pytest.mark.parametrize("name", ADVANTAGE.names())
 def test_advantages_do_not_depend_on_which_rank_holds_a_rollout(outcomes, name):
     assert outcomes[name] == ""

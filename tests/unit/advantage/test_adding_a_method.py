@@ -10,9 +10,9 @@ import torch
 import a2tgpo.advantage.methods
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import build_turn_table
-from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
+from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.load import load_config
-from a2tgpo.config.method_part import OBJECTIVE, TOKEN_CREDIT
+from a2tgpo.config.method_part import ADVANTAGE, OBJECTIVE, TOKEN_CREDIT
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.loss.credit import credit_tokens
 from a2tgpo.loss.inputs import LossInputs
@@ -143,7 +143,7 @@ def test_the_documented_token_credit_works_as_it_stands(tmp_path):
 
 
 def test_the_new_method_is_gone_after_the_test():
-    assert "rloo" not in advantage_names()
+    assert "rloo" not in ADVANTAGE.names()
 
 
 def test_naming_a_method_does_not_run_its_file(new_method):
@@ -154,7 +154,7 @@ def test_naming_a_method_does_not_run_its_file(new_method):
 
 
 def test_the_documentation_names_every_method_and_every_preset():
-    for name in (*advantage_names(), *OBJECTIVE.names(), *TOKEN_CREDIT.names()):
+    for name in (*ADVANTAGE.names(), *OBJECTIVE.names(), *TOKEN_CREDIT.names()):
         assert f"`{name}`" in DOCS, name
     for preset in (ROOT / "configs" / "algorithm").glob("*.yaml"):
         assert f"`{preset.name}`" in DOCS, preset.name

@@ -11,7 +11,8 @@ from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.group_norm import group_sums, index_groups, normalize_groups
 from a2tgpo.advantage.turn_groups import normalize_turn_groups
 from a2tgpo.advantage.turn_table import build_turn_table
-from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.method_part import ADVANTAGE
 from a2tgpo.trajectory import Call, Trajectory, Turn
 
 A2TGPO = AlgorithmConfig()
@@ -96,7 +97,7 @@ def test_turn_group_advantages_equal_the_plain_loops(items):
 def test_order_of_rollouts_does_not_matter(items, random):
     order = list(range(len(items)))
     random.shuffle(order)
-    for name in advantage_names():
+    for name in ADVANTAGE.names():
         config = AlgorithmConfig(advantage=name)
         plain = compute_advantages(table_of(items), config, dp_group=None).advantages
         shuffled = compute_advantages(table_of(items, order=order), config, dp_group=None).advantages
@@ -189,7 +190,7 @@ def test_a_trajectory_cut_after_an_observation_keeps_its_process_turns_only():
     assert table.has_gain.tolist() == [[True, True, False, False]]
 
 
-@pytest.mark.parametrize("name", advantage_names())
+@pytest.mark.parametrize("name", ADVANTAGE.names())
 def test_every_method_takes_an_empty_rank(name):
     result = compute_advantages(table_of([]), AlgorithmConfig(advantage=name), dp_group=None)
     assert result.advantages.shape == (0, 5)
@@ -226,7 +227,7 @@ def test_scores_of_turns_that_equal_the_gains_give_equal_advantages(items):
     scored = [make_trajectory(*item) for item in items]
     for turn in (turn for t in scored for turn in t.turns):
         turn.score, turn.info_gain = turn.info_gain, None
-    for name in advantage_names():
+    for name in ADVANTAGE.names():
         config = AlgorithmConfig(advantage=name)
         tables = (
             build_turn_table(gained, **layout),

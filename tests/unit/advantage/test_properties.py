@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable, build_turn_table
-from a2tgpo.config.algorithm import AlgorithmConfig, advantage_names
+from a2tgpo.config.algorithm import AlgorithmConfig
+from a2tgpo.config.method_part import ADVANTAGE
 from a2tgpo.trajectory import Call, Trajectory, Turn
 
 MAX_TURNS, MAX_PROMPTS, MAX_ROLLOUTS = 4, 6, 8
@@ -105,7 +106,7 @@ def assert_equal(got: TurnAdvantages, expect: TurnAdvantages, *, rows=slice(None
 # --- What holds for every method. ---
 
 
-@pytest.mark.parametrize("name", advantage_names())
+@pytest.mark.parametrize("name", ADVANTAGE.names())
 @quick
 @given(
     batches(),
@@ -120,7 +121,7 @@ def test_neither_the_order_of_rollouts_nor_the_numbering_of_prompts_matters(name
     assert_equal(advantages_of(shuffled, name, gamma=gamma), plain, rows=order, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", advantage_names())
+@pytest.mark.parametrize("name", ADVANTAGE.names())
 @quick
 @given(batches(prompts=1), batches(st.floats(-1e8, 1e8)), st.booleans())
 def test_a_prompt_is_not_touched_by_what_other_prompts_hold(name, batch, others, first):
@@ -131,7 +132,7 @@ def test_a_prompt_is_not_touched_by_what_other_prompts_hold(name, batch, others,
     assert_equal(alone, together, rows=rows)
 
 
-@pytest.mark.parametrize("name", advantage_names())
+@pytest.mark.parametrize("name", ADVANTAGE.names())
 @quick
 @given(batches())
 def test_what_is_good_turned_bad_negates_the_advantages(name, batch):
@@ -141,7 +142,7 @@ def test_what_is_good_turned_bad_negates_the_advantages(name, batch):
         torch.testing.assert_close(-getattr(negated, field), getattr(plain, field), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", advantage_names())
+@pytest.mark.parametrize("name", ADVANTAGE.names())
 @quick
 @given(
     batches(st.sampled_from([1e8, -1e8, 99999999.5, 1e-300, -1e-300, 5e-324, 0.0, 1.0, math.nan, -math.inf])),
@@ -154,7 +155,7 @@ def test_huge_and_tiny_gains_give_finite_advantages(name, batch, gamma, by_std):
     assert result.normalized_gain.isfinite().all()
 
 
-@pytest.mark.parametrize("name", advantage_names())
+@pytest.mark.parametrize("name", ADVANTAGE.names())
 @quick
 @given(batches(), st.sampled_from([math.nan, math.inf, -math.inf]))
 def test_a_gain_that_is_not_finite_is_the_same_as_none(name, batch, value):
