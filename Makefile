@@ -25,7 +25,7 @@ help:
 	@echo "make setup-trl   TRL in .venv-trl, an environment of its own: the other trainer of the benches"
 	@echo "make quickstart  train a tiny agent on $(RANKS) CPU processes and see it learn (about 10 minutes)"
 	@echo "make smollm2     three steps of SmolLM2-135M on $(RANKS) CPU processes"
-	@echo "make ablation    methods compared over sixteen warm starts (several hours on two cores; goes on where it stopped)"
+	@echo "make ablation    methods compared over sixteen warm starts, then over eight on a second task (several hours; resumes)"
 	@echo "make bench       every claim of speed measured, into the table of docs/performance.md (half an hour)"
 	@echo "make check       lint, types and the fast tests, in a few minutes: before each commit"
 	@echo "make test        lint and all tests; then the second leg, where there is a python3.12"
@@ -141,17 +141,27 @@ smollm2: setup artifacts/worldqa/train.jsonl artifacts/models/smollm2-135m/confi
 	PYTHON=$(PY) launch/local.sh -n $(RANKS) configs/smollm2_cpu.yaml --resume none
 
 DETOURS := artifacts/worldqa-detours
+CHAINS := artifacts/chains
 # configs/ablation/ has two more methods: a2tgpo_floor and turn_group_absent.
 ABLATION_METHODS ?= a2tgpo,grpo,igpo,igpo_separate,a2tgpo_released
 ABLATION_CONTRASTS ?= a2tgpo-grpo,a2tgpo-igpo_separate,igpo-igpo_separate
 ABLATION_SEEDS ?= 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
+CHAINS_METHODS ?= $(ABLATION_METHODS),a2tgpo_floor
+CHAINS_CONTRASTS ?= $(ABLATION_CONTRASTS),a2tgpo_floor-a2tgpo
+CHAINS_SEEDS ?= 0,1,2,3,4,5,6,7
+COMPARE := $(PY) tools/ablation/compare.py --presets configs/ablation --warm-starts --jobs $(RANKS)
 
 $(DETOURS)/demonstrations.jsonl: | setup
 	$(PY) tools/prepare_data.py worldqa --out $(DETOURS) --top-k 2 --detour-share 0.35 --demonstrations 16000
 
-ablation: setup $(DETOURS)/demonstrations.jsonl
-	$(PY) tools/ablation/compare.py configs/ablation.yaml --presets configs/ablation --methods $(ABLATION_METHODS) \
-		--contrasts $(ABLATION_CONTRASTS) --seeds $(ABLATION_SEEDS) --warm-starts --jobs $(RANKS) --out runs/ablation
+$(CHAINS)/demonstrations.jsonl: | setup
+	$(PY) tools/prepare_data.py chains --out $(CHAINS)
+
+ablation: setup $(DETOURS)/demonstrations.jsonl $(CHAINS)/demonstrations.jsonl
+	$(COMPARE) configs/ablation.yaml --methods $(ABLATION_METHODS) --contrasts $(ABLATION_CONTRASTS) \
+		--seeds $(ABLATION_SEEDS) --out runs/ablation
+	$(COMPARE) configs/ablation_chains.yaml --methods $(CHAINS_METHODS) --contrasts $(CHAINS_CONTRASTS) \
+		--seeds $(CHAINS_SEEDS) --out runs/ablation-chains
 
 bench: setup setup-trl artifacts/worldqa/train.jsonl artifacts/models/smollm2-135m/config.json
 	$(PY) tools/bench/run.py

@@ -2,12 +2,14 @@
 
     python tools/prepare_data.py worldqa --out FOLDER [--seed 0]
     python tools/prepare_data.py arithmetic --out FOLDER [--seed 0]
+    python tools/prepare_data.py chains --out FOLDER [--seed 0]
     python tools/prepare_data.py SET --in RAW --out FILE [--against FILE] [--limit N]
     python tools/prepare_data.py jsonl --in RAW --out FILE --data-source NAME
 
 `worldqa` writes questions of 1, 2 and 3 hops about countries and cities, a corpus that contains their answers, and
 demonstrations of mixed quality for a warm start. `arithmetic` writes sums that the agent computes with the
-calculator, and demonstrations. Equal seeds give equal files.
+calculator, and demonstrations. `chains` writes calculations of one to six steps, each of which is one call of the
+calculator, and demonstrations of mixed quality. Equal seeds give equal files.
 
 SET is one of hotpotqa, 2wiki, musique, bamboogle, nq, triviaqa, popqa and jsonl. RAW is the published file, which may
 be compressed. For jsonl, RAW is a JSONL or Parquet file that has the fields `question` and `answers`, or the format
@@ -33,6 +35,7 @@ from a2tgpo.io.json_lines import write_lines
 from a2tgpo.io.program import exit_code, program_parser
 
 from worlds.arithmetic import build_arithmetic
+from worlds.chains import build_chains
 from worlds.worldqa import GOOD_SHARE, build_worldqa
 
 
@@ -94,12 +97,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = program_parser(__doc__)
     sets = parser.add_subparsers(dest="set", required=True)
     add_worldqa(sets.add_parser("worldqa", help="countries and cities, from PyPI packages"))
-    arithmetic = sets.add_parser("arithmetic", help="sums for the calculator")
-    arithmetic.add_argument("--out", type=path_argument, required=True, help="folder that receives the files")
-    arithmetic.add_argument("--seed", type=int, default=0)
-    arithmetic.add_argument("--train-questions", type=int, default=2000)
-    arithmetic.add_argument("--test-questions", type=int, default=200)
-    arithmetic.add_argument("--demonstrations", type=int, default=3000)
+    add_calculations(sets.add_parser("arithmetic", help="sums for the calculator"), 2000, 200, 3000)
+    add_calculations(
+        sets.add_parser("chains", help="calculations of several steps for the calculator"), 6000, 600, 16000
+    )
     for name in READERS:
         published = sets.add_parser(
             name, help="question set as published" if name != "jsonl" else "any JSONL"
@@ -132,6 +133,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             args.set == "jsonl" or not args.data_source, "--data-source", args.data_source, "with jsonl only"
         )
     return args
+
+
+def add_calculations(
+    world: argparse.ArgumentParser, train_questions: int, test_questions: int, demonstrations: int
+) -> None:
+    world.add_argument("--out", type=path_argument, required=True, help="folder that receives the files")
+    world.add_argument("--seed", type=int, default=0)
+    world.add_argument("--train-questions", type=int, default=train_questions)
+    world.add_argument("--test-questions", type=int, default=test_questions)
+    world.add_argument("--demonstrations", type=int, default=demonstrations)
 
 
 def add_worldqa(worldqa: argparse.ArgumentParser) -> None:
@@ -170,7 +181,7 @@ def check_worldqa(args: argparse.Namespace) -> None:
 def prepare(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`. Raise a one-line ConfigError if the command cannot be carried out."""
     args = parse_args(argv)
-    builders = {"worldqa": build_worldqa, "arithmetic": build_arithmetic}
+    builders = {"worldqa": build_worldqa, "arithmetic": build_arithmetic, "chains": build_chains}
     report = builders.get(args.set, build_questions)(args)
     print(json.dumps(report, indent=2, ensure_ascii=False))
     print(f"wrote {args.out}")

@@ -1,0 +1,157 @@
+"""Generate the chains data set: calculations of one to six steps, one call each, and demonstrations.
+
+The data set has a shape other than worldqa's: the number of calls that a question needs varies from one to six, no
+call before the last tells much about the answer, and nothing is searched.
+"""
+
+import argparse
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from a2tgpo.config.tools import CalculatorConfig
+from a2tgpo.environment.tools.calculator import Calculator
+from a2tgpo.io.atomic_file import write_json
+from a2tgpo.io.errors import require
+from a2tgpo.io.json_lines import write_lines
+from a2tgpo.protocol.tag_syntax import CallSyntax
+
+from worlds.arithmetic import FINAL_THOUGHT
+
+SYNTAX = CallSyntax(("calculator",))
+MAX_STEPS = 6
+MAX_CALLS = 8
+"""Largest number of calls in a demonstration, including repeated ones."""
+MAX_QUESTIONS = 100_000
+LARGEST = 999
+"""No value on the way is larger."""
+GOOD_SHARE = 0.4
+REPEATED_SHARE = 0.25
+"""Probability that a demonstration repeats a call before it goes on."""
+POOR_KINDS = ("early_stop", "early_stop", "early_stop", "miscopy", "guess", "malformed")
+"""Kinds of poor demonstrations. A kind that is listed more often is drawn more often.
+
+early_stop: leaves out at least the last step, and guesses.
+miscopy: calculates one step with a wrong number.
+guess: answers without a call.
+malformed: gives the right answer with broken tags.
+"""
+PHRASES = {"+": "add {}", "-": "take away {}", "*": "multiply by {}"}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One question: start with `start`, then apply `steps`, each a sign and a number, from left to right."""
+
+    start: int
+    steps: tuple[tuple[str, int], ...]
+
+    @property
+    def values(self) -> list[int]:
+        """The values after each step."""
+        values, value = [], self.start
+        for step in self.steps:
+            value = apply(value, step)
+            values.append(value)
+        return values
+
+    @property
+    def text(self) -> str:
+        return (
+            ", ".join([f"Start with {self.start}", *(PHRASES[sign].format(n) for sign, n in self.steps)])
+            + "."
+        )
+
+
+def apply(value: int, step: tuple[str, int]) -> int:
+    sign, number = step
+    return {"+": value + number, "-": value - number, "*": value * number}[sign]
+
+
+def build_chains(args: argparse.Namespace) -> dict:
+    """Write train.jsonl, test.jsonl, demonstrations.jsonl and report.json to `args.out`. Return the report.
+
+    The questions have one to six steps, equally many of each.
+    """
+    count = args.train_questions + args.test_questions
+    require(count <= MAX_QUESTIONS, "--train-questions + --test-questions", count, f"at most {MAX_QUESTIONS}")
+    draw = random.Random(f"chains-{args.seed}")
+    chains = list(distinct_chains(draw, count))
+    records = [to_record(number, chain) for number, chain in enumerate(chains)]
+    test, train = records[: args.test_questions], records[args.test_questions :]
+    pool = list(zip(chains, records, strict=True))[args.test_questions :]
+    demonstrations = [demonstrate(*pool[i % len(pool)], draw) for i in range(args.demonstrations)]
+    write_lines(args.out / "train.jsonl", train)
+    write_lines(args.out / "test.jsonl", test)
+    write_lines(args.out / "demonstrations.jsonl", demonstrations)
+    report = {
+        "questions": {"train": len(train), "test": len(test)},
+        "demonstrations": {
+            quality: sum(record["quality"] == quality for record in demonstrations)
+            for quality in ("good", *dict.fromkeys(POOR_KINDS))
+        },
+    }
+    write_json(args.out / "report.json", report)
+    return report
+
+
+def distinct_chains(draw: random.Random, count: int) -> Iterator[Chain]:
+    """Yield `count` different chains, whose numbers of steps are 1, 2, ..., 6, 1, 2, ..."""
+    seen: set[Chain] = set()
+    while len(seen) < count:
+        chain = draw_chain(draw, len(seen) % MAX_STEPS + 1)
+        if chain not in seen:
+            seen.add(chain)
+            yield chain
+
+
+def draw_chain(draw: random.Random, num_steps: int) -> Chain:
+    """Return a chain whose values are all from 1 to `LARGEST`."""
+    start = value = draw.randint(11, 99)
+    steps: list[tuple[str, int]] = []
+    while len(steps) < num_steps:
+        sign = draw.choice("++--*")
+        step = (sign, draw.randint(2, 5) if sign == "*" else draw.randint(11, 99))
+        if 1 <= apply(value, step) <= LARGEST:
+            steps.append(step)
+            value = apply(value, step)
+    return Chain(start, tuple(steps))
+
+
+def to_record(number: int, chain: Chain) -> dict:
+    answers = [str(chain.values[-1])]
+    return {"id": f"chain-{number}", "question": chain.text, "answers": answers, "hops": len(chain.steps)}
+
+
+def demonstrate(chain: Chain, record: dict, draw: random.Random) -> dict:
+    """Return one demonstration for the question `record` of `chain`, good or of a kind in `POOR_KINDS`."""
+    kind = "good" if draw.random() < GOOD_SHARE else draw.choice(POOR_KINDS)
+    steps: Sequence[tuple[str, int]] = chain.steps
+    if kind == "guess":
+        steps = ()
+    if kind == "early_stop":
+        steps = steps[: draw.randrange(len(steps))]
+    wrong_at = draw.randrange(len(steps)) if kind == "miscopy" else None
+    turns: list[dict] = []
+    value = chain.start
+    for number, (sign, operand) in enumerate(steps):
+        if number == wrong_at:
+            operand += draw.choice((-1, 1))
+        call = f"{value} {sign} {operand}"
+        spare = MAX_CALLS - len(turns) - (len(steps) - number)
+        is_repeated = spare > 0 and draw.random() < REPEATED_SHARE
+        turns += [call_turn("Next" if turns else "First", call)] * (1 + is_repeated)
+        value = apply(value, (sign, operand))
+    answer = str(value)
+    if len(steps) < len(chain.steps):
+        answer = str(draw.randint(1, LARGEST))
+    last = f"{FINAL_THOUGHT}{answer}}} </answer>"
+    if kind == "malformed":
+        last = draw.choice([last.replace(" </think>", ""), last.replace(f"\\boxed{{{answer}}}", answer)])
+    return {**record, "turns": [*turns, {"text": last}], "quality": kind}
+
+
+def call_turn(ordinal: str, call: str) -> dict:
+    (result,) = Calculator(CalculatorConfig()).call(call)
+    text = f"<think> {ordinal}, calculate. </think> <calculator> {call} </calculator>"
+    return {"text": text, "observation": SYNTAX.format_result([result])}
