@@ -54,15 +54,29 @@ class RewardedRollout:
         self.first_finished_s: float | None = None
         """Age of this process in seconds when its first trajectory finished. None until then."""
 
-    def play(self, prompts: Sequence[Prompt], *, version: int, counts: RolloutCounts) -> list[Trajectory]:
+    def play(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        version: int,
+        counts: RolloutCounts,
+        queue: Iterable[Prompt] = (),
+    ) -> list[Trajectory]:
         """Play a group of trajectories for each prompt, and return all trajectories, sorted by prompt and sample.
+
+        The engine also plays the prompts that it takes from `queue` (see `GroupRollout.play`).
 
         Raises:
             RolloutInterruptedError: on all ranks of the engine, if the rollout was interrupted.
             RewardFaultError: on all ranks of the engine, if a reward has a bug or hangs too often.
         """
         playing = self._rollout.play(
-            prompts, seed=self._seed, version=version, score_gain=self._score_gain, counts=counts
+            prompts,
+            seed=self._seed,
+            version=version,
+            score_gain=self._score_gain,
+            queue=queue,
+            counts=counts,
         )
         finished = self._score(playing, counts)
         return sorted(finished, key=lambda trajectory: (trajectory.prompt_index, trajectory.sample_index))

@@ -22,6 +22,11 @@ With `rollout.tree`, these metrics describe the trees of the step's groups:
     tree/branches            number of trajectories that are branches
     tree/shared_turns        mean number of turns that a branch shares with its parent
     tree/shared_token_share  share of the sampled tokens, over all trajectories, that are copied from a parent
+
+With `rollout.assignment=on_demand`, these metrics describe the division of the prompts among the engines:
+
+    assignment/taken_groups      mean over the engines: number of groups that an engine took when it had a free slot
+    assignment/taken_groups_max  the largest of these numbers
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from a2tgpo.collect.assignment import Assignment, queue_store
 from a2tgpo.collect.partial import PartialRollout
 from a2tgpo.collect.rewarded_rollout import RewardedRollout
 from a2tgpo.collect.state import RolloutState
@@ -82,6 +88,9 @@ class StepRollout:
         self._prompts = prompts
         self._state = state
         self._engine_group = engine_group
+        self._assignment = Assignment(
+            config, prompts, engine_group, store=queue_store() if config.assignment == "on_demand" else None
+        )
         self._partial = PartialRollout(config, rollout, prompts, state, engine_group)
         self._startup = startup
         self._has_warned = False
@@ -112,6 +121,9 @@ class StepRollout:
         )
         if self._config.tree.is_on:
             add_tree_metrics(metrics, trajectories)
+        if self._config.assignment == "on_demand":
+            metrics.add("assignment/taken_groups", counts.taken_groups, 1)
+            metrics.add_max("assignment/taken_groups_max", counts.taken_groups)
         if self._startup is not None:
             for name, seconds in self._startup.items():
                 metrics.add_max(name, seconds)
@@ -165,13 +177,15 @@ class StepRollout:
     def _play_share(
         self, questions: Sequence[int], drawn: range, version: int, counts: RolloutCounts
     ) -> list[Trajectory] | None:
-        """Play this engine's share of the questions at the `drawn` positions, and return the trajectories.
+        """Play the questions at the `drawn` positions, together with the other engines.
+
+        Return the trajectories that this engine played.
 
         Return None if the rollout was interrupted.
         """
-        prompts = self._prompts.prompts(questions, self._engine_group.share(drawn))
+        prompts, queue = self._assignment.divide(questions, drawn)
         try:
-            return self._rollout.play(prompts, version=version, counts=counts)
+            return self._rollout.play(prompts, version=version, counts=counts, queue=queue)
         except RolloutInterruptedError:
             return None
 

@@ -138,6 +138,10 @@ class RolloutConfig:
 
     prompts_per_step: int = 64
     """Number of prompts per step over all ranks (paper: 64); a multiple of the number of engines."""
+    assignment: Literal["fixed", "on_demand"] = "fixed"
+    """Which engine plays a prompt (docs/performance.md). `fixed`: each engine plays an equal share of the prompts.
+    `on_demand`: each engine begins with only as many prompts as it can decode at a time (max_concurrent). When it has
+    a free slot, it takes the next prompt that no engine has begun."""
     group_size: int = 16
     """G, the number of trajectories per prompt (paper: 16)."""
     dynamic_sampling: bool = False
@@ -245,6 +249,12 @@ class RolloutConfig:
             "rollout.dynamic_sampling",
             self.dynamic_sampling,
             "false with rollout.partial.tokens_per_step > 0",
+        )
+        require(
+            not (self.partial.is_on and self.assignment == "on_demand"),
+            "rollout.assignment",
+            self.assignment,
+            "fixed with rollout.partial.tokens_per_step > 0, since a group that is carried over stays on its engine",
         )
         require(
             self.partial.extra_prompts <= self.prompts_per_step,

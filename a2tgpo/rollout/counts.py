@@ -19,6 +19,8 @@ class RolloutCounts:
     truncated_observations: int = 0
     """Number of observations that were cut because they did not fit into the token budget."""
     sampled_tokens: int = 0
+    taken_groups: int = 0
+    """Number of groups that the engine took from the queue (see `GroupRollout.play`)."""
     known_prefix_tokens: int = 0
     """Number of context tokens that the engine had already computed in an earlier turn of the same trajectory."""
     cached_prefix_tokens: int = 0

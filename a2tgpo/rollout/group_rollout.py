@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -89,6 +89,7 @@ class GroupRollout:
         group_size: int | None = None,
         score_gain: bool = True,
         skip: Container[tuple[int, int]] = (),
+        queue: Iterable[Prompt] = (),
         counts: RolloutCounts | None = None,
     ) -> Playing:
         """Start a rollout of `group_size` trajectories per prompt.
@@ -104,6 +105,9 @@ class GroupRollout:
                 `rollout.group_size` trajectories, some of which are branches if `rollout.tree` is on.
             score_gain: whether to score the gold answer in every context.
             skip: pairs (index of the prompt, sample) of trajectories that are not played.
+            queue: further prompts. The engine takes the next one whenever it has a free slot, that is, whenever it
+                generates fewer than `rollout.max_concurrent` trajectories. Without `prompts`, it takes none. All
+                ranks of the engine must get the same prompts.
             counts: receives the counts of this rollout.
 
         Yields:
@@ -117,20 +121,29 @@ class GroupRollout:
         if group_size is None and self._config.tree.is_on:
             growth = TreeGrowth(self._config.tree, group_size=size, seed=f"{seed}|{version}")
             size = self._config.tree.initial
-        live = [
-            _live(group, _start(group.prompt, sample))
-            for group in self._groups(prompts, score_gain=score_gain)
-            for sample in range(size)
-            if (group.prompt.index, sample) not in skip
-        ]
+
+        def begun(some: Sequence[Prompt]) -> list[LiveTrajectory]:
+            return [
+                _live(group, _start(group.prompt, sample))
+                for group in self._groups(some, score_gain=score_gain)
+                for sample in range(size)
+                if (group.prompt.index, sample) not in skip
+            ]
+
         sampling = Sampling(
             temperature=0.0 if greedy else self._config.temperature,
             top_p=1.0 if greedy else self._config.top_p,
             seed=seed,
             version=version,
         )
-        counts = counts or RolloutCounts()
-        return self._play(live, sampling, score_gain=score_gain, counts=counts, growth=growth)
+        return self._play(
+            begun(prompts),
+            sampling,
+            score_gain=score_gain,
+            counts=counts or RolloutCounts(),
+            growth=growth,
+            later=(begun([prompt]) for prompt in queue),
+        )
 
     def play_on(
         self,
@@ -207,7 +220,9 @@ class GroupRollout:
         score_gain: bool,
         counts: RolloutCounts,
         growth: TreeGrowth | None = None,
+        later: Iterable[list[LiveTrajectory]] = (),
     ) -> Playing:
+        waiting = iter(later)
         loop = MultiTurnLoop(
             self._engine,
             tools=self._tools,
@@ -226,6 +241,11 @@ class GroupRollout:
             for done in playing:
                 if growth is not None and done is not None:
                     loop.begin(growth.branches_after(done))
+                while loop.num_generating < self._config.max_concurrent:
+                    if (group := next(waiting, None)) is None:
+                        break
+                    loop.begin(group)
+                    counts.taken_groups += 1
                 yield None if done is None else self._finished(done)
 
     def _finished(self, live: LiveTrajectory) -> Finished:

@@ -187,6 +187,12 @@ class MultiTurnLoop:
             self._tools.drop_pending()
             raise
 
+    @property
+    def num_generating(self) -> int:
+        """Number of trajectories whose turn the engine generates, or begins when a slot is free. Trajectories that
+        wait for a tool do not count."""
+        return len(self._generating)
+
     def begin(self, live: Sequence[LiveTrajectory]) -> None:
         """Start trajectories. The caller of `play` may begin further trajectories whenever `play` has yielded.
 

@@ -15,6 +15,7 @@ NOT_COMPARED = (
     "speed/",
     "rollout/tool_wait",
     "rollout/cached_prefix",
+    "assignment/",
     "reward/wait",
     "tools/outage",
     "search/",
@@ -26,9 +27,9 @@ NOT_COMPARED = (
 )
 """Prefixes of metrics whose values may differ between two equal runs.
 
-These metrics depend on the clock, on failures, on the order in which tools answer, or on the weights that an
-engine had before a refit. The order of the answers changes which contexts an engine finds in its KV cache, but
-not the sampled tokens.
+These metrics depend on the clock, on failures, on the order in which tools answer or engines take prompts, or on the
+weights that an engine had before a refit. The order of the answers changes which contexts an engine finds in its KV
+cache, but not the sampled tokens.
 """
 
 

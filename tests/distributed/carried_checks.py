@@ -24,7 +24,7 @@ from a2tgpo.config.data import DataConfig
 from a2tgpo.config.guard import GuardConfig
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
-from a2tgpo.config.rollout import PartialConfig
+from a2tgpo.config.rollout import PartialConfig, RolloutConfig
 from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.config.update import ExtrapolationConfig, UpdateConfig
@@ -191,6 +191,38 @@ def check_an_engine_per_rank_plays_what_the_one_carried(run, played):
         torch.testing.assert_close(
             measures(found), measures(expected), atol=TOLERANCE, rtol=0, equal_nan=True
         )
+
+
+def check_engines_take_prompts_on_demand(run):
+    """Two engines with 2 slots play 8 prompts, and take 6 of them from a queue. They play what they play with fixed
+    shares, to the bit.
+    """
+    parts, found = run.parts, {}
+    for assignment in ("fixed", "on_demand"):
+        config = RolloutConfig(
+            **SETTINGS | dict(prompts_per_step=8, partial=PartialConfig()),
+            max_concurrent=2,
+            assignment=assignment,
+        )
+        rollout = build_rollout(
+            SimpleNamespace(rollout=config),
+            parts.engine_group,
+            engine=parts.engine,
+            toolset=toolset_of(ScriptedSearch()),
+            protocol=parts.rollout.protocol,
+        )
+        state = RolloutState(sampler=PromptSampler(len(parts.train_prompts), 8, seed=0))
+        steps = StepRollout(config, rewarded(rollout), parts.train_prompts, state, parts.engine_group)
+        played = steps.play(version=0)
+        rollout.close()
+        shares = all_gather_object(played.trajectories, dist.group.WORLD)
+        assert all(shares), "an engine played nothing"
+        found[assignment] = sorted(itertools.chain(*shares), key=lambda t: (t.prompt_index, t.sample_index))
+        taken = all_gather_object(played.metrics.values().get("assignment/taken_groups"), dist.group.WORLD)
+        assert taken == [None, None] if assignment == "fixed" else sum(taken) == 6, taken
+    fixed, on_demand = found["fixed"], found["on_demand"]
+    assert len(fixed) == 16 and list(map(course, on_demand)) == list(map(course, fixed))
+    torch.testing.assert_close(measures(on_demand), measures(fixed), atol=0, rtol=0, equal_nan=True)
 
 
 def members(step):

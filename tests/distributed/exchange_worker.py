@@ -5,6 +5,7 @@ torchrun --nproc-per-node 4 exchange_worker.py RESULTS.json
 
 import random
 import sys
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -13,10 +14,14 @@ from claims import Claims
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import build_turn_table
 from a2tgpo.batch.exchange import exchange
+from a2tgpo.collect.assignment import Assignment, queue_store
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.config.method_part import ADVANTAGE
 from a2tgpo.config.parallel import ParallelConfig
+from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.loss.aggregate import token_weights
+from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.engine_group import EngineGroup
 from a2tgpo.parallel.initialize import initialize, lay_out, shutdown
 from a2tgpo.record.rollout_summary import RolloutSummary, best_and_worst, gather_summaries, gather_texts
 from a2tgpo.trajectory import Call, TokenIds, Trajectory, Turn
@@ -150,6 +155,31 @@ def check_token_weights(groups, mine: list[Trajectory]) -> None:
         torch.testing.assert_close(part, whole[[everything.index(t) for t in mine]], rtol=1e-15, atol=0)
 
 
+def check_the_queue_of_prompts(groups) -> None:
+    """Two engines of two ranks take the prompts of one queue. The ranks of an engine get the same prompts, and no
+    prompt is taken twice or left over.
+    """
+    pairs = [dist.new_group([first, first + 1]) for first in (0, 2)]
+    engine_group = EngineGroup(
+        index=groups.rank // 2, count=2, rank=groups.rank % 2, group=pairs[groups.rank // 2]
+    )
+    config = RolloutConfig(prompts_per_step=30, group_size=4, max_concurrent=8)
+    questions = SimpleNamespace(
+        questions=[SimpleNamespace(hops=0)] * 30,
+        prompts=lambda indices, positions: [(indices[place], place) for place in positions],
+    )
+    assignment = Assignment(config, questions, engine_group, store=queue_store())
+    for shift in (0, 100):  # the second draw has a queue of its own
+        asked = [(place + shift) % 30 for place in range(30)]
+        begun, queue = assignment.divide(asked, range(30))
+        assert len(begun) == 2
+        mine = begun + list(queue)
+        parts = all_gather_object((engine_group.index, mine), dist.group.WORLD)
+        assert all(part == mine for index, part in parts if index == engine_group.index)
+        first, second = (dict(parts)[index] for index in range(2))
+        assert sorted(first + second, key=lambda item: item[1]) == list(zip(asked, range(30), strict=True))
+
+
 def check_nothing(groups) -> None:
     """Ranks that played nothing exchange nothing."""
     assert exchange([], groups, prompts_per_minibatch=2) == []
@@ -163,7 +193,7 @@ def main(out: str) -> None:
         mine = claims.check(f"exchange[tp{tensor}]", check_exchange, groups)
         for check in (check_texts_shown_on_rank_0, check_advantages, check_token_weights):
             claims.check(f"{check.__name__.removeprefix('check_')}[tp{tensor}]", check, groups, mine)
-        for check in (check_small_gains_to_the_last_digits, check_nothing):
+        for check in (check_small_gains_to_the_last_digits, check_the_queue_of_prompts, check_nothing):
             claims.check(f"{check.__name__.removeprefix('check_')}[tp{tensor}]", check, groups)
     claims.save(out)
     shutdown()

@@ -24,6 +24,7 @@ from carried_checks import (
     SETTINGS,
     Run,
     check_an_engine_per_rank_plays_what_the_one_carried,
+    check_engines_take_prompts_on_demand,
     check_one_engine_over_both_ranks_carries_groups_on,
     trainer_parts,
 )
@@ -401,6 +402,7 @@ def run_shared(claims, path, root):
         run,
         played,
     )
+    claims.check("engines_take_prompts_on_demand", check_engines_take_prompts_on_demand, run)
     run.close()
     engine.close()
     claims.check("world", check_world, groups)

@@ -7,7 +7,7 @@ from ranks import run_ranks
 
 CHECKS = (
     *("exchange", "texts_shown_on_rank_0", "advantages", "token_weights"),
-    *("small_gains_to_the_last_digits", "nothing"),
+    *("small_gains_to_the_last_digits", "the_queue_of_prompts", "nothing"),
 )
 CLAIMS = [f"{check}[tp{tensor}]" for tensor in (1, 2) for check in CHECKS]
 

@@ -19,6 +19,7 @@ CLAIMS = {
         "carried_logprobs",
         "three_cycles",
         "an_engine_per_rank_plays_what_the_one_carried",
+        "engines_take_prompts_on_demand",
         "world",
     ],
 }

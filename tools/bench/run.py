@@ -23,7 +23,7 @@ from measure import ROOT, Row, number
 HERE = Path(__file__).parent
 BENCHES = (
     *("advantage", "loss", "packing", "gain", "refit", "train_step"),
-    *("rollout", "partial", "whole_step", "record", "start_up"),
+    *("rollout", "assignment", "partial", "whole_step", "record", "start_up"),
 )
 """The benches in the order of the table. Each bench is a module of this name in this folder."""
 START, END = "<!-- bench table: start -->", "<!-- bench table: end -->"

@@ -30,7 +30,7 @@ SOON_S = 30.0
 class Played:
     """Stands in for `GroupRollout`: finishes a group's trajectories from the last sample to the first."""
 
-    def play(self, prompts, *, seed, version, score_gain, counts):
+    def play(self, prompts, *, seed, version, score_gain, queue, counts):
         for prompt, sample in itertools.product(prompts, reversed(range(len(ANSWERS)))):
             made = trajectory(prompt.index, sample)
             made.turns = [Turn(tokens=[1], rollout_logprobs=[0.0])]

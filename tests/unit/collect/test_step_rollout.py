@@ -163,7 +163,7 @@ class ScriptedRollout:
             for index in positions
         ]
 
-    def play(self, prompts, *, version: int, counts: RolloutCounts) -> list[Trajectory]:
+    def play(self, prompts, *, version: int, counts: RolloutCounts, queue) -> list[Trajectory]:
         played = []
         for prompt in prompts:
             for sample in range(2):

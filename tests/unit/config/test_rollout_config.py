@@ -152,6 +152,12 @@ def test_partial_rollouts_need_a_correction_and_are_refused_with_dynamic_samplin
         RolloutConfig(partial=partial, dynamic_sampling=True)
 
 
+def test_prompts_on_demand_are_refused_with_partial_rollouts():
+    partial = PartialConfig(tokens_per_step=100)
+    with pytest.raises(ConfigError, match=r"assignment is 'on_demand'; allowed: fixed with rollout\.partial"):
+        RolloutConfig(partial=partial, assignment="on_demand")
+
+
 def test_no_more_may_be_carried_over_than_a_step_can_take():
     with pytest.raises(
         ConfigError, match=r"extra_prompts is 5; allowed: at most rollout\.prompts_per_step \(4\)"
