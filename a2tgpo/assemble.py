@@ -35,7 +35,6 @@ from a2tgpo.parallel.engine_group import EngineGroup, build_engine_group
 from a2tgpo.parallel.groups import ParallelGroups
 from a2tgpo.protocol.build import build_protocol
 from a2tgpo.protocol.protocol import AgentProtocol
-from a2tgpo.record.profiler import check_profiling
 from a2tgpo.reward.episode import reader_of
 from a2tgpo.reward.load import build_rewards, need_answers
 from a2tgpo.reward.pool import RewardPool
@@ -113,7 +112,6 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
             checkpoint of another run.
     """
     config.check_training()
-    check_profiling(config.profile)
     rewards = build_rewards(config)
     with_answers = need_answers(config, rewards)
     timers = StageTimers()

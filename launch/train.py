@@ -19,6 +19,7 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.exit_codes import BROKEN_RUN, START_AGAIN
 from a2tgpo.launch.arguments import parse_start, start_parser
+from a2tgpo.launch.needs import check_profiling, training_inputs
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import report_failure
 from a2tgpo.lifecycle.stop_signal import StopSignal
@@ -44,10 +45,11 @@ def main() -> int:
 
 def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal) -> int:
     """Join the other ranks, build the run, resume it if it has a checkpoint, and train; return the exit code."""
+    check_profiling(config.profile)  # before the imports, which take seconds
+
     import torch.distributed as dist
 
     from a2tgpo.assemble import assemble, build_checkpoints
-    from a2tgpo.launch.needs import training_inputs
     from a2tgpo.launch.preflight import start_ranks
     from a2tgpo.lifecycle.process_age import process_age_s
     from a2tgpo.lifecycle.stop_request import StopRequest

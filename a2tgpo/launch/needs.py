@@ -1,4 +1,5 @@
-"""List what a program needs from its machines besides input files: disk space, and perhaps memory for an engine."""
+"""List what a program needs from its machines besides input files: disk space, and perhaps a GPU or memory for an
+engine."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from a2tgpo.config.profile import ProfileConfig
 from a2tgpo.config.run import RunConfig
 from a2tgpo.config.user_files import user_files
-from a2tgpo.io.errors import ConfigError
+from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.plan.dimensions import ModelDimensions, read_dimensions
 from a2tgpo.plan.storage import Kept, checkpoint_bytes, kept_bytes, model_bytes, most_kept
 
@@ -99,6 +101,15 @@ def warm_start_needs(config: RunConfig, *, target: Path, root: Path) -> Needs:
         change="or choose another model.path",
     )
     return Needs(disk=(checkpoint, model), has_engine=False)
+
+
+def check_profiling(config: ProfileConfig) -> None:
+    """Raise `ConfigError` if the profile needs a GPU and torch sees none."""
+    import torch
+
+    on_gpu, why = torch.cuda.is_available(), "since torch sees no GPU"
+    require(on_gpu or not config.memory, "profile.memory", list(config.memory), f"[] here, {why}")
+    require(on_gpu or config.tool == "torch", "profile.tool", config.tool, f"torch here, {why}")
 
 
 def read_model(config: RunConfig) -> ModelDimensions | None:

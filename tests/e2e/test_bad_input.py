@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from documented import documented
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -333,3 +335,21 @@ def test_what_only_a_started_run_can_find_is_one_line_too(good, change, expected
     assert result.returncode == 2, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and expected in errors[0] and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory can be recorded")
+def test_the_documented_memory_snapshot_is_refused_without_a_gpu(tmp_path):
+    command = documented("profiling.md", "profile.memory=")
+    result = subprocess.run(
+        ["bash", "-c", f"{command} run.root={tmp_path}"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line == "error: profile.memory is ['update']; allowed: [] here, since torch sees no GPU"
+    assert line in (ROOT / "docs/profiling.md").read_text() and not any(tmp_path.iterdir())

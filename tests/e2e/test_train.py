@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from documented import documented
 from stub_judge import StubJudge, chat
 
 from a2tgpo.config.load import load_config
@@ -52,8 +54,11 @@ pytestmark = pytest.mark.e2e
 
 
 def start(*arguments: str, ranks: int = 2, script: str = "launch/train.py", timeout: int = 400):
+    return launch("launch/local.sh", "-n", str(ranks), "--script", script, *arguments, timeout=timeout)
+
+
+def launch(*command: str, timeout: int = 400):
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    command = ["launch/local.sh", "-n", str(ranks), "--script", script, *arguments]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -89,14 +94,15 @@ def warm_model(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, warm_model) -> Path:
-    """A run of three steps without interruption on two data-parallel processes."""
+    """A run of three steps without interruption on two data-parallel processes, which traces its last step."""
     root = tmp_path_factory.mktemp("whole")
-    settings = [f"model.path={warm_model}", f"run.root={root}", "run.steps=3", "profile.steps=[2]"]
-    result = start(CONFIG, *settings, *SMALL, "run.deterministic=true")
+    command = shlex.split(documented("profiling.md", "profile.steps="))
+    settings = [f"model.path={warm_model}", f"run.root={root}", "run.deterministic=true"]
+    result = launch(*command, *settings, *SMALL)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "held-out EM" in result.stderr and "step 3/3" in result.stderr
     assert result.stderr.count("step 3: noise of the turn ratio over 3 steps: ") == 1
-    return root / "quickstart"
+    return root / "profiled"
 
 
 def test_a_run_leaves_its_metrics_rollouts_and_checkpoints(undisturbed):
@@ -144,7 +150,7 @@ def test_the_closing_summary_gives_each_stage_of_a_step_one_row(undisturbed):
 def test_the_trace_of_a_step_has_a_range_for_each_stage_around_its_operations(undisturbed):
     traces = sorted((undisturbed / "profile").rglob("*.*"))
     assert [str(path.relative_to(undisturbed)) for path in traces] == [
-        f"profile/step_2/trace.rank_{rank}.json.gz" for rank in (0, 1)
+        f"profile/step_3/trace.rank_{rank}.json.gz" for rank in (0, 1)
     ]
     for trace in traces:
         events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
@@ -207,10 +213,11 @@ def test_rollouts_hold_whole_groups_with_one_advantage_per_turn(undisturbed):
 
 
 def test_two_deterministic_runs_are_equal_to_the_bit(tmp_path, warm_model, undisturbed):
-    settings = [f"model.path={warm_model}", f"run.root={tmp_path}", "run.steps=3", "run.deterministic=true"]
-    result = start(CONFIG, *settings, *SMALL, "evaluation.at_start=false")
+    command = shlex.split(documented("reliability.md", "run.deterministic=true"))
+    settings = [f"model.path={warm_model}", f"run.root={tmp_path}", "run.name=second", "run.steps=3"]
+    result = launch(*command, *settings, *SMALL, "evaluation.at_start=false")
     assert result.returncode == 0, result.stderr[-3000:]
-    runs = [undisturbed, tmp_path / "quickstart"]
+    runs = [undisturbed, tmp_path / "second"]
     command = [sys.executable, "tools/compare_runs.py", *map(str, runs), "--exact"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
