@@ -48,6 +48,13 @@ def check_combinations(config: RunConfig) -> None:
         f"false with algorithm.token_credit={algorithm.token_credit}, because the engine chose no experts for "
         "contrast prompts; set rollout.router_replay=false",
     )
+    coef, rank = config.update.router_balance_coef, config.model.lora.rank
+    require(
+        coef == 0 or not config.model.lora.enabled,
+        "update.router_balance_coef",
+        coef,
+        f"0 with model.lora.rank={rank}, because a run with adapters leaves the routers unchanged",
+    )
 
 
 def _check_ratio(algorithm: AlgorithmConfig) -> None:

@@ -70,6 +70,10 @@ class UpdateConfig:
     freeze_router: bool = False
     """Leave the routers of a mixture of experts unchanged, so that a token's experts change only if its hidden states
     change. `true` is refused if the model has no experts."""
+    router_balance_coef: float = 0.0
+    """Weight of a loss that makes the routers of a mixture of experts use the experts evenly within each trajectory;
+    pre-training uses 1e-4 to 1e-2. `0`: no such loss. Values above 0 are refused if the model has no experts, or if
+    the routers are not trained."""
     distributed_optimizer: bool = True
     """Divide the optimizer state over the data-parallel ranks. `false`: every rank stores all of it."""
     offload: bool = True
@@ -87,4 +91,11 @@ class UpdateConfig:
         require(0 <= self.min_lr <= self.lr, "update.min_lr", self.min_lr, "in [0, update.lr]")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, f"update.{name}", getattr(self, name), "in [0, 1)")
+        require(self.router_balance_coef >= 0, "update.router_balance_coef", self.router_balance_coef, ">= 0")
+        require(
+            self.router_balance_coef == 0 or not self.freeze_router,
+            "update.router_balance_coef",
+            self.router_balance_coef,
+            "0 with update.freeze_router=true, since the loss could only move other weights",
+        )
         require(self.adam_eps > 0, "update.adam_eps", self.adam_eps, "> 0")

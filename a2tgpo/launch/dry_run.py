@@ -20,6 +20,7 @@ from a2tgpo.launch.needs import training_inputs
 from a2tgpo.launch.run_plan import plan_of_run
 from a2tgpo.launch.search_rate import search_shortfall
 from a2tgpo.loss.credit import needs_contrast
+from a2tgpo.model.experts import check_router_settings
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.model.rope import check_positions
 from a2tgpo.model.transformer_config import check_layout
@@ -56,6 +57,7 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
         shutdown()
     hf_config = load_hf_config(config.model.path)
     check_layout(hf_config, config.parallel, config.model.fp8)
+    check_router_settings(config.update, hf_config)
     check_positions(config.model.path, hf_config, config.max_model_len)
     if config.rollout.router_replay:
         ExpertShape.of(hf_config)

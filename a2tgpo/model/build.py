@@ -20,15 +20,15 @@ from a2tgpo.batch.packing import alignment
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
-from a2tgpo.io.errors import ConfigError
 from a2tgpo.model.expert_load import ExpertLoad
-from a2tgpo.model.experts import has_experts, is_expert, is_router
+from a2tgpo.model.experts import check_router_settings, has_experts, is_expert, is_router
 from a2tgpo.model.hf_config import load_hf_config
 from a2tgpo.model.layer_spec import decoder_spec
 from a2tgpo.model.lora import attach_adapters
 from a2tgpo.model.policy import Policy
 from a2tgpo.model.precision import require_number_formats, spec_provider, uses_transformer_engine
 from a2tgpo.model.rope import rope_of
+from a2tgpo.model.router_balance import RouterBalance
 from a2tgpo.model.router_replay import RouterReplay
 from a2tgpo.model.transformer_config import DTYPES, check_layout, padded_vocab_size, transformer_config
 from a2tgpo.model.weights import load_hf_weights, make_bridge
@@ -97,15 +97,9 @@ def build_policy(
     if with_weights or adapters is not None:
         load_hf_weights(policy)
     if update is not None and trainable:
-        if update.freeze_router:
-            _freeze_routers(policy)
+        check_router_settings(update, hf_config)
         if has_experts(hf_config):
-            policy.expert_load = ExpertLoad(
-                gpt_models,
-                groups,
-                num_layers=config.num_layers,
-                sequence_parallel=config.sequence_parallel,
-            )
+            _prepare_experts(policy, update)
         overlap = groups.device.type == "cuda" and groups.dp_cp_group.size() > 1
         wrap_for_training(policy, update, overlap=overlap)
     else:
@@ -157,17 +151,29 @@ def _gpt_model(
     return gpt_model
 
 
-def _freeze_routers(policy: Policy) -> None:
-    """Freeze the routers' weights. Raise `ConfigError` if the model has no experts."""
-    if not has_experts(policy.hf_config):
-        family = policy.hf_config.model_type
-        raise ConfigError(
-            f"update.freeze_router is true; allowed: false, since a {family} model has no experts"
+def _prepare_experts(policy: Policy, update: UpdateConfig) -> None:
+    """Count the tokens of each expert in training passes, and freeze or balance the routers as `update` says."""
+    config, models = policy.transformer_config, policy.gpt_models
+    if update.freeze_router:
+        for model in models:
+            for name, parameter in model.named_parameters():
+                if is_router(name):
+                    parameter.requires_grad_(False)
+    policy.expert_load = ExpertLoad(
+        models,
+        policy.groups,
+        num_layers=config.num_layers,
+        sequence_parallel=config.sequence_parallel,
+    )
+    if update.router_balance_coef:
+        policy.router_balance = RouterBalance(
+            models,
+            policy.groups,
+            coef=update.router_balance_coef,
+            num_layers=config.num_layers,
+            sequence_parallel=config.sequence_parallel,
+            recomputes=config.recompute_granularity == "full",
         )
-    for model in policy.gpt_models:
-        for name, parameter in model.named_parameters():
-            if is_router(name):
-                parameter.requires_grad_(False)
 
 
 def wrap_for_training(

@@ -8,7 +8,8 @@ from transformers import PretrainedConfig
 
 from a2tgpo.config.families import FAMILIES
 from a2tgpo.config.parallel import ParallelConfig
-from a2tgpo.io.errors import ConfigError
+from a2tgpo.config.update import UpdateConfig
+from a2tgpo.io.errors import ConfigError, require
 
 _PREFIX = ".mlp.experts."
 _ROUTER = ".mlp.router."
@@ -57,14 +58,26 @@ def check_expert_layout(hf_config: PretrainedConfig, parallel: ParallelConfig) -
         )
 
 
+def check_router_settings(update: UpdateConfig, hf_config: PretrainedConfig) -> None:
+    """Raise `ConfigError` if `update` has settings of routers, and the model has no experts."""
+    if has_experts(hf_config):
+        return
+    why = f"since a {hf_config.model_type} model has no experts"
+    if update.freeze_router:
+        raise ConfigError(f"update.freeze_router is true; allowed: false, {why}")
+    coef = update.router_balance_coef
+    require(coef == 0, "update.router_balance_coef", coef, f"0, {why}")
+
+
 def expert_settings(
     hf_config: PretrainedConfig, parallel: ParallelConfig, *, transformer_engine: bool
 ) -> dict[str, Any]:
     """Return the fields of Megatron's TransformerConfig for the experts. A dense model needs none.
 
     If `norm_topk_prob` is set, Qwen3 renormalises the softmax weights of the chosen experts. The result equals a
-    softmax over the chosen experts' logits, which Megatron computes without `pre_softmax`. No token is dropped and no
-    balancing loss is added, because the update must compute with the same policy as the rollout.
+    softmax over the chosen experts' logits, which Megatron computes without `pre_softmax`. No token is dropped,
+    because the update must compute with the same policy as the rollout. Megatron's own balancing losses are off,
+    because their gradients depend on the layout (see `router_balance`).
     """
     if not has_experts(hf_config):
         return {}

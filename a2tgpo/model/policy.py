@@ -18,6 +18,7 @@ from a2tgpo.batch.expert_rows import ExpertShape
 from a2tgpo.batch.packing import Alignment
 from a2tgpo.model.expert_load import ExpertLoad
 from a2tgpo.model.lora import Adapters
+from a2tgpo.model.router_balance import RouterBalance
 from a2tgpo.model.router_replay import RouterReplay
 from a2tgpo.parallel.groups import ParallelGroups
 
@@ -52,6 +53,8 @@ class Policy:
     """Whether passes and exports leave out the adapters (see `base`)."""
     router_replay: RouterReplay | None = None
     """Replays the engine's choice of experts. None: the routers always choose on their own."""
+    router_balance: RouterBalance | None = None
+    """Adds the balancing loss in training passes. None: there is no balancing loss."""
 
     @property
     def expert_shape(self) -> ExpertShape | None:
@@ -72,7 +75,14 @@ class Policy:
     def base(self) -> Policy:
         """The model without its adapters. It shares all weights with this policy, so it takes no memory."""
         assert self.adapters is not None, "only a policy with adapters has a base"
-        return replace(self, is_base=True, trainable=False, expert_load=None, router_replay=None)
+        return replace(
+            self,
+            is_base=True,
+            trainable=False,
+            expert_load=None,
+            router_replay=None,
+            router_balance=None,
+        )
 
     def adapting(self) -> AbstractContextManager[None]:
         """Return a context in which the chunks use the adapters, or leave them out if `is_base` is True."""

@@ -9,7 +9,6 @@ experts has no gradient in any case.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from a2tgpo.batch.context_split import layer_positions
 from a2tgpo.batch.expert_rows import ExpertShape
 from a2tgpo.batch.packing import PackedBatch
+from a2tgpo.model.pass_value import PassValue
 from a2tgpo.parallel.collectives import all_reduce_max
 from a2tgpo.parallel.groups import ParallelGroups
 
@@ -102,7 +102,7 @@ class RouterReplay:
 
     def check_spent(self) -> None:
         """Raise RuntimeError if the backward pass computed a layer fewer times than the forward pass did."""
-        left = [choice.layer for choice in self._choices if choice.kept]
+        left = [choice.layer for choice in self._choices if not choice.rows.is_spent]
         if left:
             raise RuntimeError(f"router replay: the backward pass did not reach layers {left}")
 
@@ -112,24 +112,20 @@ class _Choice:
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer.layer_number - 1
-        self.rows: Tensor | None = None
-        """[n, chosen] ids for the tokens of the present pass. None: the router chooses."""
+        self.rows: PassValue[Tensor] = PassValue()
+        """[n, chosen] ids for the tokens of the micro-batch. None: the router chooses."""
         self.differs: Tensor | None = None
         """[n] uint8, whether the router's own choice differs from `rows`, if the pass compares."""
-        self.kept: deque[Tensor | None] = deque()
-        """`rows` of the passes that are still to be computed again, in the order of these passes. For each chunk,
-        Megatron's schedules run the backward passes of the micro-batches in the order of their forward passes."""
-        self._in_pass = False
         self._compares = False
         layer.mlp.router.router_replay = self
 
     def begin(self, rows: Tensor | None, *, keeps: bool, compares: bool) -> None:
-        self._in_pass, self.rows, self._compares = True, rows, compares
-        if keeps:
-            self.kept.append(rows)
+        self.rows.begin(rows, keeps=keeps)
+        self._compares = compares
 
     def end(self) -> None:
-        self._in_pass, self.rows, self.differs = False, None, None
+        self.rows.end()
+        self.differs = None
 
     def get_replay_topk(
         self,
@@ -147,9 +143,7 @@ class _Choice:
         """
         assert default_compute_topk is not None
         own_scores, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
-        rows = self.rows
-        if not self._in_pass and self.kept:  # the backward pass computes the layer again
-            rows = self.kept.popleft()
+        rows = self.rows.take()
         if rows is None:
             return own_scores, own
         rows = rows.long()

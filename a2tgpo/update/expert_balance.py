@@ -16,6 +16,8 @@ def balance_metrics(policy: Policy) -> MetricSums:
     - `experts/layer_N_load` is the load of layer N, counted from 1.
     - `experts/load_mean` and `experts/load_max` are the mean and the maximum over the layers.
     - `experts/idle_share` is the share of experts, over all layers, that got no token.
+    - `experts/balance_loss`, only if the update has a balancing loss, is this loss without its weight: the mean over
+      layers and passes, which is 1 if every trajectory uses all experts evenly.
     """
     metrics = MetricSums()
     if policy.expert_load is None:
@@ -23,6 +25,8 @@ def balance_metrics(policy: Policy) -> MetricSums:
     counts = policy.expert_load.take()
     if not counts.any():
         return metrics
+    if policy.router_balance is not None:
+        metrics.add("experts/balance_loss", *policy.router_balance.take())
     loads = (counts.amax(1) / counts.mean(1)).tolist()
     for number, load in enumerate(loads, start=1):
         metrics.add(f"experts/layer_{number}_load", load, 1)

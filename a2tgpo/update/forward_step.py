@@ -45,7 +45,8 @@ def run_pipeline(
     If `forward_only` is False, the model afterwards holds the gradients of the objective. The objective is the sum of
     `token_function`'s values over all micro-batches and all data-parallel replicas.
 
-    If the policy has a `router_replay`, its routers choose the experts of the micro-batches that have `experts`.
+    If the policy has a `router_replay`, its routers choose the experts of the micro-batches that have `experts`. If
+    the policy has a `router_balance`, the gradients include those of the balancing loss.
 
     Args:
         distribution: the next-token distribution whose log-probs and entropies `token_function` receives.
@@ -75,13 +76,17 @@ def run_pipeline(
             loss = loss + 0.0 * logprobs.sum()  # the backward pass must reach every stage and parameter
         return loss * scale, {}
 
-    load, replay = None if forward_only else policy.expert_load, policy.router_replay
+    load, balance = (None, None) if forward_only else (policy.expert_load, policy.router_balance)
+    replay = policy.router_replay
+    if balance is not None:
+        balance.begin(microbatches, scale=scale)
 
     def forward_step(numbers: Iterator[int], chunk: nn.Module) -> tuple[Tensor, Any]:
         number = next(numbers)
         batch = batches[number]
         with (
             nullcontext() if load is None else load.counting(batch),
+            nullcontext() if balance is None else balance.balancing(unwrapped(chunk), batch),
             nullcontext() if replay is None else replay.replaying(unwrapped(chunk), batch),
         ):
             output = forward_packed(
@@ -107,6 +112,8 @@ def run_pipeline(
         )
     if replay is not None:
         replay.check_spent()
+    if balance is not None:
+        balance.check_spent()
 
 
 class _ScoredRows(NamedTuple):

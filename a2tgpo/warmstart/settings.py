@@ -54,7 +54,8 @@ def cold_model(config: RunConfig) -> ModelConfig:
 def update_settings(config: RunConfig, *, lr: float) -> UpdateConfig:
     """Return the run's optimizer settings with the warm start's learning rates and weight decay.
 
-    The optimizer is not offloaded, because no engine needs the memory of the GPU. Routers are trained.
+    The optimizer is not offloaded, because no engine needs the memory of the GPU. Routers are trained, without a
+    balancing loss.
     """
     settings = config.warmstart
     return dataclasses.replace(
@@ -65,6 +66,7 @@ def update_settings(config: RunConfig, *, lr: float) -> UpdateConfig:
         warmup_steps=settings.steps // 10,
         weight_decay=settings.weight_decay,
         freeze_router=False,
+        router_balance_coef=0.0,
         offload=False,
     )
 

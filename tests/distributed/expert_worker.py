@@ -22,6 +22,7 @@ from replay_checks import check_router_replay
 from update_bench import (
     Bench,
     assert_close,
+    hf_gradients,
     hf_weights,
     load_reference,
     reference_loss,
@@ -43,6 +44,8 @@ from tiny_models import checkpoint_tensors  # isort: skip  (found by what update
 
 EXPERTS = 8
 NUM_UPDATES = 3
+BALANCE = 0.1
+"""Weight of the balancing loss. It is so large that the gradients of all weights depend on it."""
 
 
 def check_transformers(bench: Bench) -> None:
@@ -136,6 +139,42 @@ def check_frozen_router(bench: Bench) -> None:
     assert math.isclose(norm, expected, rel_tol=1e-5), (norm, expected)
 
 
+def check_balance(bench: Bench) -> None:
+    """The balancing loss and its gradients equal those of transformers on single trajectories, in each layout."""
+    model = ModelConfig(
+        path=str(bench.folder / "model"),
+        dtype="float32",
+        recompute="full" if bench.parallel.pipeline > 1 else "none",
+    )
+    update = UpdateConfig(distributed_optimizer=False, router_balance_coef=BALANCE)
+    policy = build_policy(model, bench.parallel, bench.groups, update=update)
+    batches = bench.batches()
+    compute_gradients(policy, batches, bench.loss_function(batches))
+    found = balance_metrics(policy).reduce(bench.groups.dp_group)["experts/balance_loss"]
+    loss, gradients = balanced_reference(bench)
+    assert math.isclose(found, loss, rel_tol=1e-5) and loss > 1.001, (found, loss)
+    assert_close(hf_gradients(policy), gradients, 1e-4)
+
+
+def balanced_reference(bench: Bench) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return the balancing loss, and the gradients of the policy's loss with the balancing loss."""
+    reference = load_reference(bench.folder / "model")
+    of_trajectories = []
+    for trajectory in bench.trajectories:
+        if length := packed_length(trajectory):
+            ids = torch.tensor([list(trajectory.tokens[:length])])
+            for logits in reference(ids, output_router_logits=True).router_logits:
+                chosen = torch.zeros_like(logits).scatter(1, logits.topk(2).indices, 1.0)
+                of_trajectories.append(EXPERTS * (chosen.mean(0) / 2 * logits.softmax(-1).mean(0)).sum())
+    layers = reference.config.num_hidden_layers
+    balance = layers * torch.stack(of_trajectories).mean()
+    (reference_loss(reference, bench.trajectories)[0] + BALANCE * balance).backward()
+    gradients = checkpoint_tensors({n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
+    router = "model.layers.0.mlp.gate.weight"
+    assert (gradients[router] - bench.reference.gradients[router]).norm() > 1e-2 * gradients[router].norm()
+    return balance.item() / layers, gradients
+
+
 def check_updates(bench: Bench) -> None:
     """After three updates, weights and gradient norms equal those of one process with transformers and AdamW.
 
@@ -193,6 +232,7 @@ CHECKS = {
         check_nan_is_skipped,
         check_resume,
         check_router_replay,
+        check_balance,
     ],
     "dp4": [check_transformers, check_gradients, check_updates, check_from_two_expert_ranks],
     "ep4": [check_transformers, check_gradients, check_updates, check_idle_experts],
@@ -204,6 +244,7 @@ CHECKS = {
         check_expert_load,
         check_frozen_router,
         check_router_replay,
+        check_balance,
     ],
     "tp2_sequence_ep4": [check_gradients, check_scores, check_updates, check_from_two_expert_ranks],
     "cp2_ep2": [
@@ -212,6 +253,7 @@ CHECKS = {
         check_updates,
         check_expert_load,
         check_router_replay,
+        check_balance,
     ],
     "pp2_ep2": [
         check_transformers,
@@ -220,6 +262,7 @@ CHECKS = {
         check_from_two_expert_ranks,
         check_expert_load,
         check_router_replay,
+        check_balance,
     ],
 }
 

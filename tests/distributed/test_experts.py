@@ -8,19 +8,28 @@ import pytest
 from ranks import run_ranks
 
 CHECKS = {
-    "ep2": ["transformers", "gradients", "scores", "updates", "nan_is_skipped", "resume", "router_replay"],
+    "ep2": [
+        "transformers",
+        "gradients",
+        "scores",
+        "updates",
+        "nan_is_skipped",
+        "resume",
+        "router_replay",
+        "balance",
+    ],
     "dp4": ["transformers", "gradients", "updates", "from_two_expert_ranks"],
     "ep4": ["transformers", "gradients", "updates", "idle_experts"],
     "tp2_sequence": ["transformers", "gradients", "updates", "from_two_expert_ranks"],
     "tp2_sequence_ep2": [
         *("transformers", "gradients", "updates", "expert_load", "frozen_router"),
-        "router_replay",
+        *("router_replay", "balance"),
     ],
     "tp2_sequence_ep4": ["gradients", "scores", "updates", "from_two_expert_ranks"],
-    "cp2_ep2": ["gradients", "turn_ratios", "updates", "expert_load", "router_replay"],
+    "cp2_ep2": ["gradients", "turn_ratios", "updates", "expert_load", "router_replay", "balance"],
     "pp2_ep2": [
         *("transformers", "gradients", "updates", "from_two_expert_ranks", "expert_load"),
-        "router_replay",
+        *("router_replay", "balance"),
     ],
 }
 KEYS = [f"{check}[{layout}]" for layout, checks in CHECKS.items() for check in checks]
