@@ -22,6 +22,7 @@ from a2tgpo.launch.arguments import parse_start, start_parser
 from a2tgpo.launch.needs import check_profiling, training_inputs
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import report_failure
+from a2tgpo.lifecycle.garbage import lasting_objects
 from a2tgpo.lifecycle.stop_signal import StopSignal
 from a2tgpo.run.job import keep, load_as_started
 
@@ -47,18 +48,19 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
     """Join the other ranks, build the run, resume it if it has a checkpoint, and train; return the exit code."""
     check_profiling(config.profile)  # before the imports, which take seconds
 
-    import torch.distributed as dist
+    with lasting_objects():
+        import torch.distributed as dist
 
-    from a2tgpo.assemble import assemble, build_checkpoints
-    from a2tgpo.launch.preflight import start_ranks
-    from a2tgpo.lifecycle.process_age import process_age_s
-    from a2tgpo.lifecycle.stop_request import StopRequest
-    from a2tgpo.lifecycle.watchdog import Watchdog
-    from a2tgpo.metrics.guards import Guards
-    from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.run import ending
-    from a2tgpo.run.folder import RunFolder
-    from a2tgpo.trainer import Trainer
+        from a2tgpo.assemble import assemble, build_checkpoints
+        from a2tgpo.launch.preflight import start_ranks
+        from a2tgpo.lifecycle.process_age import process_age_s
+        from a2tgpo.lifecycle.stop_request import StopRequest
+        from a2tgpo.lifecycle.watchdog import Watchdog
+        from a2tgpo.metrics.guards import Guards
+        from a2tgpo.parallel.initialize import shutdown
+        from a2tgpo.run import ending
+        from a2tgpo.run.folder import RunFolder
+        from a2tgpo.trainer import Trainer
 
     imported_s = process_age_s()
     groups = start_ranks(config, training_inputs(config, resume=args.resume))

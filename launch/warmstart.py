@@ -27,6 +27,7 @@ from a2tgpo.io.exit_codes import START_AGAIN
 from a2tgpo.launch.arguments import parse_start, start_parser
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import report_failure
+from a2tgpo.lifecycle.garbage import lasting_objects
 from a2tgpo.lifecycle.stop_signal import StopSignal
 from a2tgpo.run.job import keep, load_as_started
 from a2tgpo.warmstart.target import require_target
@@ -56,15 +57,16 @@ def main() -> int:
 
 def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal) -> int:
     """Join the other ranks, build and resume the warm start, train, and write the model; return the exit code."""
-    import torch.distributed as dist
+    with lasting_objects():
+        import torch.distributed as dist
 
-    from a2tgpo.launch.warm_start import join_ranks
-    from a2tgpo.lifecycle.stop_request import StopRequest
-    from a2tgpo.lifecycle.watchdog import Watchdog
-    from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.run.date import run_date
-    from a2tgpo.warmstart.folder import WarmStartFolder
-    from a2tgpo.warmstart.loop import WarmStart
+        from a2tgpo.launch.warm_start import join_ranks
+        from a2tgpo.lifecycle.stop_request import StopRequest
+        from a2tgpo.lifecycle.watchdog import Watchdog
+        from a2tgpo.parallel.initialize import shutdown
+        from a2tgpo.run.date import run_date
+        from a2tgpo.warmstart.folder import WarmStartFolder
+        from a2tgpo.warmstart.loop import WarmStart
 
     groups = join_ranks(config)
     folder = WarmStartFolder(config, groups)

@@ -1,5 +1,6 @@
 """Settings of all tests: one thread per process, and hypothesis with reproducible examples."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,8 @@ os.environ.setdefault(
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
 )
+
+gc.disable()  # until the test files have imported their libraries; see a2tgpo/lifecycle/garbage.py
 
 import pytest
 from hypothesis import settings
@@ -36,6 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(TESTS).as_posix().startswith(SLOW):
             item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)

@@ -7,12 +7,13 @@ The ranks are forks of a process that has imported the worker's modules, which s
 
 from __future__ import annotations
 
-import gc
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+from a2tgpo.lifecycle.garbage import lasting_objects
 
 DISTRIBUTED = Path(__file__).with_name("distributed")
 OF_A_LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
@@ -51,10 +52,10 @@ def run_ranks(
 
 
 def main(num_ranks: str, worker: str, *arguments: str) -> None:
-    runpy.run_path(worker)  # only imports the modules, because the name is not __main__
-    from torch.distributed.run import main as torchrun
+    with lasting_objects():
+        runpy.run_path(worker)  # only imports the modules, because the name is not __main__
+        from torch.distributed.run import main as torchrun
 
-    gc.freeze()  # keep imported objects out of garbage collection, which an engine's start runs five times
     sys.stdout.flush()  # otherwise each fork prints the content of the buffer
     fork = ["--start-method", "fork", "--run-path", worker]
     torchrun(["--standalone", "--nproc-per-node", num_ranks, *fork, *arguments])

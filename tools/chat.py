@@ -21,6 +21,7 @@ from a2tgpo.launch.arguments import saved_model_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import report_failure
+from a2tgpo.lifecycle.garbage import lasting_objects
 
 if TYPE_CHECKING:
     from a2tgpo.rollout.group_rollout import Finished
@@ -51,9 +52,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def chat(args: argparse.Namespace) -> None:
     """Answer questions until the user ends the program. Every rank must call this. Rank 0 reads and prints."""
-    from a2tgpo.parallel.collectives import broadcast_object, world_group
-    from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.serve.player import load_saved, open_player
+    with lasting_objects():
+        from a2tgpo.parallel.collectives import broadcast_object, world_group
+        from a2tgpo.parallel.initialize import shutdown
+        from a2tgpo.serve.player import load_saved, open_player
 
     config, model = load_saved(args.config, args.overrides, args.checkpoint)
     groups = meet_ranks(config)

@@ -27,6 +27,7 @@ from a2tgpo.io.program import add_overrides, program_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import report_failure
+from a2tgpo.lifecycle.garbage import lasting_objects
 
 DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
 
@@ -74,12 +75,13 @@ def require_new(out: Path) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Convert a checkpoint to a Hugging Face folder. Every rank must call this."""
-    from a2tgpo.config.load import load_config
-    from a2tgpo.model.inference_layout import UNDIVIDED
-    from a2tgpo.model.weights import save_hf
-    from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.serve.agent_file import write_agent_file
-    from a2tgpo.serve.player import load_policy, load_saved
+    with lasting_objects():
+        from a2tgpo.config.load import load_config
+        from a2tgpo.model.inference_layout import UNDIVIDED
+        from a2tgpo.model.weights import save_hf
+        from a2tgpo.parallel.initialize import shutdown
+        from a2tgpo.serve.agent_file import write_agent_file
+        from a2tgpo.serve.player import load_policy, load_saved
 
     source, out = args.source, args.out
     file = args.config or config_beside(source)
@@ -98,11 +100,12 @@ def export(args: argparse.Namespace) -> None:
 
 def import_hf(args: argparse.Namespace) -> None:
     """Convert a Hugging Face folder to a checkpoint for step 0. Every rank must call this."""
-    from a2tgpo.checkpoint.writer import CheckpointWriter
-    from a2tgpo.model.build import build_policy
-    from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.serve.player import load_saved
-    from a2tgpo.update.optimizer import build_optimizer
+    with lasting_objects():
+        from a2tgpo.checkpoint.writer import CheckpointWriter
+        from a2tgpo.model.build import build_policy
+        from a2tgpo.parallel.initialize import shutdown
+        from a2tgpo.serve.player import load_saved
+        from a2tgpo.update.optimizer import build_optimizer
 
     source, out = args.source, args.out
     config, model = load_saved(args.config or config_beside(source), args.overrides, source, key="--in")

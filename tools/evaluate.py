@@ -32,6 +32,7 @@ from a2tgpo.launch.arguments import saved_model_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import report_failure
+from a2tgpo.lifecycle.garbage import lasting_objects
 from a2tgpo.lifecycle.stop_signal import StopSignal
 
 if TYPE_CHECKING:
@@ -111,16 +112,17 @@ def load_sets(
 
 def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
     """Play every set and write the report. Return the exit code. Every rank must call this."""
-    import torch.distributed as dist
+    with lasting_objects():
+        import torch.distributed as dist
 
-    from a2tgpo.evaluate.answer_log import open_log
-    from a2tgpo.evaluate.evaluation_settings import evaluation_settings
-    from a2tgpo.lifecycle.stop_request import StopAgreed, StopRequest
-    from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.reward.load import build_rewards
-    from a2tgpo.reward.pool import RewardPool
-    from a2tgpo.run.resume import changed_files
-    from a2tgpo.serve.player import load_saved, open_player
+        from a2tgpo.evaluate.answer_log import open_log
+        from a2tgpo.evaluate.evaluation_settings import evaluation_settings
+        from a2tgpo.lifecycle.stop_request import StopAgreed, StopRequest
+        from a2tgpo.parallel.initialize import shutdown
+        from a2tgpo.reward.load import build_rewards
+        from a2tgpo.reward.pool import RewardPool
+        from a2tgpo.run.resume import changed_files
+        from a2tgpo.serve.player import load_saved, open_player
 
     config, model = load_saved(args.config, args.overrides, args.checkpoint)
     notes = [] if model.is_hf else changed_files(model.path, config)

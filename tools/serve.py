@@ -26,6 +26,7 @@ from a2tgpo.io.program import add_overrides, program_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import report_failure
+from a2tgpo.lifecycle.garbage import lasting_objects
 
 if TYPE_CHECKING:
     from socket import socket
@@ -72,11 +73,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def serve(args: argparse.Namespace) -> None:
     """Answer requests until SIGTERM or Ctrl-C. Every rank must call this. Rank 0 listens."""
-    from a2tgpo.config.load import overridden_keys
-    from a2tgpo.parallel.initialize import shutdown
-    from a2tgpo.search.bound_socket import bind
-    from a2tgpo.serve.agent_file import AGENT_FILE, require_harmless
-    from a2tgpo.serve.player import load_saved, open_player
+    with lasting_objects():
+        from a2tgpo.config.load import overridden_keys
+        from a2tgpo.parallel.initialize import shutdown
+        from a2tgpo.search.bound_socket import bind
+        from a2tgpo.serve.agent_file import AGENT_FILE, require_harmless
+        from a2tgpo.serve.player import load_saved, open_player
 
     file = args.config or args.model / AGENT_FILE
     # Report a failed search to the client instead of making it wait for the search server.

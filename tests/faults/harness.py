@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from tiny_models import CAPITALS, save_taught
 
+from a2tgpo.lifecycle.garbage import lasting_objects
 from a2tgpo.run.equality import NOT_COMPARED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,7 +130,8 @@ def preload() -> None:
         "launch.train",
         "a2tgpo.trainer",
     )
-    _PRELOADED.extend(map(importlib.import_module, modules))
+    with lasting_objects():
+        _PRELOADED.extend(map(importlib.import_module, modules))
 
 
 def _run_launched(arguments: list[str], variables: dict[str, str], timeout_s: float) -> tuple[int, str]:
