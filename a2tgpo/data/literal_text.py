@@ -12,6 +12,7 @@ that does not begin a sequence.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -27,6 +28,9 @@ _SPACE = "\u2581"
 """SentencePiece's character for a space."""
 _ANCHOR = "\n"
 """Text that is put before a part, so that a SentencePiece tokenizer adds its space to this text, not to the part."""
+
+NUM_FRAMES = 64
+"""Number of frames whose control tokens are kept. Most texts have one of a few frames."""
 
 
 class LiteralEncoder:
@@ -51,6 +55,7 @@ class LiteralEncoder:
         # The pattern is tried at every character, because one spelling may begin inside another.
         self._spelling = re.compile(rf"(?=(?:{spellings}))(.)", re.DOTALL) if added else None
         self._anchor = self._ids([_ANCHOR])[0] if self._puts_a_space_first() else None
+        self._tokens_of_frame = functools.lru_cache(maxsize=NUM_FRAMES)(self._find_tokens_of_frame)
 
     def broken_up(self, text: str) -> str:
         """Return `text` with a `BREAK` in every spelling of a control token, and with lone surrogates replaced."""
@@ -83,7 +88,7 @@ class LiteralEncoder:
             return self.encode_parts(framed, begins_sequence=begins_sequence)
 
         encoded = encode(frame([self.broken_up(text) for text in texts]))
-        (of_frame,) = map(self._control_tokens, encode(frame(["?"])))
+        of_frame = self._tokens_of_frame(frame(["?"])[0], begins_sequence)
         for place, text in enumerate(texts):
             # A tokenizer that normalises text may create a new spelling of a control token. If so, split the text
             # at every character.
@@ -140,6 +145,10 @@ class LiteralEncoder:
     def _puts_a_space_first(self) -> bool:
         first = self._tokenizer.convert_ids_to_tokens(self._ids(["x"])[0])[:1]
         return bool(first) and str(first[0]).startswith(_SPACE)
+
+    def _find_tokens_of_frame(self, framed: str, begins_sequence: bool) -> list[int]:
+        """Return the control tokens of a frame around a text without control tokens."""
+        return self._control_tokens(self.encode_parts([framed], begins_sequence=begins_sequence)[0])
 
     def _control_tokens(self, ids: Sequence[int]) -> list[int]:
         return [token for token in ids if token in self._control_ids]
