@@ -164,7 +164,13 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         phases = MemoryPhases(policy, optimizer=optimizer, reference=reference, offload=config.update.offload)
     with timers.stage("startup_engine"):
         engine = phases.build_engine(
-            functools.partial(build_engine, config, engine_group, with_weights=resume_from is None)
+            functools.partial(
+                build_engine,
+                config,
+                engine_group,
+                tokenizer=protocol.tokenizer,
+                with_weights=resume_from is None,
+            )
         )
     return RunParts(
         config=config,
@@ -212,7 +218,13 @@ def build_reference(config: RunConfig, groups: ParallelGroups, policy: Policy) -
     return build_policy(config.model, config.parallel, groups, update=None, trainable=False)
 
 
-def build_engine(config: RunConfig, engine_group: EngineGroup, *, with_weights: bool = True) -> VllmEngine:
+def build_engine(
+    config: RunConfig,
+    engine_group: EngineGroup,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    with_weights: bool = True,
+) -> VllmEngine:
     """Build an awake engine with the weights of `model.path`; every rank must call this.
 
     If `with_weights` is false, the caller must load weights before it uses the engine.
@@ -228,6 +240,7 @@ def build_engine(config: RunConfig, engine_group: EngineGroup, *, with_weights: 
         seed=config.run.seed,
         replica_group=engine_group.group,
         with_weights=with_weights,
+        tokenizer=tokenizer,
     )
 
 

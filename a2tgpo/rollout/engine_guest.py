@@ -7,7 +7,7 @@ import gc
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +77,36 @@ def return_experts_on_first_rank(scheduler: Any, is_first_rank: bool) -> None:
         scheduler.aux_output_connector = None
 
 
+def inspect_here(registry: Any, architectures: Sequence[str]) -> None:
+    """Let vLLM inspect the model classes of these architectures in this process.
+
+    By default vLLM's registry of models starts another process for the inspection, so that this process does not
+    initialise CUDA. The other process takes 10 s, and the trainer has initialised CUDA anyway.
+    """
+    for name in architectures:
+        if name in registry.models:
+            registry.register_model(name, registry.models[name].load_model_cls())
+
+
+def leave_out_token_texts(record: Any) -> None:
+    """Keep vLLM from decoding every token of a request's log-probs, because nothing reads these texts.
+
+    The texts in which vLLM looks for stop strings do not change.
+    """
+    record.logprobs_processor.tokenizer = None
+
+
+def keep_last_rows(record: Any, count: int) -> None:
+    """Let vLLM convert only the last `count` log-probs of a request's prompt to Python objects."""
+    processor = record.logprobs_processor
+    update: Callable = processor._update_prompt_logprobs
+
+    def update_last(rows: Any) -> None:
+        update(tuple(column[-count:] for column in rows[:3]))  # token ids, log-probs and ranks
+
+    processor._update_prompt_logprobs = update_last
+
+
 @contextlib.contextmanager
 def environment_kept() -> Iterator[None]:
     """On exit, restore the trainer's environment variables and Inductor's number of compile threads.
@@ -115,6 +145,8 @@ def preserved_host_state() -> Iterator[None]:
     objects, because vLLM searches for it five times. When the engine shuts down, vLLM makes all objects collectable
     again.
     """
+    gc.collect()
+    gc.freeze()
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
@@ -128,5 +160,3 @@ def preserved_host_state() -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if torch.cuda.is_available():
             torch.cuda.set_rng_state_all(cuda_states)
-    gc.collect()
-    gc.freeze()

@@ -23,8 +23,13 @@ quantises full-precision weights layer by layer (vllm/model_executor/model_loade
 """
 
 
-def read_model(model_path: str) -> tuple[Any, PreTrainedTokenizerBase]:
+def read_model(
+    model_path: str, tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return the configuration and the tokenizer of the model in folder `model_path`.
+
+    Args:
+        tokenizer: the model's tokenizer, or None to load it.
 
     Raises:
         ConfigError: with a one-line message, if the folder or its config.json is missing, or if
@@ -38,7 +43,7 @@ def read_model(model_path: str) -> tuple[Any, PreTrainedTokenizerBase]:
         model_path,
         "a folder with config.json, *.safetensors and tokenizer.json; config.json is missing",
     )
-    return AutoConfig.from_pretrained(model_path), load_tokenizer(model_path)
+    return AutoConfig.from_pretrained(model_path), tokenizer or load_tokenizer(model_path)
 
 
 def cache_bytes_of_one(hf_config: Any, max_model_len: int, block: int, dtype: str, tp_size: int) -> int:

@@ -1,5 +1,6 @@
 """Plain records of the engine's outputs. Modules that use these records need not import vllm."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,19 @@ def expert_rows(output: Any, shape: ExpertShape, *, first: int) -> bytes:
         return shape.encode(rows)
     except ValueError as error:
         raise RuntimeError(f"the engine returned wrong experts: {error}") from error
+
+
+def score_options(tokens: Sequence[int], num_scored: int, *, is_second_runner: bool) -> dict[str, Any]:
+    """Return the arguments of vllm.SamplingParams that request the log-probs for `score_output`.
+
+    Only runner V2 can limit the log-probs to the scored tokens. V1 computes them for all uncached tokens.
+    """
+    if not is_second_runner:
+        return dict(prompt_logprobs=0, flat_logprobs=True)
+    return dict(
+        prompt_logprob_token_ids=[[token] for token in tokens[-num_scored:]],
+        prompt_logprob_start=len(tokens) - num_scored - 1,
+    )
 
 
 def score_output(output: Any, num_scored: int, *, is_second_runner: bool) -> ScoreOutput:

@@ -25,6 +25,9 @@ from a2tgpo.rollout.engine_guest import (
     abort_in_order,
     cap_cache_hits,
     environment_kept,
+    inspect_here,
+    keep_last_rows,
+    leave_out_token_texts,
     preserved_host_state,
     return_experts_on_first_rank,
 )
@@ -34,6 +37,7 @@ from a2tgpo.rollout.engine_output import (
     ScoreOutput,
     expert_rows,
     generation_output,
+    score_options,
     score_output,
 )
 from a2tgpo.rollout.lockstep import Lockstep, LockstepError
@@ -45,7 +49,8 @@ with environment_kept():
     import vllm
 
 import vllm.v1.engine.core  # noqa: E402
-from vllm import EngineArgs, SamplingParams  # noqa: E402
+from transformers import PreTrainedTokenizerBase  # noqa: E402
+from vllm import EngineArgs, ModelRegistry, SamplingParams  # noqa: E402
 from vllm.device_allocator.cumem import CuMemAllocator  # noqa: E402
 from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed  # noqa: E402
 from vllm.model_executor.model_loader import register_model_loader  # noqa: E402
@@ -55,9 +60,7 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.tokenizers.hf import get_cached_tokenizer  # noqa: E402
 from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
 from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorV1  # noqa: E402
-from vllm.v1.worker.gpu.sample.logits_processor.interface import (  # noqa: E402
-    LogitsProcessor as LogitsProcessorV2,
-)
+from vllm.v1.worker.gpu.sample.logits_processor import interface as logits_processor_v2  # noqa: E402
 
 # When an engine shuts down, vLLM would destroy the default process group, which the trainer owns.
 _end_distributed = vllm.v1.engine.core.cleanup_dist_env_and_memory
@@ -79,7 +82,7 @@ class WeightFilesLoader(DefaultModelLoader):
         return model_name_or_path, files, True, INDEX_FILE
 
 
-class MaskUnusedIds(LogitsProcessorV1, LogitsProcessorV2):
+class MaskUnusedIds(LogitsProcessorV1, logits_processor_v2.LogitsProcessor):
     """Never sample ids that the tokenizer does not use. These ids are at the end of the vocabulary.
 
     vLLM's own `allowed_token_ids` would need one list of all allowed ids per request. This class works with both
@@ -114,6 +117,7 @@ class VllmEngine:
         replica_group: CPU group of the engine's ranks, for `config.check_lockstep_every`. None: compare nothing.
         with_weights: whether to read weights. If it is False, `load_weights` must be called before the first step.
             With quantisation, weights are always read.
+        tokenizer: the model's tokenizer, or None to load it.
 
     Raises:
         ConfigError: with a one-line message, if the model is missing or unsupported, or if the cache is too small for
@@ -130,6 +134,7 @@ class VllmEngine:
         seed: int,
         replica_group: dist.ProcessGroup | None = None,
         with_weights: bool = True,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         self.max_model_len = max_model_len
         self.dtype = model_dtype if config.dtype == "auto" else config.dtype
@@ -139,7 +144,7 @@ class VllmEngine:
         self._asleep: set[str] = set()
         self._in_flight: set[str] = set()
         self._answers: dict[str, int] = {}  # id of each scoring request in flight -> number of answer tokens
-        hf_config, tokenizer = read_model(model_path)
+        hf_config, tokenizer = read_model(model_path, tokenizer)
         self._expert_shape = check_router_replay(hf_config) if config.router_replay else None
         self._returns_experts = config.router_replay and (replica_group is None or replica_group.rank() == 0)
         self._experts_from: dict[str, int] = {}  # id of each generation in flight -> `experts_from`
@@ -161,6 +166,7 @@ class VllmEngine:
             preserved_host_state(),
             contextlib.nullcontext() if is_alone else own_segments(_CPUSHMDistributed),
         ):
+            inspect_here(ModelRegistry, hf_config.architectures or ())
             try:
                 self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
             except ValueError as error:
@@ -178,8 +184,7 @@ class VllmEngine:
         self._lockstep: Lockstep | None = None
         if replica_group is not None and config.check_lockstep_every:
             self._lockstep = Lockstep(core.scheduler, replica_group, every=config.check_lockstep_every)
-        # vLLM has two model runners, V1 and V2. It uses V2 if Triton works, unless VLLM_USE_V2_MODEL_RUNNER says
-        # otherwise.
+        # vLLM uses its model runner V2 instead of V1 if Triton works, unless VLLM_USE_V2_MODEL_RUNNER says otherwise.
         self._has_second_runner: bool = self._engine.vllm_config.use_v2_model_runner
 
     @property
@@ -214,7 +219,9 @@ class VllmEngine:
         Raises:
             ConfigError: if the context leaves no room for one token.
         """
-        params = SamplingParams(
+        self._add(
+            request_id,
+            list(tokens),
             temperature=temperature,
             top_p=top_p,
             seed=seed,
@@ -226,10 +233,8 @@ class VllmEngine:
             spaces_between_special_tokens=False,
             logprobs=0,
             flat_logprobs=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
             routed_experts_prompt_start=experts_from,
         )
-        self._add(request_id, list(tokens), params)
         self._experts_from[request_id] = experts_from
 
     def submit_score(self, request_id: str, prefix: Sequence[int], answer: Sequence[int]) -> None:
@@ -246,9 +251,8 @@ class VllmEngine:
         """Return the model's own log p of `tokens[1:]`, without using the cache. The engine must be idle."""
         assert not self.has_unfinished, "sequence_logprobs needs an idle engine"
         self._submit_prompt_logprobs("sequence", list(tokens), len(tokens) - 1, 0)
-        outputs: list[EngineOutput | ScoreOutput] = []
-        while not outputs:
-            outputs = self.step()
+        while not (outputs := self.step()):
+            pass
         assert isinstance(outputs[0], ScoreOutput)
         return outputs[0].answer_logprobs
 
@@ -303,8 +307,7 @@ class VllmEngine:
         self.weight_version = version
 
     def sleep(self) -> None:
-        """Free the memory of weights and KV cache. Before the next use, wake both parts and, on a GPU, reload the
-        weights."""
+        """Free the memory of weights and KV cache. Before the next use, wake both; on a GPU, reload the weights."""
         assert not self.has_unfinished, "requests are in flight"
         assert not self._asleep, "the engine is asleep already"
         if ON_GPU:
@@ -350,7 +353,8 @@ class VllmEngine:
         if fault is not None:
             raise RuntimeError(f"the engine cannot be used: {fault}")
 
-    def _add(self, request_id: str, tokens: list[int], params: SamplingParams) -> None:
+    def _add(self, request_id: str, tokens: list[int], **params: Any) -> Any:
+        """Queue a request with these parameters, and return vLLM's record of its output."""
         self._check_usable()
         require(
             len(tokens) < self.max_model_len,
@@ -358,33 +362,31 @@ class VllmEngine:
             len(tokens),
             f"< {self.max_model_len} (data.max_prompt_tokens + rollout.max_response_tokens); raise one of them",
         )
-        self._engine.add_request(request_id, {"prompt_token_ids": tokens}, params)
+        # No other request has these parameters, so vLLM need not copy them.
+        sampling = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, skip_clone=True, **params)
+        internal_id = self._engine.add_request(request_id, {"prompt_token_ids": tokens}, sampling)
         self._in_flight.add(request_id)
+        record = self._engine.output_processor.request_states[internal_id]
+        leave_out_token_texts(record)
+        return record
 
     def _submit_prompt_logprobs(
         self, request_id: str, tokens: list[int], num_scored: int, max_hit: int
     ) -> None:
-        if self._has_second_runner:
-            # Only runner V2 can limit the log-probs to the answer. V1 computes them for all uncached tokens.
-            logprob_options: dict[str, Any] = dict(
-                prompt_logprob_token_ids=[[token] for token in tokens[-num_scored:]],
-                prompt_logprob_start=len(tokens) - num_scored - 1,
-            )
-        else:
-            logprob_options = dict(prompt_logprobs=0, flat_logprobs=True)
-        params = SamplingParams(
+        record = self._add(
+            request_id,
+            tokens,
             temperature=0,
             max_tokens=1,
             # Rows of cached positions contain arbitrary values, which must not be decoded.
             detokenize=False,
             skip_reading_prefix_cache=False,
             extra_args={MAX_CACHE_HIT: max_hit},
-            output_kind=RequestOutputKind.FINAL_ONLY,
             # If the engine returns experts, keep vLLM from copying those of the whole context.
             routed_experts_prompt_start=len(tokens),
-            **logprob_options,
+            **score_options(tokens, num_scored, is_second_runner=self._has_second_runner),
         )
-        self._add(request_id, tokens, params)
+        keep_last_rows(record, num_scored)
         self._answers[request_id] = num_scored
 
     def _finish(self, output: RequestOutput) -> EngineOutput | ScoreOutput:

@@ -38,6 +38,6 @@ def name_engine_ranges(tool: str) -> None:
 
 
 def _cache_root() -> Path:
-    """Return the folder of vLLM's cache of model architectures. Without the cache, inspecting a model takes 10 s."""
+    """Return the folder of vLLM's caches, for example of compiled kernels."""
     checkout = Path(__file__).resolve().parents[2]
     return (checkout if (checkout / "setup.py").exists() else Path.home()) / ".cache" / "a2tgpo" / "vllm"

@@ -100,12 +100,14 @@ def open_player(config: RunConfig, groups: ParallelGroups, model: SavedModel) ->
     toolset = build_tools(config)
     protocol = build_run_protocol(config, groups, toolset)
     if model.is_hf:
-        engine = build_engine(config, engine_group)
+        engine = build_engine(config, engine_group, tokenizer=protocol.tokenizer)
     else:
         policy = load_policy(config, groups, model)
         phases = MemoryPhases(policy)
         engine = phases.build_engine(
-            functools.partial(build_engine, config, engine_group, with_weights=False)
+            functools.partial(
+                build_engine, config, engine_group, tokenizer=protocol.tokenizer, with_weights=False
+            )
         )
         sync_engine(policy, engine, phases, config, version=model.step)
     return Player(

@@ -15,9 +15,8 @@ from a2tgpo.rollout.vllm_engine import VllmEngine
 class EngineWithoutEnd(VllmEngine):
     """An engine that generates the requested number of tokens, even after an end-of-sequence token."""
 
-    def _add(self, request_id: str, tokens: list[int], params: Any) -> None:
-        params.ignore_eos = True
-        super()._add(request_id, tokens, params)
+    def _add(self, request_id: str, tokens: list[int], **params: Any) -> Any:
+        return super()._add(request_id, tokens, ignore_eos=True, **params)
 
     def generate(self, request_id: str, tokens: Sequence[int], length: int, seed: int) -> None:
         """Submit a request that generates `length` tokens after `tokens`."""

@@ -19,6 +19,7 @@ from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.data.tokenizer import load_tokenizer
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.protocol.formats.hermes import FORMAT as HERMES
+from a2tgpo.rollout.engine_guest import inspect_here
 from a2tgpo.rollout.engine_output import ScoreOutput
 
 BLOCK = 32
@@ -284,6 +285,32 @@ def test_construction_leaves_generators_and_variables_alone(taught_path, engine_
     assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3"
     assert torch._inductor.config.compile_threads == 3
     engine.close()
+
+
+def test_a_models_class_is_inspected_without_another_process(monkeypatch):
+    from vllm.model_executor.models import registry
+
+    import a2tgpo.rollout.vllm_engine  # noqa: F401  # sets vLLM's variables
+
+    name, parts = "Qwen3ForCausalLM", "vllm.model_executor.models.qwen3:Qwen3ForCausalLM"
+    models = registry._ModelRegistry()
+    models.register_model(name, parts)
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: pytest.fail("another process"))
+    inspect_here(models, [name, "UnknownForCausalLM"])
+    assert models.models[name].inspect_model_cls().is_text_generation_model
+    assert list(models.models) == [name]
+
+
+def test_vllm_makes_no_texts_and_no_rows_of_log_probs_that_nobody_reads(engine, monkeypatch):
+    made, finish = {}, engine._finish
+    monkeypatch.setattr(
+        engine, "_finish", lambda output: made.update({output.request_id: output}) or finish(output)
+    )
+    submit(engine, "turn", [5, 6, 7], seed=0, max_tokens=4)
+    engine.submit_score("score", list(range(3, 40)), [5, 6])
+    drain(engine)
+    assert made["turn"].outputs[0].logprobs.decoded_tokens == [None] * len(made["turn"].outputs[0].token_ids)
+    assert len(made["score"].prompt_logprobs.logprobs) == 2
 
 
 def test_importing_vllm_leaves_the_trainers_compile_threads_alone():
