@@ -144,9 +144,7 @@ def assemble(config: RunConfig, groups: ParallelGroups, *, resume_from: Path | N
         )
         if resume_from is not None:
             require_same_run(resume_from, _record_of(resume_from), hf_config, sampler)
-        config.rollout.partial.check_questions(
-            len(train_prompts), prompts_per_step=config.rollout.prompts_per_step
-        )
+        config.rollout.check_questions(len(train_prompts))
     with timers.stage("startup_model"):
         policy = build_policy(
             config.model,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from a2tgpo.collect.informative import draw_size
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.trajectory import Trajectory, decode_records, encode_records
 
@@ -36,6 +37,8 @@ class Entry:
     engine: int
     """Index of the engine that plays the group."""
     is_complete: bool = False
+    is_dropped: bool = False
+    """Whether dynamic sampling drops the group, because the group is complete but not informative."""
 
     @property
     def key(self) -> tuple[int, int]:
@@ -75,25 +78,47 @@ def is_due(entry: Entry, version: int, *, max_staleness: int) -> bool:
     return version - entry.begun >= max_staleness
 
 
-def with_complete(entries: Sequence[Entry], complete: Collection[tuple[int, int]]) -> list[Entry]:
-    """Return `entries`, with each entry whose key is in `complete` marked as complete."""
+def with_complete(
+    entries: Sequence[Entry],
+    complete: Collection[tuple[int, int]],
+    *,
+    dropped: Collection[tuple[int, int]] = (),
+) -> list[Entry]:
+    """Return `entries`, with marks on the entries whose keys are in `complete` and in `dropped`."""
     return [
-        dataclasses.replace(entry, is_complete=entry.is_complete or entry.key in complete)
+        dataclasses.replace(
+            entry,
+            is_complete=entry.is_complete or entry.key in complete,
+            is_dropped=entry.is_dropped or entry.key in dropped,
+        )
         for entry in entries
     ]
 
 
 def to_finish(entries: Sequence[Entry], *, num_groups: int) -> list[Entry]:
-    """Return the oldest unfinished groups that must be finished to get `num_groups` complete groups."""
+    """Return the oldest unfinished groups that must be finished to get `num_groups` complete groups.
+
+    If groups were dropped, the number of groups to finish is an estimate (see `draw_size`).
+    """
     unfinished = sorted(entry for entry in entries if not entry.is_complete)
-    return unfinished[: max(0, num_groups - (len(entries) - len(unfinished)))]
+    size = draw_size(kept_of(entries), num_groups=num_groups, num_engines=1, num_left=len(unfinished))
+    return unfinished[:size]
+
+
+def kept_of(entries: Sequence[Entry]) -> list[bool]:
+    """Return, for each complete group, whether it was not dropped."""
+    return [not entry.is_dropped for entry in entries if entry.is_complete]
 
 
 def select(entries: Sequence[Entry], *, num_groups: int) -> tuple[list[Entry], list[Entry]]:
-    """Return the `num_groups` oldest complete groups, and all other groups, both sorted by age."""
-    taken = sorted(entry for entry in entries if entry.is_complete)[:num_groups]
+    """Return the `num_groups` oldest complete groups, and all other groups that were not dropped.
+
+    If there are too few complete groups, the oldest dropped groups are returned, too. Both lists are sorted by age.
+    """
+    complete = sorted((entry.is_dropped, entry) for entry in entries if entry.is_complete)
+    taken = sorted(entry for _, entry in complete[:num_groups])
     keys = {entry.key for entry in taken}
-    return taken, sorted(entry for entry in entries if entry.key not in keys)
+    return taken, sorted(entry for entry in entries if entry.key not in keys and not entry.is_dropped)
 
 
 def trajectories_of(groups: Sequence[CarriedGroup], taken: Sequence[Entry]) -> list[Trajectory]:

@@ -2,20 +2,7 @@
 
 By default, a step plays one draw of prompts. With partial rollouts, the step takes complete groups from a larger pool
 (`collect/partial.py`). With dynamic sampling, the step draws prompts until informative groups fill the step, and
-drops the other groups.
-
-A group is informative if the outcome rewards of its trajectories, before a length penalty, are not all equal (DAPO,
-arXiv 2503.14476, Eq. 11). The share of the other groups in a step is the metric `reward/equal_groups_share`.
-Informative groups are a biased sample of the policy's rollouts, so some metrics of dynamic sampling cover all groups
-that were played:
-
-    sampling/draws                  number of draws in the step
-    sampling/groups_played          number of groups in all draws
-    sampling/kept_share             share of informative groups among all groups played
-    sampling/surplus_groups         number of informative groups that did not fit into the step
-    sampling/unfilled_groups        number of uninformative groups that the step takes for lack of informative ones
-    sampling/reward_all_mean        mean outcome reward over all groups played
-    sampling/format_error_rate_all  rate of format errors over all groups played
+drops the other groups (`collect/informative.py`).
 
 With `rollout.tree`, these metrics describe the trees of the step's groups:
 
@@ -32,12 +19,11 @@ With `rollout.assignment=on_demand`, these metrics describe the division of the 
 from __future__ import annotations
 
 import dataclasses
-import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from a2tgpo.collect.assignment import Assignment, queue_store
+from a2tgpo.collect.informative import SamplingReport, draw_size, informative_groups
 from a2tgpo.collect.partial import PartialRollout
 from a2tgpo.collect.rewarded_rollout import RewardedRollout
 from a2tgpo.collect.state import RolloutState
@@ -49,8 +35,6 @@ from a2tgpo.parallel.engine_group import EngineGroup
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.group_rollout import RolloutInterruptedError
 from a2tgpo.trajectory import Trajectory
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +76,8 @@ class StepRollout:
             config, prompts, engine_group, store=queue_store() if config.assignment == "on_demand" else None
         )
         self._partial = PartialRollout(config, rollout, prompts, state, engine_group)
+        self._report = SamplingReport(config, engine_group, num_questions=state.sampler.num_questions)
         self._startup = startup
-        self._has_warned = False
 
     def play(self, *, version: int) -> PlayedStep | None:
         """Play a step with the weights of `version`. Every rank must call this.
@@ -103,10 +87,10 @@ class StepRollout:
         caller must restore the state before its next use.
         """
         counts, metrics = RolloutCounts(), MetricSums()
-        if self._config.dynamic_sampling:
-            trajectories = self._play_until_full(version, counts, metrics)
-        elif self._config.partial.is_on:
+        if self._config.partial.is_on:
             trajectories = self._partial.play(version, counts, metrics)
+        elif self._config.dynamic_sampling:
+            trajectories = self._play_until_full(version, counts, metrics)
         else:
             drawn = self._state.sampler.next_indices()
             trajectories = self._play_share(drawn, range(len(drawn)), version, counts)
@@ -161,17 +145,15 @@ class StepRollout:
             played += trajectories
             draws += 1
         selection = select_groups(informative, num_groups=num_groups)
-        if selection.num_unfilled:
-            self._warn_once(version, draws, len(informative), selection.num_unfilled)
-        metrics.add("sampling/draws", draws, 1)
-        metrics.add("sampling/groups_played", len(informative), 1)
-        metrics.add("sampling/kept_share", sum(informative), len(informative))
-        metrics.add("sampling/surplus_groups", selection.num_surplus, 1)
-        metrics.add("sampling/unfilled_groups", selection.num_unfilled, 1)
-        if self._engine_group.is_leader:
-            judged = [t.outcome_reward for t in played if t.reward_error is None]
-            metrics.add("sampling/reward_all_mean", sum(judged), len(judged))
-            metrics.add("sampling/format_error_rate_all", sum(not t.format_ok for t in played), len(played))
+        self._report.add(
+            metrics,
+            version=version,
+            draws=draws,
+            informative=informative,
+            num_surplus=selection.num_surplus,
+            num_unfilled=selection.num_unfilled,
+            played=played,
+        )
         return take_groups(played, selection.groups)
 
     def _play_share(
@@ -202,54 +184,6 @@ class StepRollout:
             return None
         merged = {index: bit for part in parts for index, bit in part.items()}
         return [merged[index] for index in drawn]
-
-    def _warn_once(self, version: int, draws: int, num_played: int, num_unfilled: int) -> None:
-        is_first_rank = self._engine_group.is_leader and self._engine_group.index == 0
-        if is_first_rank and not self._has_warned:
-            logger.warning(
-                "step %d: after %d draws (rollout.max_draws=%d) and %d of %d questions only %d of %d groups have "
-                "rewards that differ; the others have no outcome advantage. Raise rollout.max_draws, or use "
-                "questions that are neither too hard nor too easy (logged once; see sampling/unfilled_groups)",
-                version + 1,
-                draws,
-                self._config.max_draws,
-                num_played,
-                self._state.sampler.num_questions,
-                self._config.prompts_per_step - num_unfilled,
-                self._config.prompts_per_step,
-            )
-        self._has_warned = True
-
-
-def informative_groups(trajectories: Sequence[Trajectory]) -> dict[int, bool]:
-    """Return whether each group is informative, by prompt index.
-
-    A group is informative if its rewards, before a length penalty, are not all equal. Trajectories without a reward
-    do not count.
-    """
-    rewards: dict[int, set[float]] = {}
-    for trajectory in trajectories:
-        values = rewards.setdefault(trajectory.prompt_index, set())
-        if trajectory.reward_error is None:
-            values.add(trajectory.task_reward)
-    return {index: len(values) > 1 for index, values in rewards.items()}
-
-
-def draw_size(informative: Sequence[bool], *, num_groups: int, num_engines: int, num_left: int) -> int:
-    """Estimate from the share of informative groups so far how many prompts the next draw needs to fill the step.
-
-    The result is 0 if the step is full, or if the step has drawn all questions.
-
-    Args:
-        informative: whether each group played so far is informative. Empty before the first draw.
-        num_groups: the number of groups in a step. No draw has more prompts.
-        num_engines: the number of engines. Each engine gets the same number of prompts if enough questions are left.
-        num_left: the number of questions that the step has not drawn yet.
-    """
-    kept = sum(informative)
-    missing = max(num_groups - kept, 0)
-    wanted = math.ceil(missing * len(informative) / kept) if kept else num_groups
-    return min(math.ceil(wanted / num_engines) * num_engines, num_groups, num_left)
 
 
 @dataclass(frozen=True, kw_only=True)

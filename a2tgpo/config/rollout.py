@@ -88,18 +88,6 @@ class PartialConfig:
     def is_on(self) -> bool:
         return self.tokens_per_step > 0
 
-    def check_questions(self, num_questions: int, *, prompts_per_step: int) -> None:
-        """Raise `ConfigError` if a question could be drawn again while its trajectories are still in flight."""
-        # The sampler moves questions in flight to the end of an epoch, but only when the epoch starts.
-        needed = self.extra_prompts + (self.max_staleness + 1) * prompts_per_step
-        require(
-            self.extra_prompts == 0 or needed <= num_questions,
-            "rollout.partial.extra_prompts",
-            self.extra_prompts,
-            f"0, or extra_prompts + (max_staleness + 1) * rollout.prompts_per_step ({needed}) at most the number of "
-            f"questions in data.train ({num_questions})",
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class TreeConfig:
@@ -245,12 +233,6 @@ class RolloutConfig:
             ">= 2 with rollout.dynamic_sampling",
         )
         require(
-            not (self.partial.is_on and self.dynamic_sampling),
-            "rollout.dynamic_sampling",
-            self.dynamic_sampling,
-            "false with rollout.partial.tokens_per_step > 0",
-        )
-        require(
             not (self.partial.is_on and self.assignment == "on_demand"),
             "rollout.assignment",
             self.assignment,
@@ -299,6 +281,22 @@ class RolloutConfig:
             "rollout.tree.initial",
             self.tree.initial,
             "0 with rollout.partial.tokens_per_step > 0, since trajectories branch only after they have ended",
+        )
+
+    def check_questions(self, num_questions: int) -> None:
+        """Raise `ConfigError` if a question could be drawn again while its trajectories are still in flight."""
+        # The sampler moves questions in flight to the end of an epoch, but only when the epoch starts.
+        partial, per_step, formula = self.partial, self.prompts_per_step, "rollout.prompts_per_step"
+        if self.dynamic_sampling:
+            per_step = self.max_draws * self.prompts_per_step + partial.extra_prompts
+            formula = "(rollout.max_draws * rollout.prompts_per_step + extra_prompts)"
+        needed = partial.extra_prompts + (partial.max_staleness + 1) * per_step
+        require(
+            partial.extra_prompts == 0 or needed <= num_questions,
+            "rollout.partial.extra_prompts",
+            partial.extra_prompts,
+            f"0, or extra_prompts + (max_staleness + 1) * {formula} ({needed}) at most the number of questions in "
+            f"data.train ({num_questions})",
         )
 
     @property

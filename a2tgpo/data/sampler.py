@@ -70,7 +70,7 @@ class PromptSampler:
         Args:
             count: number of questions. The default is `per_step`.
             excluded: indices that must not be returned, because their questions are already in the step or, with
-                partial rollouts, were carried over (see `PartialConfig.check_questions`). Their number plus `count`
+                partial rollouts, were carried over (see `RolloutConfig.check_questions`). Their number plus `count`
                 must not exceed the number of questions.
         """
         count = self.per_step if count is None else count

@@ -83,7 +83,7 @@ def dry_run(config: RunConfig, *, resume: str, accept_changes: bool) -> int:
     )
     if (found := find_record(config, resume)) is not None:
         require_same_run(*found, hf_config, sampler)
-    config.rollout.partial.check_questions(len(train_prompts), prompts_per_step=per_step)
+    config.rollout.check_questions(len(train_prompts))
     # If no launcher started this process, plan for the configured cluster, so that a login node can check a run.
     gpus = int(os.environ.get("WORLD_SIZE", config.cluster.gpus))
     plan, source, card = plan_of_run(config, num_gpus=gpus)

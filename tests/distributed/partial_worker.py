@@ -9,11 +9,12 @@ Results go to FOLDER/results.json.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from a2tgpo.config.run import RunConfig, RunSettings
 from a2tgpo.config.search import SearchConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.metrics.reduce import MetricSums
+from a2tgpo.parallel.collectives import all_gather_object
 from a2tgpo.parallel.engine_group import EngineGroup
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.rollout.counts import RolloutCounts
@@ -72,6 +74,18 @@ class Played:
                 stop_reason="answer" if budget is None else "",
             )
             played.append(dataclasses.replace(group, trajectories=[member]))
+        return played
+
+
+class Mixed(Played):
+    """Plays groups of two trajectories. The rewards of every second question's trajectories differ."""
+
+    def play_on(self, groups: Sequence[CarriedGroup], **rest: Any) -> list[CarriedGroup]:
+        played = []
+        for group in super().play_on(groups, **rest):
+            first, is_mixed = group.trajectories[0], group.question % 2
+            second = dataclasses.replace(first, sample_index=1, task_reward=float(is_mixed))
+            played.append(dataclasses.replace(group, trajectories=[first, second]))
         return played
 
 
@@ -122,6 +136,24 @@ def check_a_second_wave_is_broken_off_on_all_ranks_or_on_none(root: Path, rank: 
             assert found is None and not state.carried.entries
         else:
             assert found is not None and len(found) == 32 and len(state.carried.own) == 2
+
+
+def check_ranks_agree_on_the_groups_that_dynamic_sampling_drops(root: Path, rank: int) -> None:
+    config = run_config(root)
+    rollout = dataclasses.replace(config.rollout, prompts_per_step=8, dynamic_sampling=True)
+    state, mixed = new_state(config), cast(Any, Mixed(lambda: False))
+    partial = PartialRollout(rollout, mixed, PROMPTS, state, EngineGroup(index=rank, count=2))
+    for version in range(4):
+        metrics = MetricSums()
+        share = partial.play(version, RolloutCounts(), metrics)
+        assert share is not None
+        parts = all_gather_object((share, state.carried.entries), dist.group.WORLD)
+        assert all(entries == state.carried.entries for _, entries in parts), "the ranks carry other groups"
+        step = sorted((t for part, _ in parts for t in part), key=lambda t: (t.prompt_index, t.sample_index))
+        assert [(t.prompt_index, t.sample_index) for t in step] == list(itertools.product(range(8), range(2)))
+        assert all(int(t.prompt_id) % 2 for t in step), "a dropped group is in the step"
+        assert all(part for part, _ in parts), "an engine has no group in the step"
+        assert metrics.values()["sampling/unfilled_groups"] == 0
 
 
 def bank_of(folder: Path, rank: int, state: RolloutState, engine_group: EngineGroup) -> RolloutBank:
@@ -177,6 +209,7 @@ def check_a_shared_engine_banks_one_file_with_what_is_each_ranks_own(root: Path,
 
 CHECKS = (
     check_a_second_wave_is_broken_off_on_all_ranks_or_on_none,
+    check_ranks_agree_on_the_groups_that_dynamic_sampling_drops,
     check_banks_of_two_attempts_are_not_mixed,
     check_a_shared_engine_banks_one_file_with_what_is_each_ranks_own,
 )

@@ -7,6 +7,7 @@ from ranks import run_ranks
 
 CLAIMS = [
     "a_second_wave_is_broken_off_on_all_ranks_or_on_none",
+    "ranks_agree_on_the_groups_that_dynamic_sampling_drops",
     "banks_of_two_attempts_are_not_mixed",
     "a_shared_engine_banks_one_file_with_what_is_each_ranks_own",
 ]

@@ -20,7 +20,7 @@ from a2tgpo.collect.carried_pool import (
     trajectories_of,
     with_complete,
 )
-from a2tgpo.config.rollout import PartialConfig
+from a2tgpo.config.rollout import PartialConfig, RolloutConfig
 from a2tgpo.data.sampler import PromptSampler
 from a2tgpo.rollout.carried_group import CarriedGroup, copied, shortened
 from a2tgpo.rollout.multi_turn import MIN_TURN_TOKENS, Limits
@@ -116,7 +116,7 @@ def test_the_fewest_questions_allowed_are_enough_to_have_none_in_play_twice(
         tokens_per_step=1, extra_prompts=round(extra_share * num_groups), max_staleness=max_staleness
     )
     num_questions = partial.extra_prompts + (max_staleness + 1) * num_groups + more
-    partial.check_questions(num_questions, prompts_per_step=num_groups)
+    RolloutConfig(prompts_per_step=num_groups, partial=partial).check_questions(num_questions)
     sampler = PromptSampler(num_questions, num_groups, seed)
     carried: list[Entry] = []
     for step in range(25):

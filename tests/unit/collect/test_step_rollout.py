@@ -8,14 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from a2tgpo.collect.informative import draw_size, informative_groups
 from a2tgpo.collect.state import RolloutState
-from a2tgpo.collect.step import (
-    StepRollout,
-    draw_size,
-    informative_groups,
-    select_groups,
-    take_groups,
-)
+from a2tgpo.collect.step import StepRollout, select_groups, take_groups
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.data.sampler import PromptSampler

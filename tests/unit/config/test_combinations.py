@@ -84,7 +84,6 @@ REFUSED = {
     ("algorithm.gain_spread_floor=0.01", "algorithm.normalize_by_std=False"),
     ("rollout.router_replay=True", "algorithm.token_credit=gcpo"),
     ("rollout.partial.tokens_per_step=1000", "algorithm.correction.kind=none"),
-    ("rollout.partial.tokens_per_step=1000", "rollout.dynamic_sampling=True"),
     ("rollout.partial.tokens_per_step=1000", "rollout.tree.initial=2"),
     *(("rollout.partial.tokens_per_step=1000", f"algorithm.advantage={a}") for a in OF_TREES),
     ("rollout.gain.scorer=reference", "algorithm.turn_signal=scores"),

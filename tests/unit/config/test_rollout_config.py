@@ -132,7 +132,7 @@ def test_gains_by_the_reference_leave_the_engine_nothing_to_check():
         configured(rollout=both)
 
 
-def test_partial_rollouts_need_a_correction_and_are_refused_with_dynamic_sampling():
+def test_partial_rollouts_need_a_correction():
     sections = dict(
         run=RunSettings(name="r"),
         model=ModelConfig(path="unused"),
@@ -148,8 +148,6 @@ def test_partial_rollouts_need_a_correction_and_are_refused_with_dynamic_samplin
         RunConfig(**sections, rollout=rollout)
     corrected = AlgorithmConfig(correction=CorrectionConfig(kind="mask"))
     assert RunConfig(**sections, rollout=rollout, algorithm=corrected).rollout.partial.is_on
-    with pytest.raises(ConfigError, match=r"dynamic_sampling is True; allowed: false with rollout\.partial"):
-        RolloutConfig(partial=partial, dynamic_sampling=True)
 
 
 def test_prompts_on_demand_are_refused_with_partial_rollouts():
@@ -165,10 +163,15 @@ def test_no_more_may_be_carried_over_than_a_step_can_take():
         RolloutConfig(prompts_per_step=4, partial=PartialConfig(tokens_per_step=1, extra_prompts=5))
     with pytest.raises(ConfigError, match=r"extra_prompts is 5; allowed: >= 0, and 0 while"):
         PartialConfig(extra_prompts=5)
+    partial = PartialConfig(tokens_per_step=1, extra_prompts=2, max_staleness=2)
+    rollout = RolloutConfig(prompts_per_step=4, partial=partial)
+    rollout.check_questions(14)
     with pytest.raises(ConfigError, match=r"extra_prompts is 2; .* \(14\) at most the number of .* \(13\)$"):
-        PartialConfig(tokens_per_step=1, extra_prompts=2, max_staleness=2).check_questions(
-            13, prompts_per_step=4
-        )
-    PartialConfig(tokens_per_step=1).check_questions(4, prompts_per_step=4)
+        rollout.check_questions(13)
+    rollout = RolloutConfig(prompts_per_step=4, partial=partial, dynamic_sampling=True, max_draws=3)
+    rollout.check_questions(44)
+    with pytest.raises(ConfigError, match=r"extra_prompts is 2; .* \(44\) at most the number of .* \(43\)$"):
+        rollout.check_questions(43)
+    RolloutConfig(prompts_per_step=4, partial=PartialConfig(tokens_per_step=1)).check_questions(4)
     with pytest.raises(ConfigError, match=r"max_staleness is 0; allowed: >= 1"):
         PartialConfig(max_staleness=0)
