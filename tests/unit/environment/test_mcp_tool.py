@@ -43,18 +43,22 @@ ANYTHING = """
 import json, sys
 for line in sys.stdin:
     message = json.loads(line)
+    if "id" not in message:
+        continue
+    answer = {"jsonrpc": "2.0", "id": message["id"]}
     if message["method"] == "initialize":
         version = message["params"]["protocolVersion"]
-        result = {"protocolVersion": version, "capabilities": {}, "serverInfo": {"name": "x", "version": "1"}}
+        server = {"name": "x", "version": "1"}
+        answer["result"] = {"protocolVersion": version, "capabilities": {}, "serverInfo": server}
     elif message["method"] == "tools/list":
         schema = {"type": "object", "properties": {"x": True}}
-        result = {"tools": [{"name": "show", "inputSchema": schema}]}
+        answer["result"] = {"tools": [{"name": "show", "inputSchema": schema}]}
     elif message["method"] == "tools/call":
         text = json.dumps(message["params"]["arguments"]["x"])
-        result = {"content": [{"type": "text", "text": text}]}
-    else:
-        continue
-    print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}), flush=True)
+        answer["result"] = {"content": [{"type": "text", "text": text}]}
+    else:  # without an answer, the client waits ten seconds before it asks in an older version
+        answer["error"] = {"code": -32601, "message": "no such method"}
+    print(json.dumps(answer), flush=True)
 """
 """A server that needs no package, and has a tool whose parameter has the schema `true`."""
 
