@@ -15,6 +15,7 @@ NOT_COMPARED = (
     "speed/",
     "rollout/tool_wait",
     "rollout/cached_prefix",
+    "gain/computed_tokens",
     "assignment/",
     "reward/wait",
     "tools/outage",
@@ -28,8 +29,8 @@ NOT_COMPARED = (
 """Prefixes of metrics whose values may differ between two equal runs.
 
 These metrics depend on the clock, on failures, on the order in which tools answer or engines take prompts, or on the
-weights that an engine had before a refit. The order of the answers changes which contexts an engine finds in its KV
-cache, but not the sampled tokens.
+weights that an engine had before a refit. The order of answers and prompts changes which contexts an engine finds in
+its KV cache, but not the sampled tokens.
 """
 
 
