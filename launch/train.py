@@ -22,7 +22,7 @@ from a2tgpo.launch.arguments import parse_start, start_parser
 from a2tgpo.launch.needs import check_profiling, training_inputs
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import report_failure
-from a2tgpo.lifecycle.garbage import lasting_objects
+from a2tgpo.lifecycle.garbage import lasting_objects, leave_garbage
 from a2tgpo.lifecycle.stop_signal import StopSignal
 from a2tgpo.run.job import keep, load_as_started
 
@@ -123,6 +123,7 @@ def run(config: RunConfig, args: argparse.Namespace, *, stop_signal: StopSignal)
     # A launcher ends the other ranks as soon as one rank exits with a code that is not 0.
     dist.barrier()
     shutdown()
+    leave_garbage()
     return code
 
 

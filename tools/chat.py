@@ -21,7 +21,7 @@ from a2tgpo.launch.arguments import saved_model_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import report_failure
-from a2tgpo.lifecycle.garbage import lasting_objects
+from a2tgpo.lifecycle.garbage import lasting_objects, leave_garbage
 
 if TYPE_CHECKING:
     from a2tgpo.rollout.group_rollout import Finished
@@ -76,6 +76,7 @@ def chat(args: argparse.Namespace) -> None:
             print(text, flush=True)
     player.close()
     shutdown()
+    leave_garbage()
 
 
 def read_question(given: str | None, number: int) -> str:

@@ -27,7 +27,7 @@ from a2tgpo.io.program import add_overrides, program_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import report_failure
-from a2tgpo.lifecycle.garbage import lasting_objects
+from a2tgpo.lifecycle.garbage import lasting_objects, leave_garbage
 
 DIRECTIONS = ("hf-to-megatron", "megatron-to-hf")
 
@@ -96,6 +96,7 @@ def export(args: argparse.Namespace) -> None:
         write_agent_file(out, load_config(file, [*UNDIVIDED, *args.overrides]))
         print(f"wrote {out}: the weights of {model.path} as a Hugging Face model", flush=True)
     shutdown()
+    leave_garbage()
 
 
 def import_hf(args: argparse.Namespace) -> None:
@@ -133,6 +134,7 @@ def import_hf(args: argparse.Namespace) -> None:
     if groups.rank == 0:
         print(f"wrote {path}: start a run from it with --resume {path}", flush=True)
     shutdown()
+    leave_garbage()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from a2tgpo.launch.arguments import saved_model_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import report_failure
-from a2tgpo.lifecycle.garbage import lasting_objects
+from a2tgpo.lifecycle.garbage import lasting_objects, leave_garbage
 from a2tgpo.lifecycle.stop_signal import StopSignal
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
     # Wait for all ranks, because a launcher ends the other ranks when one rank exits with a code other than 0.
     dist.barrier()
     shutdown()
+    leave_garbage()
     return START_AGAIN if stop.is_agreed else 0
 
 

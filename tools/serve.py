@@ -26,7 +26,7 @@ from a2tgpo.io.program import add_overrides, program_parser
 from a2tgpo.launch.preflight import meet_ranks
 from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import report_failure
-from a2tgpo.lifecycle.garbage import lasting_objects
+from a2tgpo.lifecycle.garbage import lasting_objects, leave_garbage
 
 if TYPE_CHECKING:
     from socket import socket
@@ -101,6 +101,7 @@ def serve(args: argparse.Namespace) -> None:
             play(player, orders)
     player.close()
     shutdown()
+    leave_garbage()
 
 
 def lead(player: Player, bound: socket, args: argparse.Namespace, stopping: threading.Event) -> None:

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from a2tgpo.lifecycle.garbage import lasting_objects
+from a2tgpo.lifecycle.garbage import lasting_objects, leave_garbage
 
 
 class Cycle:
@@ -33,3 +33,13 @@ def test_an_error_inside_leaves_the_collector_on():
     with pytest.raises(ImportError), lasting_objects():
         raise ImportError
     assert gc.isenabled()
+
+
+def test_nothing_is_searched_for_garbage_while_a_program_ends():
+    kept = Cycle()
+    leave_garbage()
+    try:
+        assert not gc.isenabled()
+        assert not any(kept is found for found in gc.get_objects())
+    finally:
+        gc.enable()
