@@ -22,6 +22,7 @@ from a2tgpo.config.expand import path_argument
 from a2tgpo.io.atomic_file import atomic_folder
 from a2tgpo.io.errors import ConfigError, first_line, require
 from a2tgpo.io.program import exit_code, program_parser
+from a2tgpo.lifecycle.garbage import lasting_objects
 
 from worlds.tiny_model import build_model, build_tokenizer, texts_of
 
@@ -145,7 +146,8 @@ def prepare(argv: list[str] | None = None) -> None:
 
 
 def main() -> int:
-    return exit_code(prepare)
+    with lasting_objects():  # of the imported libraries; the program itself creates few objects
+        return exit_code(prepare)
 
 
 if __name__ == "__main__":
