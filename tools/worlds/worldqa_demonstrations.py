@@ -57,8 +57,9 @@ def build_demonstrations(
         while len(kinds) < len(picked):
             kinds.append(POOR_KINDS[num_hops][(len(kinds) - num_good) % len(POOR_KINDS[num_hops])])
         draw.shuffle(kinds)
+        answers = _answers_by_relation(pool)
         for question, kind in zip(picked, kinds, strict=True):
-            turns = _turns(question, kind, pool, search, draw, detour_share)
+            turns = _turns(question, kind, answers, search, draw, detour_share)
             records.append({**question.to_dict(), "turns": turns, "quality": kind})
     draw.shuffle(records)
     return records
@@ -85,23 +86,28 @@ def spread(pool: Sequence[Question], count: int, draw: random.Random) -> list[Qu
 def _turns(
     question: Question,
     kind: str,
-    pool: Sequence[Question],
+    answers: Mapping[str, Sequence[str]],
     search: Search,
     draw: random.Random,
     detour_share: float,
 ) -> list[dict]:
-    """Return the turns of one demonstration for `question`. `kind` is "good" or a kind of `POOR_KINDS`."""
+    """Return the turns of one demonstration for `question`.
+
+    Args:
+        kind: "good" or a kind of `POOR_KINDS`.
+        answers: the result of `_answers_by_relation` for the questions with as many hops.
+    """
     hops, answer = question.hops, question.hops[-1].answer.text
     turns: list[dict] = []
     if kind == "guess":
-        return [{"text": _final(_wrong_answer(question, pool, draw))}]
+        return [{"text": _final(_wrong_answer(question, answers, draw))}]
     if kind == "useless_query":
         query = QUERIES[hops[-1].relation].format("it") if draw.random() < 0.5 else "the answer"
         turns.append(_search_turn("First", hops[0], query, search))
-        return [*turns, {"text": _final(_wrong_answer(question, pool, draw))}]
+        return [*turns, {"text": _final(_wrong_answer(question, answers, draw))}]
     if kind == "early_stop":
         # Guess an answer. Answering with the last result would teach that results make the gold answer less probable.
-        hops, answer = hops[: draw.randrange(1, len(hops))], _wrong_answer(question, pool, draw)
+        hops, answer = hops[: draw.randrange(1, len(hops))], _wrong_answer(question, answers, draw)
     for number, hop in enumerate(hops):
         spare = MAX_SEARCHES - len(turns) - (len(hops) - number)
         while spare > 0 and detour_share and draw.random() < detour_share:
@@ -139,10 +145,17 @@ def _final(answer: str) -> str:
     return f"{FINAL_THOUGHT}{answer}}} </answer>"
 
 
-def _wrong_answer(question: Question, pool: Sequence[Question], draw: random.Random) -> str:
+def _answers_by_relation(pool: Sequence[Question]) -> dict[str, list[str]]:
+    """Return the sorted distinct answers to the questions in `pool`, by the relation of a question's last hop."""
+    found: dict[str, set[str]] = {}
+    for question in pool:
+        found.setdefault(question.hops[-1].relation, set()).add(question.hops[-1].answer.text)
+    return {relation: sorted(texts) for relation, texts in found.items()}
+
+
+def _wrong_answer(question: Question, answers: Mapping[str, Sequence[str]], draw: random.Random) -> str:
     """Return the answer of another question. The answer has the type that `question` requires."""
-    relation = question.hops[-1].relation
-    others = {other.hops[-1].answer.text for other in pool if other.hops[-1].relation == relation}
-    wrong = sorted(others - {question.hops[-1].answer.text})
+    last = question.hops[-1]
+    wrong = [text for text in answers[last.relation] if text != last.answer.text]
     # If there are very few questions, perhaps no other question has an answer of this type.
-    return draw.choice(wrong) if wrong else question.hops[-1].subject
+    return draw.choice(wrong) if wrong else last.subject
