@@ -166,10 +166,10 @@ ablation: setup $(DETOURS)/demonstrations.jsonl $(CHAINS)/demonstrations.jsonl
 bench: setup setup-trl artifacts/worldqa/train.jsonl artifacts/models/smollm2-135m/config.json
 	$(PY) tools/bench/run.py
 
-# Run several test files at a time, long files first, and show each failure at once. If a worker process dies, end the
-# tests, because pytest-xdist can wait forever for a replacement of the worker.
+# Run several test files at a time, in the order of tests/conftest.py, and show each failure at once. If a worker
+# process dies, end the tests, because pytest-xdist can wait forever for a replacement of the worker.
 TEST_JOBS ?= 2
-SIDE_BY_SIDE := --instafail -n $(TEST_JOBS) --dist loadfile --max-worker-restart 0
+SIDE_BY_SIDE := --instafail -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Run lint and fast-tests at the same time, because mypy uses only one core.
 check: setup

@@ -20,6 +20,8 @@ gc.disable()  # until the test files have imported their libraries; see a2tgpo/l
 
 import pytest
 from hypothesis import settings
+from preloaded import VARIABLE
+from preloaded.session import Session
 
 SLOW = (
     *("distributed/", "e2e/", "faults/", "unit/environment/test_python_tool.py"),
@@ -30,15 +32,34 @@ SLOW = (
     *("unit/rollout/test_engine_quantization.py", "unit/rollout/test_engine_work.py"),
     *("unit/rollout/test_gpu_", "unit/rollout/test_multi_turn.py", "unit/rollout/test_partial.py"),
     *("unit/rollout/test_vllm_engine.py", "unit/run/", "unit/search/test_http_client.py"),
-    *("unit/search/test_retrieval_", "unit/test_wheel.py", "unit/tools/", "unit/warmstart/test_rejection.py"),
+    *("unit/search/test_retrieval_", "unit/test_preloaded.py", "unit/test_wheel.py", "unit/tools/"),
+    "unit/warmstart/test_rejection.py",
 )
 """Tests that start engines, servers or programs, or take more than a few seconds. `make check` leaves them out."""
+LONGEST = (
+    *("e2e/test_user_path.py", "e2e/test_slurm.py", "e2e/test_train.py", "distributed/test_lockstep.py"),
+    *("distributed/test_methods.py", "distributed/test_update.py", "unit/rollout/test_gpu_model_runner.py"),
+    *("unit/tools/test_gpu_check.py", "distributed/test_experts.py", "distributed/test_preflight.py"),
+    *("distributed/test_refit.py", "distributed/test_advantage_ranks.py", "e2e/test_mpi.py"),
+    *("e2e/test_bad_input.py", "distributed/test_transformer_engine.py"),
+)
+"""The files that take longest, in the order in which they start, so that no long file is left for the end."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    is_worker = hasattr(config, "workerinput")  # of pytest-xdist: it uses the server of its controller
+    if not is_worker:
+        session = Session()
+        config.add_cleanup(session.close)
+        os.environ[VARIABLE] = session.python
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.relative_to(TESTS).as_posix().startswith(SLOW):
+    files = {item: item.path.relative_to(TESTS).as_posix() for item in items}
+    for item, file in files.items():
+        if file.startswith(SLOW):
             item.add_marker("slow")
+    items.sort(key=lambda item: LONGEST.index(files[item]) if files[item] in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish() -> None:

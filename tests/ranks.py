@@ -1,19 +1,12 @@
-"""Run programs of tests/distributed on several real processes, as torchrun does.
-
-    python ranks.py NUM_RANKS WORKER [ARGUMENT ...]
-
-The ranks are forks of a process that has imported the worker's modules, which saves most of a short launch's time.
-"""
+"""Run programs of tests/distributed on several real processes, as torchrun does."""
 
 from __future__ import annotations
 
 import os
-import runpy
 import subprocess
-import sys
 from pathlib import Path
 
-from a2tgpo.lifecycle.garbage import lasting_objects
+from preloaded.command import PYTHON
 
 DISTRIBUTED = Path(__file__).with_name("distributed")
 OF_A_LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
@@ -34,8 +27,9 @@ def run_ranks(
     """
     variables = {k: v for k, v in os.environ.items() if k not in OF_A_LAUNCHER} | (environment or {})
     variables["PYTHONPATH"] = os.pathsep.join([str(DISTRIBUTED), variables["PYTHONPATH"]])
+    torchrun = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     process = subprocess.Popen(
-        [sys.executable, __file__, str(num_ranks), str(DISTRIBUTED / worker), *map(str, arguments)],
+        [*torchrun, str(DISTRIBUTED / worker), *map(str, arguments)],
         env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -49,17 +43,3 @@ def run_ranks(
         raise AssertionError(f"still running after {timeout_s} s:\n{output[-4000:]}") from None
     assert process.returncode == 0, output[-6000:]
     return output
-
-
-def main(num_ranks: str, worker: str, *arguments: str) -> None:
-    with lasting_objects():
-        runpy.run_path(worker)  # only imports the modules, because the name is not __main__
-        from torch.distributed.run import main as torchrun
-
-    sys.stdout.flush()  # otherwise each fork prints the content of the buffer
-    fork = ["--start-method", "fork", "--run-path", worker]
-    torchrun(["--standalone", "--nproc-per-node", num_ranks, *fork, *arguments])
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

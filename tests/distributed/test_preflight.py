@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from faults.harness import write_inputs
+from preloaded.command import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,10 +51,11 @@ def start(
     config: str, what: str, prefix: Sequence[str] = (), **environment: str
 ) -> subprocess.CompletedProcess:
     worker = str(Path(__file__).with_name("preflight_worker.py"))
+    python = sys.executable if prefix else PYTHON  # a fork has the host name of the session
     return subprocess.run(
         [*prefix, "launch/local.sh", "-n", "2", "--script", worker, config, what],
         cwd=ROOT,
-        env=os.environ | {"PYTHON": sys.executable} | environment,
+        env=os.environ | {"PYTHON": python} | environment,
         capture_output=True,
         text=True,
         timeout=240,
@@ -114,7 +116,7 @@ def test_a_tool_does_not_wait_for_ranks_that_were_never_started(config, tmp_path
     model = str(Path(config).parent / "model")
     arguments = ["hf-to-megatron", "--in", model, "--out", str(tmp_path / "out"), "--config", config]
     done = subprocess.run(
-        [sys.executable, "tools/convert.py", *arguments, "parallel.start_timeout_s=3"],
+        [PYTHON, "tools/convert.py", *arguments, "parallel.start_timeout_s=3"],
         cwd=ROOT,
         env=os.environ | left_over,
         capture_output=True,

@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from documented import documented
+from preloaded.command import PYTHON
 from stub_judge import StubJudge, chat
 
 from a2tgpo.config.load import load_config
@@ -58,7 +58,7 @@ def start(*arguments: str, ranks: int = 2, script: str = "launch/train.py", time
 
 
 def launch(*command: str, timeout: int = 400):
-    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHON": PYTHON, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -132,7 +132,7 @@ def test_the_trainer_leaves_the_card_for_every_rollout_and_memory_does_not_creep
 
 
 def test_the_closing_summary_gives_each_stage_of_a_step_one_row(undisturbed):
-    command = [sys.executable, "tools/plot_run.py", str(undisturbed)]
+    command = [PYTHON, "tools/plot_run.py", str(undisturbed)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     lines = done.stdout.splitlines()
     (start,) = (n for n, line in enumerate(lines) if line.startswith("time by stage"))
@@ -218,7 +218,7 @@ def test_two_deterministic_runs_are_equal_to_the_bit(tmp_path, warm_model, undis
     result = launch(*command, *settings, *SMALL, "evaluation.at_start=false")
     assert result.returncode == 0, result.stderr[-3000:]
     runs = [undisturbed, tmp_path / "second"]
-    command = [sys.executable, "tools/compare_runs.py", *map(str, runs), "--exact"]
+    command = [PYTHON, "tools/compare_runs.py", *map(str, runs), "--exact"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all((run / "checkpoints/step_3").is_dir() and len(recorded_steps(run)) == 3 for run in runs)

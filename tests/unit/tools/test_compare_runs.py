@@ -1,9 +1,9 @@
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from preloaded.command import PYTHON
 
 from a2tgpo.record.rollout_files import part_path
 
@@ -21,7 +21,7 @@ def make_run(folder: Path, values, *, lr):
 
 
 def compare(*arguments):
-    command = [sys.executable, "tools/compare_runs.py", *map(str, arguments)]
+    command = [PYTHON, "tools/compare_runs.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 

@@ -6,13 +6,13 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import gpu_check
 import plan
 import pytest
+from preloaded.command import PYTHON
 
 from a2tgpo.config.load import load_config
 from a2tgpo.data.question_set import load_questions
@@ -58,7 +58,7 @@ def rehearsal(tmp_path_factory):
     """Run all checks once on this machine's CPUs. Return the folder of the results and the terminal's text."""
     folder = tmp_path_factory.mktemp("rehearsal")
     options = ["--lengths", "1,17,130", "--vllm-logging", "INFO", "--keep-logs", str(folder / "logs")]
-    done = run([sys.executable, *TOOL, "--json", str(folder / "found.json"), *options])
+    done = run([PYTHON, *TOOL, "--json", str(folder / "found.json"), *options])
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
@@ -139,7 +139,7 @@ def test_under_torchrun_one_rank_tells_and_all_end_with_its_verdict(tmp_path):
         "--min-bus-gb-s",
         "1e6",
     ]
-    done = run([sys.executable, *launcher, *TOOL, *options, "--timeout-s", "memory=0.5"])
+    done = run([PYTHON, *launcher, *TOOL, *options, "--timeout-s", "memory=0.5"])
     assert done.returncode == 1
     found = results_in(out)
     slow = found["all-reduce 16 MiB"]
@@ -155,7 +155,7 @@ def test_under_torchrun_one_rank_tells_and_all_end_with_its_verdict(tmp_path):
 @pytest.mark.distributed
 def test_what_was_measured_before_the_tool_is_ended_is_in_the_file(tmp_path):
     out = tmp_path / "found.json"
-    command = [sys.executable, *TOOL, "--checks", "all_reduce,training_step", "--json", str(out)]
+    command = [PYTHON, *TOOL, "--checks", "all_reduce,training_step", "--json", str(out)]
     mine = {key: value for key, value in os.environ.items() if key not in LAUNCHER_NAMES}
     process = subprocess.Popen(command, env=mine, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
