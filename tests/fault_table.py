@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -24,7 +25,9 @@ from pathlib import Path
 
 from faults import single_runs
 from faults.chain import Fault, hangs, kills, run_chain, signals, steps_needed
-from faults.harness import Row, preload, start, write_inputs
+from faults.harness import Row, start, write_inputs
+from preloaded import VARIABLE
+from preloaded.session import Session
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,7 +131,8 @@ def main() -> int:
     folder = (options.work or Path(tempfile.mkdtemp(prefix="faults-"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     print(f"runs and finished parts: {folder}", flush=True)
-    preload()
+    session = Session()
+    os.environ[VARIABLE] = session.python
     try:
         config = prepare(folder)
     except RuntimeError as error:
@@ -141,13 +145,12 @@ def main() -> int:
         for name in waiting:
             run_part(folder, name, work[name])
 
-    # Do not use concurrent.futures: a process that is forked from a thread of its pool would wait for the pool at
-    # exit.
     threads = [threading.Thread(target=work_off) for _ in range(options.jobs)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    session.close()
     found = {name: read_rows(folder / f"{name}.rows.json") for name in names}
     table = as_table(found)
     if options.only and not options.work:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from documented import documented
+from preloaded.command import PYTHON
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -58,7 +59,7 @@ def good(tmp_path_factory) -> dict[str, str]:
 def start(settings: dict[str, str], *, dry_run: bool = True) -> subprocess.CompletedProcess:
     settings = dict(settings)
     command = [
-        sys.executable,
+        PYTHON,
         "launch/train.py",
         "--config",
         settings.pop("config"),
@@ -317,7 +318,7 @@ def convert(
     settings: dict[str, str], direction: str, source: str | Path, out: Path
 ) -> subprocess.CompletedProcess:
     settings = dict(settings)
-    command = [sys.executable, "tools/convert.py", direction, "--in", str(source), "--out", str(out)]
+    command = [PYTHON, "tools/convert.py", direction, "--in", str(source), "--out", str(out)]
     command += ["--config", settings.pop("config"), *(f"{key}={value}" for key, value in settings.items())]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from preloaded import VARIABLE
 from tiny_models import CAPITALS, save_taught
 
-from a2tgpo.lifecycle.garbage import lasting_objects
 from a2tgpo.run.equality import NOT_COMPARED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,19 +91,18 @@ def start(
     environment: dict[str, str] | None = None,
     timeout_s: float = 300,
 ) -> Ended:
-    """Run the program on RANKS processes under its launcher until it ends, as a user would. See also `preload`."""
+    """Run the program on RANKS processes under its launcher until it ends, as a user would."""
     marks = config.with_name(f"{config.stem}.faults")
     marks.unlink(missing_ok=True)
     variables = os.environ | {
-        "PYTHON": sys.executable,
+        "PYTHON": os.environ.get(VARIABLE, sys.executable),
         "OMP_NUM_THREADS": "1",
         "FAULTS": json.dumps(list(faults)),
         "FAULT_FILE": str(marks),
         **(environment or {}),
     }
     begin = time.monotonic()
-    run = _run_forked if _PRELOADED else _run_launched
-    code, output = run([str(config), *overrides], variables, timeout_s)
+    code, output = _run([str(config), *overrides], variables, timeout_s)
     end = time.monotonic()
     fault_s = end - float(marks.read_text().split()[-1]) if marks.exists() else None
     said = ("error:", "launch:", "stopped ", "warning:")
@@ -114,27 +110,7 @@ def start(
     return Ended(code, end - begin, output, fault_s, lines)
 
 
-_PRELOADED: list[Any] = []
-
-
-def preload() -> None:
-    """Import in this process all modules that a rank needs. `start` then forks the ranks, which saves most of a short
-    run's time.
-
-    The launcher's usual agent starts, watches and ends the ranks.
-    """
-    modules = (
-        "torch.distributed.run",
-        "a2tgpo.parallel",
-        "a2tgpo.launch.local_ranks",
-        "launch.train",
-        "a2tgpo.trainer",
-    )
-    with lasting_objects():
-        _PRELOADED.extend(map(importlib.import_module, modules))
-
-
-def _run_launched(arguments: list[str], variables: dict[str, str], timeout_s: float) -> tuple[int, str]:
+def _run(arguments: list[str], variables: dict[str, str], timeout_s: float) -> tuple[int, str]:
     command = ["launch/local.sh", "-n", str(RANKS), "--script", str(INJECTED), *arguments]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, cwd=ROOT, env=variables, text=True, errors="replace", **pipes)
@@ -143,44 +119,8 @@ def _run_launched(arguments: list[str], variables: dict[str, str], timeout_s: fl
     except subprocess.TimeoutExpired:
         process.terminate()  # the launcher ends its ranks
         output, _ = process.communicate()
-        output += _too_long(timeout_s)
+        output += f"\nharness: it did not end within {timeout_s:g} s"
     return process.returncode, output
-
-
-def _run_forked(arguments: list[str], variables: dict[str, str], timeout_s: float) -> tuple[int, str]:
-    with tempfile.NamedTemporaryFile() as stream:
-        process = multiprocessing.get_context("fork").Process(
-            target=_launch_here, args=(arguments, variables, stream.fileno())
-        )
-        process.start()
-        process.join(timeout_s)
-        late = process.is_alive()
-        if late:
-            process.terminate()
-            process.join()
-        output = Path(stream.name).read_text(errors="replace")
-        assert process.exitcode is not None, "it was joined"
-        return process.exitcode, output + (_too_long(timeout_s) if late else "")
-
-
-def _launch_here(arguments: list[str], variables: dict[str, str], output: int) -> None:
-    os.environ.update(variables)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
-    from a2tgpo.launch import local_ranks
-
-    main = local_ranks.main
-    local_ranks.main = lambda options: main(["--start-method", "fork", "--run-path", *options])
-    code = local_ranks.run(str(RANKS), str(INJECTED), "--config", *arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # do not wait for threads that existed before the fork
-
-
-def _too_long(timeout_s: float) -> str:
-    return f"\nharness: it did not end within {timeout_s:g} s"
 
 
 def metrics_of(run: Path) -> dict[int, dict[str, Any]]:

@@ -216,9 +216,6 @@ def tell_step(step: int) -> None:
 
 
 if __name__ == "__main__":
-    # If this process was forked (harness.preload), replace the launcher's handlers by its own.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)
     import launch.train
 
     install()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import yaml
 from faults.chain import BROKEN, HANG_S, REQUEUED, WATCHED, Fault, run_chain, steps_needed
 from faults.harness import ROOT, Row, metrics_of, start, write_inputs
 from faults.single_runs import outage
+from preloaded.command import PYTHON
 from tiny_models import SCRIPTS, build_model, build_tokenizer
 
 FAULTS = [
@@ -114,7 +114,7 @@ def test_a_model_that_knows_nothing_learns_from_a_runs_good_rollouts_to_answer(w
         *(f"model.path={root / 'learned'}", f"warmstart.demonstrations={good}"),
         *(f"warmstart.{setting}" for setting in settings),
     ]
-    variables = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    variables = os.environ | {"PYTHON": PYTHON, "OMP_NUM_THREADS": "1"}
     subprocess.run(warm_start, cwd=ROOT, env=variables, timeout=300, check=True)
     evaluated = ["run.name=learned", "run.steps=1", "evaluation.at_start=true", "evaluation.max_questions=6"]
     done = start(config, f"model.path={root / 'learned'}", *evaluated, "evaluation.every=0")
