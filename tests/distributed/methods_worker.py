@@ -1,18 +1,21 @@
 """Train every preset for two steps from the same weights. Each of the 2 ranks of test_methods.py runs this program.
 
-torchrun --nproc-per-node 2 methods_worker.py CONFIG RUNS.json
+torchrun --nproc-per-node 2 methods_worker.py CONFIG RUNS.json MEASURED.json
 
-RUNS.json is {run name: overrides of CONFIG}. The program writes the folder of each run, as launch/train.py would, and
-trained.json next to these folders. trained.json describes the trained weights, and the memory that each rank held
-after each step.
+RUNS.json is {run name: overrides of CONFIG}. If there is a run NAME_resumed, NAME saves a checkpoint after its first
+step, and NAME_resumed begins from this checkpoint in a folder of its own. The program writes the folder of each run,
+as launch/train.py would, and trained.json next to these folders. trained.json describes the trained weights, and the
+memory that each rank held after some steps. MEASURED.json is {run name: these steps}.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +107,30 @@ def weights(parts: RunParts) -> list[torch.Tensor]:
     return [p.detach() for model in parts.policy.gpt_models for p in model.parameters()]
 
 
+def digest(tensors: list[torch.Tensor]) -> str:
+    """Return a hash of all bits of the tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        # Copy each tensor, because a memory phase cannot resize storage that numpy has seen.
+        found.update(tensor.clone().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 def train(
-    parts: RunParts, start: list[torch.Tensor], *, resume: str = "none", is_resumed: bool = False
+    parts: RunParts,
+    start: list[torch.Tensor],
+    *,
+    resume: str = "none",
+    is_resumed: bool = False,
+    measured: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Run the steps in the run's folder. Return a description of the trained weights, and the memory held,
-    [rank][step].
+    [rank][measured step].
 
     Args:
         resume: the checkpoint from which the run begins, or "none".
         is_resumed: whether another run begins from the first step of this one.
+        measured: the steps after which the memory is measured, which takes about as long as a step.
     """
     config = parts.config
     folder = RunFolder(config, parts.groups)
@@ -126,7 +144,8 @@ def train(
     while trainer.step < config.run.steps:
         trainer.train_step()
         recorder.finish_rollouts()
-        held_after.append(held())
+        if trainer.step in measured:
+            held_after.append(held())
         if is_resumed and trainer.step == 1:
             checkpoints.save(1)
             checkpoints.finish_saving()
@@ -134,20 +153,16 @@ def train(
     parts.phases.enter("build")
     trained = weights(parts)
     assert dist.group.WORLD is not None
-    everyones = all_gather_object(trained, dist.group.WORLD)
     return {
         "largest_change": max((a - b).abs().max().item() for a, b in zip(trained, start, strict=True)),
-        "equal_on_all_ranks": all(
-            torch.equal(mine, other)
-            for others in everyones
-            for mine, other in zip(trained, others, strict=True)
-        ),
+        "digests": all_gather_object(digest(trained), dist.group.WORLD),
         "held": all_gather_object(held_after, dist.group.WORLD),
     }
 
 
 def main() -> None:
-    path, runs = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+    path = sys.argv[1]
+    runs, measured = (json.loads(Path(name).read_text()) for name in sys.argv[2:])
     base = load_config(path)
     groups = initialize(base.parallel, seed=base.run.seed)
     parts = assemble(base, groups)
@@ -155,7 +170,7 @@ def main() -> None:
     start = [weight.clone() for weight in weights(parts)]
     results = {}
     for name, overrides in runs.items():
-        began = time.monotonic()
+        began = time.process_time()
         for weight, value in zip(weights(parts), start, strict=True):
             weight.copy_(value)
         parts.engine.weight_version = -1  # the engine has the weights of the previous run
@@ -167,11 +182,12 @@ def main() -> None:
             [w.clone() for w in weights(method)] if has_own_policy else start,
             resume=str(before) if name.endswith("_resumed") else "none",
             is_resumed=f"{name}_resumed" in runs,
+            measured=measured.get(name, ()),
         )
         method.rollout.close()
         method.reward_pool.close()
         if groups.rank == 0:
-            print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)
+            print(f"{name}: {time.process_time() - began:.1f} s of CPU time", flush=True)
     if groups.rank == 0:
         (Path(base.run.root) / "trained.json").write_text(json.dumps(results))
     parts.close()

@@ -38,6 +38,7 @@ LAYOUTS_OF = {
     "resume_adapters_elsewhere": "tp2_pp2",
     "data_parallel_updates": "dp4",
     "extrapolated_updates": "dp4",
+    "extrapolated_elsewhere": "tp2_sequence",
     "retention": "dp4",
     "clip_cov": "dp4",
     "one_best": "dp4",

@@ -160,29 +160,48 @@ def check_data_parallel_updates(bench: Bench) -> None:
     assert_close(weights, outcomes[1][1], 1e-4)
 
 
+Extrapolated = tuple[list[float], dict[str, float], dict[str, Tensor]]
+"""The gradient norms of two extrapolated updates, their metrics, and the weights after them."""
+
+
 def check_extrapolated_updates(bench: Bench) -> None:
     """The same holds for updates extrapolated from two probe steps, also if weights are gathered in buckets."""
-    outcomes = []
-    for replicas, bucket_size in ((1, None), (4, None), (4, 3000)):
-        policy, update = bench.policy(distributed_optimizer=True, clip_grad=0.05, bucket_size=bucket_size)
-        optimizer, _ = build_optimizer(policy, update, total_steps=10)
-        extrapolation = Extrapolation(ExtrapolationConfig(horizon=5))
-        batches = bench.batches(replicas=replicas)
-        losses = (bench.loss_function(batches), bench.loss_function(batches))
-        bench.step(policy, optimizer, batches)
-        results = [extrapolation.step(policy, optimizer, batches, losses) for _ in range(2)]
-        assert all(result.update_ok for result in results)
-        metrics = extrapolation.take_metrics(num_updates=2)
-        found = metrics.reduce(bench.groups.dp_group)
-        assert found["extrapolation/passes"] == 3 and 0 < found["extrapolation/inactive_share"] < 1
-        outcomes.append(([r.grad_norm for r in results], found, hf_weights(policy)))
-    for norms, found, weights in outcomes[1:]:
-        for norm, expected in zip(norms, outcomes[0][0], strict=True):
-            assert math.isclose(norm, expected, rel_tol=1e-3), (norms, outcomes[0][0])
-        for name in ("factor_mean", "capped_share", "inactive_share", "multiplier", "ratio_mean"):
-            one, other = found[f"extrapolation/{name}"], outcomes[0][1][f"extrapolation/{name}"]
-            assert math.isclose(one, other, rel_tol=1e-2, abs_tol=1e-2), (name, one, other)
-        assert_close(weights, outcomes[0][2], 1e-3)
+    whole = extrapolated(bench, replicas=1)
+    if bench.groups.rank == 0:
+        torch.save(whole, bench.folder / "extrapolated.pt")
+    for bucket_size in (None, 3000):
+        same_updates(extrapolated(bench, replicas=4, bucket_size=bucket_size), whole)
+
+
+def check_extrapolated_elsewhere(bench: Bench) -> None:
+    """In this layout, extrapolated updates are those of one replica of the first layout."""
+    same_updates(extrapolated(bench), torch.load(bench.folder / "extrapolated.pt"))
+
+
+def extrapolated(
+    bench: Bench, *, replicas: int | None = None, bucket_size: int | None = None
+) -> Extrapolated:
+    policy, update = bench.policy(distributed_optimizer=True, clip_grad=0.05, bucket_size=bucket_size)
+    optimizer, _ = build_optimizer(policy, update, total_steps=10)
+    extrapolation = Extrapolation(ExtrapolationConfig(horizon=5))
+    batches = bench.batches(replicas=replicas)
+    losses = (bench.loss_function(batches), bench.loss_function(batches))
+    bench.step(policy, optimizer, batches)
+    results = [extrapolation.step(policy, optimizer, batches, losses) for _ in range(2)]
+    assert all(result.update_ok for result in results)
+    found = extrapolation.take_metrics(num_updates=2).reduce(bench.groups.dp_group)
+    assert found["extrapolation/passes"] == 3 and 0 < found["extrapolation/inactive_share"] < 1
+    return [r.grad_norm for r in results], found, hf_weights(policy)
+
+
+def same_updates(found: Extrapolated, expected: Extrapolated) -> None:
+    """Check that norms, metrics and weights differ by rounding only. AdamW magnifies rounding errors."""
+    for norm, other in zip(found[0], expected[0], strict=True):
+        assert math.isclose(norm, other, rel_tol=1e-3), (found[0], expected[0])
+    for name in ("factor_mean", "capped_share", "inactive_share", "multiplier", "ratio_mean"):
+        one, other = found[1][f"extrapolation/{name}"], expected[1][f"extrapolation/{name}"]
+        assert math.isclose(one, other, rel_tol=1e-2, abs_tol=1e-2), (name, one, other)
+    assert_close(found[2], expected[2], 1e-3)
 
 
 def check_clip_cov(bench: Bench) -> None:
@@ -279,6 +298,7 @@ CHECKS: dict[str, list[Callable[[Bench], None]]] = {
         check_output_rows,
         check_scores,
         check_probes,
+        check_extrapolated_elsewhere,
         check_fresh_adapters,
         check_adapters,
         check_adapter_update,
