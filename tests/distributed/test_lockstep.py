@@ -2,10 +2,10 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from preloaded.command import PYTHON
 from tiny_models import taught_folder
 
 WORKER = Path(__file__).with_name("lockstep_worker.py")
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("lockstep") / "results.json"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, str(WORKER), taught_folder().name, str(out), str(NUM_SEEDS)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=800)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]

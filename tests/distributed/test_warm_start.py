@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from preloaded.command import PYTHON
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
@@ -92,7 +92,7 @@ def folder(tmp_path_factory) -> Path:
     (root / "config.yaml").write_text(json.dumps(sections))  # JSON is YAML
     outside = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("warm_start_worker.py")), str(root)],
+        [PYTHON, str(Path(__file__).with_name("warm_start_worker.py")), str(root)],
         env={key: value for key, value in os.environ.items() if key not in outside},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

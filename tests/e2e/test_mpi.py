@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from faults.harness import metrics_of, rollouts_of, write_inputs
+from preloaded.command import PYTHON
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +26,7 @@ def start(command: list[str], **environment: str) -> subprocess.CompletedProcess
     return subprocess.run(
         command,
         cwd=ROOT,
-        env=os.environ | {"PYTHON": sys.executable, **environment},
+        env=os.environ | {"PYTHON": PYTHON, **environment},
         capture_output=True,
         text=True,
         timeout=300,
