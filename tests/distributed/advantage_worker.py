@@ -24,7 +24,7 @@ from a2tgpo.config.method_part import ADVANTAGE
 from a2tgpo.trajectory import Branch, Call, Trajectory, Turn
 
 NUM_PROMPTS, GROUP_SIZE, MAX_TURNS = 6, 8, 5
-NUM_RANDOM_DEALS = 12
+NUM_RANDOM_DEALS = 4
 LIMIT = 1e-12
 """Largest allowed difference, relative to the largest value of the batch or to 1."""
 
