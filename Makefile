@@ -173,20 +173,22 @@ bench: setup setup-trl artifacts/worldqa/train.jsonl artifacts/models/smollm2-13
 	$(PY) tools/bench/run.py
 
 # Run several test files at a time, in the order of tests/conftest.py, and show each failure at once. If a worker
-# process dies, end the tests, because pytest-xdist can wait forever for a replacement of the worker.
+# process dies, end the tests, because pytest-xdist can wait forever for a replacement of the worker. Slow tests often
+# wait for other processes, so more of their files than there are cores run at a time.
 TEST_JOBS ?= 2
-SIDE_BY_SIDE := --instafail -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+SLOW_JOBS ?= 3
+SIDE_BY_SIDE := --instafail --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # Run lint and fast-tests at the same time, because mypy uses only one core.
 check: setup
 	$(MAKE) --jobs 2 --output-sync=target lint fast-tests
 
 fast-tests: setup
-	$(PY) -m pytest $(SIDE_BY_SIDE) -m "not slow" tests/unit
+	$(PY) -m pytest -n $(TEST_JOBS) $(SIDE_BY_SIDE) -m "not slow" tests/unit
 
 # Run the fault tests alone on the machine, because they have deadlines of seconds.
 test: check $(VENV)/triton/.ready artifacts/models/tiny-qwen3/config.json artifacts/models/smollm2-135m/config.json
-	$(PY) -m pytest $(SIDE_BY_SIDE) -m slow tests/e2e tests/distributed tests/unit
+	$(PY) -m pytest -n $(SLOW_JOBS) $(SIDE_BY_SIDE) -m slow tests/e2e tests/distributed tests/unit
 	$(PY) -m pytest --instafail tests/faults
 ifeq ($(PYTHON312),)
 	@echo "second leg skipped: no python3.12 here; make test PYTHON312=PATH names one"
@@ -196,7 +198,7 @@ endif
 
 # Run the tests that may behave differently with Megatron-Core 0.19.
 test-py312: setup-py312
-	$(VENV312)/bin/python -m pytest $(SIDE_BY_SIDE) \
+	$(VENV312)/bin/python -m pytest -n $(TEST_JOBS) $(SIDE_BY_SIDE) \
 		$(addprefix tests/distributed/test_,transformer_engine.py update.py model_layouts.py advantage_ranks.py exchange.py transformer_engine_names.py) \
 		tests/unit/parallel tests/unit/model tests/unit/update
 
