@@ -4,16 +4,19 @@ The bench measures no time. It simulates engines in which each busy slot samples
 answer at once, and scoring and prefill take no steps. All engines take the same time for a step. The trainer's own
 code (`collect/assignment.py`, `rollout/group_rollout.py`) divides and plays the prompts. A rollout has 64 prompts
 with 16 trajectories each, on 8 engines. Questions have 1 to 4 hops. A trajectory searches once for each hop, and
-sometimes more often. The bench runs once with hops that the data name, and once with hops that the data leave out.
+sometimes more often. The bench runs with hops that the data name, with hops that the data leave out, and with
+lengths that also differ between questions for a reason that nothing foretells.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 import statistics
 from collections import deque
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -39,13 +42,37 @@ SLOTS = (16, 32)
 STEPS = 20
 
 
+@dataclass(frozen=True)
+class Workload:
+    """The lengths of trajectories, and what the data tell of them."""
+
+    name: str
+    knows_hops: bool
+    """Whether the questions name their number of hops."""
+    spread: float = 0.0
+    """Each question's lengths have a common log-normal factor. This is the standard deviation of its logarithm."""
+
+    def length(self, seed: int, *, question: int) -> int:
+        """Return the number of tokens that a trajectory samples."""
+        factor = math.exp(random.Random(-1 - question).gauss(0, self.spread)) if self.spread else 1.0
+        return math.ceil(factor * _length(seed, question=question))
+
+
+WORKLOADS = (
+    Workload("hops known", knows_hops=True),
+    Workload("hops unknown", knows_hops=False),
+    Workload("hops unknown, long tails", knows_hops=False, spread=0.5),
+)
+
+
 class CountedEngine:
     """A simulated engine, which counts its steps. Each trajectory is one turn with the length of all its turns."""
 
     max_model_len = 10**6
 
-    def __init__(self, slots: int):
+    def __init__(self, slots: int, workload: Workload):
         self.num_steps = 0
+        self._workload = workload
         self._free = slots
         self._waiting: deque[tuple[str, int]] = deque()
         self._running: list[tuple[int, str, int]] = []
@@ -56,7 +83,7 @@ class CountedEngine:
         return bool(self._waiting or self._running)
 
     def submit(self, request_id: str, tokens: list[int], *, seed: int, **_: Any) -> None:
-        self._waiting.append((request_id, _length(seed, question=tokens[0])))
+        self._waiting.append((request_id, self._workload.length(seed, question=tokens[0])))
 
     def step(self) -> list[EngineOutput]:
         while self._free and self._waiting:
@@ -77,7 +104,7 @@ def _hops(question: int) -> int:
 
 
 def _length(seed: int, *, question: int) -> int:
-    """Return the number of tokens that a trajectory samples."""
+    """Return the number of tokens that a trajectory samples for a question with its number of hops."""
     length, rng = 0, random.Random(seed)
     for turn in range(MAX_TURNS + 1):
         sampled, searches_again = planned_turn(
@@ -117,18 +144,17 @@ def _prompts(indices: list[int], positions: list[int], hops: list[int]) -> list[
 
 
 def engine_steps(
-    protocol: TagProtocol, *, slots: int, knows_hops: bool, store: dist.Store | None
+    protocol: TagProtocol, workload: Workload, *, slots: int, store: dist.Store | None
 ) -> list[list[int]]:
     """Return the number of steps of each engine in each rollout.
 
     Args:
-        knows_hops: whether the questions name their number of hops.
         store: the store of `Assignment`, or None for fixed shares.
     """
     config = RolloutConfig(
         group_size=GROUP_SIZE, max_concurrent=slots, max_turn_tokens=10**6, max_response_tokens=10**6
     )
-    hops = [_hops(question) if knows_hops else 0 for question in range(GROUPS * STEPS)]
+    hops = [_hops(question) if workload.knows_hops else 0 for question in range(GROUPS * STEPS)]
     questions: Any = SimpleNamespace(
         prompts=lambda indices, positions: _prompts(indices, positions, hops),
         questions=[SimpleNamespace(hops=number) for number in hops],
@@ -138,15 +164,19 @@ def engine_steps(
         for index in range(ENGINES)
     ]
     return [
-        _play(protocol, config, assignments, [step * GROUPS + place for place in range(GROUPS)])
+        _play(protocol, config, workload, assignments, [step * GROUPS + place for place in range(GROUPS)])
         for step in range(STEPS)
     ]
 
 
 def _play(
-    protocol: TagProtocol, config: RolloutConfig, assignments: list[Assignment], drawn: list[int]
+    protocol: TagProtocol,
+    config: RolloutConfig,
+    workload: Workload,
+    assignments: list[Assignment],
+    drawn: list[int],
 ) -> list[int]:
-    engines = [CountedEngine(config.max_concurrent) for _ in assignments]
+    engines = [CountedEngine(config.max_concurrent, workload) for _ in assignments]
     toolset = Toolset(tools={}, max_concurrent_calls=1)
     rollouts = [GroupRollout(cast(Any, engine), toolset, protocol, rollout=config) for engine in engines]
     playing = []
@@ -171,11 +201,10 @@ def rows() -> list[measure.Row]:
     template = PromptTemplate(AutoTokenizer.from_pretrained(MODEL), "")
     protocol = TagProtocol(template, tools=("search",))
     found = []
-    for slots, knows_hops in itertools.product(SLOTS, (True, False)):
-        fixed = engine_steps(protocol, slots=slots, knows_hops=knows_hops, store=None)
-        on_demand = engine_steps(protocol, slots=slots, knows_hops=knows_hops, store=dist.HashStore())
-        shape = f"{GROUPS * GROUP_SIZE // ENGINES} trajectories per engine in {slots} slots"
-        shape += ", hops known" if knows_hops else ", hops unknown"
+    for slots, workload in itertools.product(SLOTS, WORKLOADS):
+        fixed = engine_steps(protocol, workload, slots=slots, store=None)
+        on_demand = engine_steps(protocol, workload, slots=slots, store=dist.HashStore())
+        shape = f"{GROUPS * GROUP_SIZE // ENGINES} trajectories per engine in {slots} slots, {workload.name}"
         for name, value in (
             ("steps of the engine that ends last", _longest),
             ("steps without work, mean engine", _idle),
