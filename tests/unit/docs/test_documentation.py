@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from preloaded.command import PYTHON
 
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,7 +35,7 @@ def test_the_worked_example_prints_what_the_page_shows() -> None:
 
 def test_the_configuration_reference_is_that_of_the_dataclasses() -> None:
     process = subprocess.run(
-        [sys.executable, "tools/upkeep/config_reference.py", "--check"],
+        [PYTHON, "tools/upkeep/config_reference.py", "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -106,7 +107,7 @@ def helps() -> dict[str, str]:
     scripts = sorted({script_of(words) or "launch/train.py" for _, words in commands()})
     folders = sorted({str(ROOT / script.rpartition("/")[0]) for script in scripts})
     process = subprocess.run(
-        [sys.executable, "-c", HELP, *scripts],
+        [PYTHON, "-c", HELP, *scripts],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([*folders, os.environ["PYTHONPATH"]])},
         capture_output=True,

@@ -1,10 +1,10 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from preloaded.command import PYTHON
 
 from a2tgpo.record.rollout_files import part_path, write_part
 from a2tgpo.trajectory import Call, Trajectory, Turn
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 
 def run_tool(name, *arguments):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)],
+        [PYTHON, str(ROOT / "tools" / name), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=120,

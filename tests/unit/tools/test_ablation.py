@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import method_facts
@@ -14,6 +13,7 @@ from advantage_facts import METHODS, equal_groups, facts, facts_text
 from compare import PRESETS, main
 from contrasts import contrasts_text, holm
 from needless import write_needless
+from preloaded.command import PYTHON
 from report import write_report
 from seed_statistics import estimate, paired_difference, t_quantile
 from turn_signals import needless_signals
@@ -25,7 +25,7 @@ from runs import Plan, Run
 
 ROOT = Path(__file__).parents[3]
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")
-LAUNCHER = [sys.executable, str(Path(__file__).with_name("ablation_launcher.py"))]
+LAUNCHER = [PYTHON, str(Path(__file__).with_name("ablation_launcher.py"))]
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -315,9 +315,7 @@ def test_facts_of_recorded_rollouts_are_printed(drawn, tmp_path, capsys):
     assert method_facts.main([str(drawn / "runs" / "a2tgpo-seed0")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "In 2 of 2 groups (100%) all rollouts earned the same reward." and len(lines) == 10
-    done = subprocess.run(
-        [sys.executable, program, str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([PYTHON, program, str(tmp_path)], capture_output=True, text=True, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and str(tmp_path) in done.stderr
 
 

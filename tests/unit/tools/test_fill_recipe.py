@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from fill_recipe import (
     read_table,
     to_table,
 )
+from preloaded.command import PYTHON
 
 from a2tgpo.config.load import load_config
 from a2tgpo.evaluate.evaluate import Answer
@@ -156,7 +156,7 @@ def test_a_mistake_ends_the_program_with_one_line_and_exit_code_2(run, tmp_path)
         ([tmp_path], "has no readable config.yaml"),
         ([run, "--page", tmp_path / "other.md"], "has no table between"),
     ):
-        command = [sys.executable, "tools/fill_recipe.py", *map(str, arguments)]
+        command = [PYTHON, "tools/fill_recipe.py", *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 

@@ -4,11 +4,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import zstandard
+from preloaded.command import PYTHON
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 ROOT = Path(__file__).parents[3]
@@ -98,7 +98,7 @@ def run(tmp_path) -> Path:
 
 
 def view(*arguments):
-    command = [sys.executable, "tools/view_rollouts.py", *map(str, arguments)]
+    command = [PYTHON, "tools/view_rollouts.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
