@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from preloaded.session import Session
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -25,6 +27,7 @@ class Clone:
         for name in ("a2tgpo", "configs", "launch", "tools"):
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         self.server: subprocess.Popen | None = None
+        self._session: Session | None = None
         self.address = ""
         binaries = str(Path(sys.executable).parent)  # the effect of `source .venv/bin/activate`
         self.environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
@@ -43,13 +46,21 @@ class Clone:
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         return done
 
+    def preload(self) -> None:
+        """From now on, run programs as forks of a process that has imported the packages."""
+        self._session = Session(self.folder, self.environment)
+        self.environment["PATH"] = f"{Path(self._session.python).parent}:{self.environment['PATH']}"
+
     def serve(self, words: list[str]) -> None:
         self.server = subprocess.Popen(
             words, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, text=True
         )
         self.address = re.search(r"http://\S+", self.server.stdout.readline()).group()
 
-    def stop_server(self) -> None:
-        self.server.terminate()
-        assert self.server.wait(timeout=30) == 0
-        self.server = None
+    def close(self) -> None:
+        """End the servers."""
+        if self._session is not None:
+            self._session.close()
+        if self.server is not None:
+            self.server.terminate()
+            assert self.server.wait(timeout=30) == 0

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
+import psutil
 import pytest
 from clone import Clone, commands
 
@@ -72,10 +72,10 @@ def path(tmp_path_factory):
                 clone.serve(words)
             else:
                 said[script] = clone(words).stdout
+        clone.preload()  # after README's commands, which have run as a user's
         yield SimpleNamespace(clone=clone, said=said)
     finally:
-        if clone.server is not None:
-            clone.stop_server()
+        clone.close()
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +120,17 @@ def test_the_trained_agent_searched_the_server(path, trained):
 
 
 def kill_half_way(clone: Clone, command: list[str], log: Path) -> Path:
-    """Kill an evaluation as soon as some of its answers are in `log`. Return a hard link to `log`, which remains when
-    `log` is removed.
+    """Kill an evaluation, its ranks included, as soon as some of its answers are in `log`. Return a hard link to
+    `log`, which remains when `log` is removed.
     """
-    process = subprocess.Popen(
-        command, cwd=clone.folder, env=clone.environment, stdout=subprocess.DEVNULL, start_new_session=True
-    )
+    process = subprocess.Popen(command, cwd=clone.folder, env=clone.environment, stdout=subprocess.DEVNULL)
     while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 5):
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    for started in psutil.process_iter(["cmdline", "cwd"]):
+        if "tools/evaluate.py" in (started.info["cmdline"] or ()) and started.info["cwd"] == str(
+            clone.folder
+        ):
+            started.kill()
     assert process.wait() == -signal.SIGKILL, "it was over before it was killed"
     kept = log.parents[1] / "kept.jsonl"
     kept.hardlink_to(log)
