@@ -248,6 +248,13 @@ def _fused_adam_sharded(distrib_optimizer: Any) -> None:
     distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
+def _without_copies(param_and_grad_buffer: Any) -> None:
+    from a2tgpo.parallel.cpu_collectives import all_gather, reduce_scatter
+
+    param_and_grad_buffer.dist_reduce_scatter_func = reduce_scatter
+    param_and_grad_buffer.dist_all_gather_func = all_gather
+
+
 def _plain_splits(moe_utils: Any) -> None:
     """Make the experts' token dispatcher pass the splits of its all-to-all as NumPy arrays, as it does on a GPU.
 
@@ -265,6 +272,7 @@ def _plain_splits(moe_utils: Any) -> None:
 _ADAPTATIONS: dict[str, Callable[[Any], None]] = {
     "megatron.core.jit": _without_compilation,
     "megatron.core.tensor_parallel.random": _cpu_generator,
+    "megatron.core.distributed.param_and_grad_buffer": _without_copies,
     "megatron.core.optimizer": _fused_adam,
     "megatron.core.optimizer.distrib_optimizer": _fused_adam_sharded,
     "megatron.core.transformer.moe.moe_utils": _plain_splits,

@@ -1,4 +1,4 @@
-"""Compare exchange and advantages over 4 ranks, in two layouts, with one process that has all trajectories.
+"""Compare exchange, advantages and sums over 4 ranks, in two layouts, with one process that has all trajectories.
 
 torchrun --nproc-per-node 4 exchange_worker.py RESULTS.json
 """
@@ -20,7 +20,8 @@ from a2tgpo.config.method_part import ADVANTAGE
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.loss.aggregate import token_weights
-from a2tgpo.parallel.collectives import all_gather_object
+from a2tgpo.parallel.collectives import all_gather_object, all_reduce_sum
+from a2tgpo.parallel.cpu_collectives import PIECE, all_gather, reduce_scatter
 from a2tgpo.parallel.engine_group import EngineGroup
 from a2tgpo.parallel.initialize import initialize, lay_out, shutdown
 from a2tgpo.record.rollout_summary import RolloutSummary, best_and_worst, gather_summaries, gather_texts
@@ -185,6 +186,24 @@ def check_nothing(groups) -> None:
     assert exchange([], groups, prompts_per_minibatch=2) == []
 
 
+def check_sharded_sums(groups) -> None:
+    """A reduce-scatter gives each rank the sum of its shards, and an all-gather gives all ranks all sums, in place or
+    in another tensor.
+    """
+    group = groups.dp_group
+    for length in (1, 2 * PIECE + 3):
+        generator = torch.Generator().manual_seed(groups.dp_rank)
+        values = torch.randint(-100, 100, (groups.dp_size * length,), generator=generator).float()
+        totals = all_reduce_sum(values, group)
+        apart, own = torch.empty(length), values.view(groups.dp_size, length)[groups.dp_rank]
+        for output in (apart, own):
+            reduce_scatter(output, values, group=group)
+            assert torch.equal(output, totals.view(groups.dp_size, length)[groups.dp_rank])
+        for output, shard in ((torch.empty_like(values), apart), (values, own)):
+            all_gather(output, shard, group=group)
+            assert torch.equal(output, totals)
+
+
 def main(out: str) -> None:
     claims = Claims()
     initialize(ParallelConfig(timeout_s=60), seed=0)
@@ -193,7 +212,12 @@ def main(out: str) -> None:
         mine = claims.check(f"exchange[tp{tensor}]", check_exchange, groups)
         for check in (check_texts_shown_on_rank_0, check_advantages, check_token_weights):
             claims.check(f"{check.__name__.removeprefix('check_')}[tp{tensor}]", check, groups, mine)
-        for check in (check_small_gains_to_the_last_digits, check_the_queue_of_prompts, check_nothing):
+        for check in (
+            check_small_gains_to_the_last_digits,
+            check_the_queue_of_prompts,
+            check_nothing,
+            check_sharded_sums,
+        ):
             claims.check(f"{check.__name__.removeprefix('check_')}[tp{tensor}]", check, groups)
     claims.save(out)
     shutdown()

@@ -1,4 +1,4 @@
-"""Exchange and group statistics over four gloo processes (see exchange_worker)."""
+"""Exchange, group statistics and sharded sums over four gloo processes (see exchange_worker)."""
 
 import json
 
@@ -7,7 +7,7 @@ from ranks import run_ranks
 
 CHECKS = (
     *("exchange", "texts_shown_on_rank_0", "advantages", "token_weights"),
-    *("small_gains_to_the_last_digits", "the_queue_of_prompts", "nothing"),
+    *("small_gains_to_the_last_digits", "the_queue_of_prompts", "nothing", "sharded_sums"),
 )
 CLAIMS = [f"{check}[tp{tensor}]" for tensor in (1, 2) for check in CHECKS]
 
