@@ -209,12 +209,14 @@ class Trainer:
             )
         with self.timers.stage("score"):
             self.parts.phases.enter("score")
-            minibatches, metrics = compute_old_logprobs(
+            # The first mini-batch gets its old log-probs from its training pass.
+            later, metrics = compute_old_logprobs(
                 self.parts.policy,
-                minibatches,
+                minibatches[1:],
                 distribution=self.parts.distribution,
                 before_each=lambda: self.early_stop.agree_before("update"),
             )
+            minibatches = [minibatches[0], *later]
             learning_metrics.merge(metrics)
             learning_metrics.merge(
                 routing_metrics(self.parts.policy, minibatches, distribution=self.parts.distribution)

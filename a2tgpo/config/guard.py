@@ -22,7 +22,8 @@ class GuardConfig:
     max_format_error_rise: float = 0.2
     """Alarm if the share of malformed responses rises above its baseline by more than this."""
     max_noise_share: float = 0.5
-    """Alarm if the ratio's rounding noise exceeds this multiple of the smaller of clip_low and clip_high."""
+    """Alarm if the ratio's rounding noise exceeds this multiple of the smaller of clip_low and clip_high. Only steps
+    of three or more mini-batches measure the noise."""
     max_train_engine_gap: float = 0.05
     """Alarm if the log-probs of trainer and engine differ by more than this on average, in nats per token."""
     max_failed_calls: float = 0.2

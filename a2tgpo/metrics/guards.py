@@ -205,8 +205,7 @@ def _alarms(config: GuardConfig, *, narrower_clip: float) -> dict[str, Alarm]:
             advice="the policy forgets the protocol or runs out of tokens: read the rollouts, lower update.lr",
         ),
         "noise_floor": Alarm(
-            # A step with few mini-batches has no ratio/noise.
-            metrics=("ratio/noise", "ratio/noise_floor"),
+            metrics=("ratio/noise",),  # a step with few mini-batches does not have it
             key="guard.max_noise_share",
             threshold=config.max_noise_share,
             limit=lambda _: config.max_noise_share * narrower_clip,

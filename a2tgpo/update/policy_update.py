@@ -49,8 +49,8 @@ def compute_old_logprobs(
 ) -> tuple[list[Minibatch], MetricSums]:
     """Return the mini-batches with `old_logprobs`, and metrics. Every rank must call this.
 
-    If there is only one mini-batch, it is returned unchanged, because `update_policy` takes the old log-probs from
-    its training pass.
+    A step's first mini-batch need not be passed, because `update_policy` takes its old log-probs from its training
+    pass.
 
     The metrics are the entropy, the likelihood of the sampled tokens, and the gap between the log-probs of trainer
     and engine. `likelihood/correct` covers only trajectories whose answer is an exact match. It is omitted if there
@@ -61,8 +61,6 @@ def compute_old_logprobs(
         distribution: the distribution from which the engine sampled.
         before_each: a function that all ranks call before every mini-batch.
     """
-    if len(minibatches) == 1:
-        return list(minibatches), MetricSums()
     sums: dict[str, Tensor] = {}
     scored: list[Minibatch] = []
     for minibatch in minibatches:
@@ -107,9 +105,9 @@ def update_policy(
     This function returns metrics and, on the last pipeline stage, the ratios of the turns. If a correction is
     configured, the loss uses importance weights.
 
-    At the first mini-batch, the policy still has the weights that played the rollout, so the true ratio is 1. The
-    metric `ratio/noise_floor` is the measured deviation from 1. If the first mini-batch has no `old_logprobs`, its
-    training pass computes them and adds the metrics of `compute_old_logprobs`. In this case, the ratio is exactly 1.
+    At the first mini-batch, the policy still has the weights that played the rollout. If the first mini-batch has no
+    `old_logprobs`, its training pass computes them and adds the metrics of `compute_old_logprobs`. Then its ratios
+    are exactly 1.
 
     Args:
         entropy_weight: the weight of the entropy in the loss. If it is 0, the entropy gets no gradient.
@@ -135,7 +133,7 @@ def update_policy(
         # All replicas skip an update together, but the sum over replicas must count the skipped update only once.
         metrics.add("update/skipped", float(not result.update_ok and policy.groups.dp_rank == 0), 0)
         if result.metrics:
-            _record(metrics, result.metrics, is_first=number == 0)
+            _record(metrics, result.metrics)
             record_credit(metrics, result.metrics)
             record_spread(metrics, result.metrics, num_updates=number)
     metrics.merge(_score_metrics(policy, passes.score_sums))
@@ -298,7 +296,6 @@ def _loss_sums(result: PolicyLoss, log_ratio: Tensor, batch: PackedBatch) -> dic
     return {
         "tokens": torch.tensor(float(turn_index.numel())),
         "ratio": result.ratio.sum(),
-        "noise": result.ratio.double().log().abs().sum(),
         "clipped": result.is_clipped.sum(),
         "clipped_high": (result.is_clipped & (result.ratio > 1)).sum(),
         "dual_clipped": result.is_dual_clipped.sum(),
@@ -309,11 +306,9 @@ def _loss_sums(result: PolicyLoss, log_ratio: Tensor, batch: PackedBatch) -> dic
     }
 
 
-def _record(metrics: MetricSums, sums: dict[str, Tensor], *, is_first: bool) -> None:
+def _record(metrics: MetricSums, sums: dict[str, Tensor]) -> None:
     tokens = int(sums["tokens"])
     metrics.add("ratio/mean", float(sums["ratio"]), tokens)
-    if is_first:
-        metrics.add("ratio/noise_floor", float(sums["noise"]), tokens)
     metrics.add("clip/fraction", float(sums["clipped"]), tokens)
     metrics.add("clip/fraction_high", float(sums["clipped_high"]), tokens)
     metrics.add("clip/dual_fraction", float(sums["dual_clipped"]), tokens)

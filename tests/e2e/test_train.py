@@ -114,7 +114,6 @@ def test_a_run_leaves_its_metrics_rollouts_and_checkpoints(undisturbed):
     for record in records[1:]:
         assert record["gap/train_engine_abs_max"] < 1e-3, "trainer and engine disagree"
         assert 0 < record["gain/engine_trainer_gap_max"] < 1e-3, "they disagree on answers"
-        assert record["ratio/noise_floor"] < 1e-6, "the ratio is not 1 at the first mini-batch"
         assert record["ratio/noise_share"] >= 0
         assert record["update/skipped"] == 0 and record["update/grad_norm"] > 0
     # The entropy of each step is below the target, so the weight of the next step rises by entropy_delta.

@@ -14,7 +14,7 @@ SOUND = {
     "entropy/mean": 1.0,
     "likelihood/correct": -0.5,
     "reward/format_error_rate": 0.1,
-    "ratio/noise_floor": 1e-7,
+    "ratio/noise": 1e-7,
     "gap/train_engine_abs_mean": 0.01,
     "update/skipped": 0.0,
 }
@@ -23,7 +23,7 @@ MEASURED = {
     "entropy": ("entropy/mean", 0.101, 0.099),
     "likelihood": ("likelihood/correct", -0.99, -1.01),
     "format": ("reward/format_error_rate", 0.29, 0.31),
-    "noise_floor": ("ratio/noise_floor", 0.00149, 0.00151),
+    "noise_floor": ("ratio/noise", 0.00149, 0.00151),
     "engine_gap": ("gap/train_engine_abs_mean", 0.049, 0.051),
     "failed_calls": ("tools/failed_rate", 0.19, 0.21),
 }
@@ -73,7 +73,7 @@ def test_the_limit_of_a_change_is_told_with_its_base_line():
 
 
 def test_the_clipping_range_that_counts_is_the_narrower_one():
-    series = [SOUND | {"ratio/noise_floor": 0.0016}] * 2
+    series = [SOUND | {"ratio/noise": 0.0016}] * 2
     narrow_above = Guards(GuardConfig(), clip_low=4e-3, clip_high=3e-3)
     wide = Guards(GuardConfig(), clip_low=4e-3, clip_high=4e-3)
     assert alarms_of(narrow_above, series, "noise_floor") == [0, 1]
@@ -133,12 +133,6 @@ def test_zero_turns_an_alarm_off(name):
     metric, _, past = MEASURED[name]
     played = play(make(**{SETTING[name]: 0}), [SOUND, SOUND, *[SOUND | {metric: past}] * 3])
     assert all(f"alarm/{name}" not in alarms and not any(alarms.values()) for alarms, _ in played)
-
-
-def test_noise_after_a_change_of_weights_counts_rather_than_the_floor_before_it():
-    noisy, quiet = ({"ratio/noise": a, "ratio/noise_floor": b} for a, b in ((2e-3, 0.0), (1e-4, 2e-3)))
-    assert alarms_of(make(), [SOUND | noisy] * 2, "noise_floor") == [0, 1]
-    assert alarms_of(make(), [SOUND | quiet] * 2, "noise_floor") == [0, 0]
 
 
 def test_format_errors_of_everything_played_count_rather_than_of_the_kept_groups():
@@ -227,7 +221,7 @@ def test_a_stopped_run_goes_on_once_its_rule_is_turned_off_or_its_limit_changes(
 
 def test_an_alarm_with_another_limit_begins_anew_beside_one_that_goes_on():
     stopped = make(stop_after=3)
-    past = SOUND | {"gap/train_engine_abs_mean": 1.0, "ratio/noise_floor": 1.0}
+    past = SOUND | {"gap/train_engine_abs_mean": 1.0, "ratio/noise": 1.0}
     play(stopped, [past] * 5)
     guards = after(stopped, stop_after=3, max_train_engine_gap=0.5)
     assert guards.active == ["noise_floor"]
@@ -240,7 +234,7 @@ def test_an_alarm_with_another_limit_begins_anew_beside_one_that_goes_on():
 
 def test_widening_the_clipping_range_is_another_limit_for_the_noise_floor():
     stopped = make(stop_after=1)
-    play(stopped, [SOUND | {"ratio/noise_floor": 2e-3}] * 2)
+    play(stopped, [SOUND | {"ratio/noise": 2e-3}] * 2)
     assert after(stopped).stop_is_due and not after(stopped, clip_low=4e-3).stop_is_due
 
 
