@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import pytest
 import torch
 import yaml
 from held_memory import held
+from preloaded.command import PYTHON
 from stub_judge import Reply, StubJudge, chat
 from tiny_models import CAPITALS, taught_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -139,7 +139,7 @@ def launched(tmp_path_factory) -> dict[str, Run]:
     inputs = {"overrides": overrides, "measured": {LONG: [WARM_STEPS, LONG_STEPS]}}
     for name, content in inputs.items():
         (root / f"{name}.json").write_text(json.dumps(content))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     result = subprocess.run(
         [*command, str(WORKER), str(config), *(str(root / f"{name}.json") for name in inputs)],
         capture_output=True,
@@ -242,6 +242,7 @@ def test_two_steps_update_all_ranks_alike(runs, name):
         assert record["gap/train_engine_abs_mean"] < 1e-4, (
             "the engine plays with other weights or temperature"
         )
+        assert record["ratio/noise_floor"] < 1e-6
     assert equal_on_all_ranks(run)
     assert run.trained["largest_change"] > 1e-4
 
