@@ -242,7 +242,6 @@ def test_two_steps_update_all_ranks_alike(runs, name):
         assert record["gap/train_engine_abs_mean"] < 1e-4, (
             "the engine plays with other weights or temperature"
         )
-        assert record["ratio/noise_floor"] < 1e-6
     assert equal_on_all_ranks(run)
     assert run.trained["largest_change"] > 1e-4
 
