@@ -37,11 +37,20 @@ SLOW = (
 )
 """Tests that start engines, servers or programs, or take more than a few seconds. `make check` leaves them out."""
 LONGEST = (
-    *("e2e/test_user_path.py", "e2e/test_slurm.py", "e2e/test_train.py", "distributed/test_lockstep.py"),
-    *("distributed/test_methods.py", "distributed/test_update.py", "unit/rollout/test_gpu_model_runner.py"),
-    *("unit/tools/test_gpu_check.py", "distributed/test_experts.py", "distributed/test_preflight.py"),
-    *("distributed/test_refit.py", "distributed/test_advantage_ranks.py", "e2e/test_mpi.py"),
-    *("e2e/test_bad_input.py", "distributed/test_transformer_engine.py"),
+    *(
+        "e2e/test_slurm.py",
+        "e2e/test_user_path.py",
+        "distributed/test_methods.py",
+        "distributed/test_update.py",
+    ),
+    *("distributed/test_lockstep.py", "e2e/test_train.py", "unit/rollout/test_gpu_model_runner.py"),
+    *(
+        "distributed/test_experts.py",
+        "distributed/test_transformer_engine.py",
+        "unit/tools/test_gpu_check.py",
+    ),
+    *("distributed/test_preflight.py", "distributed/test_advantage_ranks.py", "e2e/test_mpi.py"),
+    *("distributed/test_refit.py", "e2e/test_bad_input.py"),
 )
 """The files that take longest, in the order in which they start, so that no long file is left for the end."""
 
@@ -52,6 +61,15 @@ def pytest_configure(config: pytest.Config) -> None:
         session = Session()
         config.add_cleanup(session.close)
         os.environ[VARIABLE] = session.python
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files of which no test is chosen, because importing them takes time."""
+    chosen = {"slow": True, "not slow": False}.get(config.option.markexpr)
+    if chosen is None or collection_path.suffix != ".py":
+        return None
+    is_slow = collection_path.relative_to(TESTS).as_posix().startswith(SLOW)
+    return True if is_slow != chosen else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
