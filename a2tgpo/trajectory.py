@@ -134,7 +134,8 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
-    """The place at which a trajectory branched off from another trajectory of its group (`rollout.tree`)."""
+    """The place at which a trajectory branched off from another trajectory of its group (`rollout.tree`,
+    `rollout.inner_branches`)."""
 
     parent: int
     """Sample index of the trajectory from which it branched off."""
@@ -143,6 +144,13 @@ class Branch:
     owners: tuple[int, ...]
     """For each turn that the branch shares with its parent, the sample index of the trajectory that played the
     turn."""
+    num_tokens: int = 0
+    """Number of tokens of its parent's next turn that the branch also shares. Above 0 for an inner branch."""
+
+    @property
+    def is_inner(self) -> bool:
+        """Whether the branch begins inside a turn."""
+        return self.num_tokens > 0
 
 
 @dataclass(kw_only=True)
@@ -152,7 +160,8 @@ class Trajectory:
     prompt_index: int
     prompt_id: str
     sample_index: int
-    """Index of the trajectory in its group, 0 to group_size - 1."""
+    """Index of the trajectory in its group, 0 to group_size - 1. The inner branches of the group continue the
+    numbering."""
     prompt_tokens: TokenIds
     turns: list[Turn]
     stop_reason: str
@@ -175,6 +184,9 @@ class Trajectory:
     branch: Branch | None = None
     """Where the trajectory branched off from another one. None if it was played from the prompt. `turns` begins with
     copies of the shared turns."""
+    inner_branches: list[Trajectory] = field(default_factory=list)
+    """The branches that begin inside turns of this trajectory. No step trains on them. They show how good the turns'
+    beginnings are."""
 
     def __post_init__(self) -> None:
         self.prompt_tokens = _as(TokenIds, self.prompt_tokens)
@@ -203,6 +215,19 @@ class Trajectory:
     @property
     def num_sampled_tokens(self) -> int:
         return sum(len(turn.tokens) for turn in self.turns)
+
+    @property
+    def num_shared_tokens(self) -> int:
+        """Number of sampled tokens that a branch shares with its parent."""
+        if self.branch is None:
+            return 0
+        turns = self.turns[: len(self.branch.owners)]
+        return sum(len(turn.tokens) for turn in turns) + self.branch.num_tokens
+
+    @property
+    def played(self) -> list[Trajectory]:
+        """The trajectory and its inner branches."""
+        return [self, *self.inner_branches]
 
     @property
     def num_tokens(self) -> int:
@@ -243,13 +268,14 @@ class Trajectory:
         return max(version - turn.version for turn in self.turns)
 
     def to_dict(self) -> dict:
-        """Return the fields as a dict. Turns, calls and the branch become dicts, and arrays become lists.
+        """Return the fields as a dict. Turns, calls and branches become dicts, and arrays become lists.
 
         A turn also has `query`, `tool` and `tool_failed`, but not `experts`.
         """
         branch = None if self.branch is None else {**vars(self.branch), "owners": list(self.branch.owners)}
         turns = [_plain_turn(turn) for turn in self.turns]
-        return {**_plain(vars(self)), "turns": turns, "branch": branch}
+        inner = [one.to_dict() for one in self.inner_branches]
+        return {**_plain(vars(self)), "turns": turns, "branch": branch, "inner_branches": inner}
 
 
 def encode_records(records: object) -> bytes:

@@ -23,4 +23,9 @@ def compute_advantages(
     fits = isinstance(found, TurnAdvantages) and found.advantages.shape == shape
     rule = "a function that returns TurnAdvantages with one value per turn (docs/methods.md)"
     require(fits, ADVANTAGE.key, config.advantage, rule)
+    if found.token_offsets is not None:
+        lengths = [trajectory.num_sampled_tokens for trajectory in table.trajectories]
+        fits = [offsets.numel() for offsets in found.token_offsets] == lengths
+        rule = "a function whose token_offsets have one value per sampled token (docs/methods.md)"
+        require(fits, ADVANTAGE.key, config.advantage, rule)
     return found

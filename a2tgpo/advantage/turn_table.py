@@ -77,6 +77,9 @@ class TurnAdvantages:
     gain_spread: torch.Tensor | None = None
     """[N, T] float64: standard deviation of the gains in the turn group of each turn that has a gain. None if the
     method normalises no turn groups."""
+    token_offsets: Sequence[torch.Tensor] | None = None
+    """[N] tensors, float64: for each sampled token of a trajectory, over all turns, its advantage minus the advantage
+    of its turn. None if all tokens of a turn have the same advantage."""
 
 
 def build_turn_table(

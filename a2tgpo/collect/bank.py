@@ -119,7 +119,7 @@ class RolloutBank:
         """
         share, group = RankShare(self._key, played.metrics), self._engine_group.group
         ranks = gather_object(share, group) if group else [share]
-        has_all_rewards = all(t.reward_error is None for t in played.trajectories)
+        has_all_rewards = all(one.reward_error is None for t in played.trajectories for one in t.played)
         if not (self._engine_group.is_leader and has_all_rewards):
             return
         state = self._state.snapshot()

@@ -13,6 +13,7 @@ from a2tgpo.reward.total import Verdict
 from a2tgpo.rollout.carried_group import CarriedGroup
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.group_rollout import GroupRollout, Playing
+from a2tgpo.rollout.inner_branches import with_inner_branches
 from a2tgpo.rollout.judging import Judging
 from a2tgpo.trajectory import Prompt, Trajectory
 
@@ -62,7 +63,9 @@ class RewardedRollout:
         counts: RolloutCounts,
         queue: Iterable[Prompt] = (),
     ) -> list[Trajectory]:
-        """Play a group of trajectories for each prompt, and return all trajectories, sorted by prompt and sample.
+        """Play a group of trajectories for each prompt, and return the groups, sorted by prompt and sample.
+
+        Inner branches are in `Trajectory.inner_branches` of their parents.
 
         The engine also plays the prompts that it takes from `queue` (see `GroupRollout.play`).
 
@@ -79,7 +82,10 @@ class RewardedRollout:
             counts=counts,
         )
         finished = self._score(playing, counts)
-        return sorted(finished, key=lambda trajectory: (trajectory.prompt_index, trajectory.sample_index))
+        by_sample = sorted(
+            finished, key=lambda trajectory: (trajectory.prompt_index, trajectory.sample_index)
+        )
+        return with_inner_branches(by_sample)
 
     def play_on(
         self,

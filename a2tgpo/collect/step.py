@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from a2tgpo.collect.assignment import Assignment, queue_store
 from a2tgpo.collect.informative import SamplingReport, draw_size, informative_groups
+from a2tgpo.collect.inner_branches import add_inner_branch_metrics
 from a2tgpo.collect.partial import PartialRollout
 from a2tgpo.collect.rewarded_rollout import RewardedRollout
 from a2tgpo.collect.state import RolloutState
@@ -108,6 +109,8 @@ class StepRollout:
         if self._config.assignment == "on_demand":
             metrics.add("assignment/taken_groups", counts.taken_groups, 1)
             metrics.add_max("assignment/taken_groups_max", counts.taken_groups)
+        if self._config.inner_branches:
+            add_inner_branch_metrics(metrics, trajectories, per_prompt=self._config.inner_branches)
         if self._startup is not None:
             for name, seconds in self._startup.items():
                 metrics.add_max(name, seconds)

@@ -15,15 +15,17 @@ def require_verdicts(trajectories: Sequence[Trajectory], *, max_share: float) ->
     Every rank must call this.
 
     Args:
-        trajectories: the trajectories of this rank's engine. Empty if the rank is not the engine's leader.
+        trajectories: the trajectories of this rank's engine. Their inner branches count too. Empty if the rank is not
+            the engine's leader.
         max_share: value of `reward.max_failed_share`.
 
     Raises:
         RewardFaultError: with a one-line message, if the share of trajectories without a reward, over all engines, is
             larger than `max_share`.
     """
-    errors = [t.reward_error for t in trajectories if t.reward_error is not None]
-    parts = all_gather_object((len(errors), len(trajectories), errors[-1:]), world_group())
+    played = [one for t in trajectories for one in t.played]
+    errors = [one.reward_error for one in played if one.reward_error is not None]
+    parts = all_gather_object((len(errors), len(played), errors[-1:]), world_group())
     num_errors, total = sum(part[0] for part in parts), sum(part[1] for part in parts)
     if num_errors > max_share * total:
         last = next(part[2][0] for part in reversed(parts) if part[2])

@@ -6,12 +6,18 @@ from typing import Literal
 from a2tgpo.config.contrast import ContrastConfig
 from a2tgpo.config.correction import CorrectionConfig
 from a2tgpo.config.expand import Expanded
+from a2tgpo.config.future import FutureConfig
 from a2tgpo.config.method_part import ADVANTAGE, NO_CREDIT, OBJECTIVE, TOKEN_CREDIT, MethodPart
 from a2tgpo.io.errors import require
 
 OF_TREES = ("at2po", "tree_grpo")
 """Methods of advantage/methods/ that compare the branches of a tree (`rollout.tree`)."""
-WITHOUT_TURN_GROUPS = ("gigpo", "grpo", "gtpo", "hgpo", "igpo_joint", "igpo_separate", *OF_TREES)
+OF_INNER_BRANCHES = ("appo",)
+"""Methods of advantage/methods/ that use the outcomes of inner branches (`rollout.inner_branches`)."""
+WITHOUT_TURN_GROUPS = (
+    *("appo", "gigpo", "grpo", "gtpo", "hgpo", "igpo_joint", "igpo_separate"),
+    *OF_TREES,
+)
 """Methods of advantage/methods/ that do not normalise within turn groups."""
 WITH_CONTRAST = ("gcpo",)
 """Token credits of loss/credits/ that read log-probs after contrast prompts."""
@@ -29,7 +35,7 @@ class AlgorithmConfig:
     `turn_group` is Eq. 6-9. `turn_group_absent` also counts turns that a trajectory did not take, with gain 0.
     `igpo_joint` normalises gains and outcomes together, `igpo_separate` separately. `grpo` uses only the outcome.
     `gigpo`, `hgpo`, `gtpo` and `mt_grpo` are the advantages of GiGPO, HGPO, GTPO and MT-GRPO. `at2po` and `tree_grpo`
-    are those of AT2PO and Tree-GRPO, and need rollout.tree."""
+    are those of AT2PO and Tree-GRPO, and need rollout.tree. `appo` is APPO's, and needs rollout.inner_branches."""
     objective: Expanded = "clipped_ratio"
     """Policy loss: name of a module in loss/objectives/ (docs/methods.md), or your own function as
     path/to/file.py:name. `clipped_ratio` is Eq. 12. `cispo`, `sapo` and `gmpo` are the losses of CISPO, SAPO and
@@ -38,7 +44,7 @@ class AlgorithmConfig:
     """How the advantage of a turn is divided over its tokens: name of a module in loss/credits/ (docs/methods.md), or
     your own function as path/to/file.py:name. `none`: every token of a turn has the turn's advantage. `gcpo`: tokens
     that depend more on the instructions get a larger share (algorithm.contrast). `gcpo` needs one more forward
-    pass."""
+    pass. `appo`: tokens before tokens that have become more probable get more (algorithm.future)."""
     gamma: float = 1.0
     """Discount factor per turn, in [0, 1] (paper: 1.0)."""
     alpha: float = 1.0
@@ -103,6 +109,8 @@ class AlgorithmConfig:
     """Importance weights that correct for differences between the log-probs of engine and trainer."""
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     """Contrast prompts, for token credits that compare log-probs after two prompts."""
+    future: FutureConfig = field(default_factory=FutureConfig)
+    """APPO's token credit."""
 
     @property
     def uses_gain(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from a2tgpo.config.algorithm import OF_TREES, WITH_CONTRAST, AlgorithmConfig
+from a2tgpo.config.algorithm import OF_INNER_BRANCHES, OF_TREES, WITH_CONTRAST, AlgorithmConfig
 from a2tgpo.config.method_part import NO_CREDIT
 from a2tgpo.io.errors import require
 from a2tgpo.io.user_code import is_user_code
@@ -23,7 +23,7 @@ GRADIENT_PER_TOKEN = ("cispo", "gspo_token")
 is. In the other objectives, tokens that share a ratio also share the mean of their advantages."""
 RATIO_OF_SEVERAL_TOKENS = ("gmpo", "gspo_token")
 """Objectives of loss/objectives/ that are defined only for the ratios of turns and sequences."""
-WITHOUT_NORMALIZED_GAINS = ("gigpo", "grpo", "gtpo", "hgpo", *OF_TREES)
+WITHOUT_NORMALIZED_GAINS = ("appo", "gigpo", "grpo", "gtpo", "hgpo", *OF_TREES)
 """Methods of advantage/methods/ whose turns all have normalised gain 0."""
 _SIZES = ("token", "turn", "sequence")
 
@@ -34,6 +34,7 @@ def check_combinations(config: RunConfig) -> None:
     _check_ratio(algorithm)
     _check_clipping(algorithm)
     _check_tree(config)
+    _check_inner_branches(config)
     require(
         algorithm.clip_cov_share == 0 or algorithm.token_credit == NO_CREDIT,
         "algorithm.clip_cov_share",
@@ -100,6 +101,8 @@ def _unit_of_advantages(algorithm: AlgorithmConfig) -> tuple[str, str]:
     if algorithm.token_credit != NO_CREDIT:
         return "token", f"algorithm.token_credit={algorithm.token_credit}"
     source = f"algorithm.advantage={algorithm.advantage}"
+    if algorithm.advantage in OF_INNER_BRANCHES:
+        return "token", source
     is_one = algorithm.advantage in ONE_ADVANTAGE_PER_TRAJECTORY or is_user_code(algorithm.advantage)
     return ("sequence" if is_one else "turn"), source
 
@@ -136,4 +139,27 @@ def _check_tree(config: RunConfig) -> None:
         if needs_tree
         else f"0 with algorithm.advantage={advantage}, which would count a shared turn once for each branch; set "
         f"algorithm.advantage={' or algorithm.advantage='.join(OF_TREES)}",
+    )
+
+
+def _check_inner_branches(config: RunConfig) -> None:
+    """Check that turns have inner branches if and only if the advantage uses them. A user's advantage function may be
+    used with or without inner branches, but not with both kinds of branches."""
+    advantage, count = config.algorithm.advantage, config.rollout.inner_branches
+    needs_branches = advantage in OF_INNER_BRANCHES
+    require(
+        (count > 0) == needs_branches or is_user_code(advantage),
+        "rollout.inner_branches",
+        count,
+        f">= 1 with algorithm.advantage={advantage}, which uses the outcomes of inner branches; set "
+        "rollout.inner_branches=8"
+        if needs_branches
+        else f"0 with algorithm.advantage={advantage}, which does not use the outcomes of inner branches; set "
+        f"rollout.inner_branches=0 or algorithm.advantage={' or algorithm.advantage='.join(OF_INNER_BRANCHES)}",
+    )
+    require(
+        count == 0 or not config.rollout.tree.is_on,
+        "rollout.inner_branches",
+        count,
+        "0 with rollout.tree.initial > 0, since a rollout has one kind of branches; set rollout.tree.initial=0",
     )

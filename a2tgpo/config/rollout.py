@@ -195,6 +195,9 @@ class RolloutConfig:
     gain: GainConfig = field(default_factory=GainConfig)
     partial: PartialConfig = field(default_factory=PartialConfig)
     tree: TreeConfig = field(default_factory=TreeConfig)
+    inner_branches: int = 0
+    """Number of branches of a prompt that begin inside turns of its trajectories, in addition to group_size, for
+    algorithm.advantage=appo (docs/methods.md). They are played to their ends, but not trained on."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -246,6 +249,7 @@ class RolloutConfig:
             "all carried-over groups",
         )
         self._check_tree()
+        self._check_inner_branches()
         # vLLM raises temperatures below 0.01 to 0.01.
         require(0.01 <= self.temperature <= 2, "rollout.temperature", self.temperature, "in [0.01, 2]")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "in (0, 1]")
@@ -297,6 +301,17 @@ class RolloutConfig:
             partial.extra_prompts,
             f"0, or extra_prompts + (max_staleness + 1) * {formula} ({needed}) at most the number of questions in "
             f"data.train ({num_questions})",
+        )
+
+    def _check_inner_branches(self) -> None:
+        key, count = "rollout.inner_branches", self.inner_branches
+        require(count >= 0, key, count, ">= 0")
+        require(
+            count == 0 or not self.partial.is_on,
+            key,
+            count,
+            "0 with rollout.partial.tokens_per_step > 0, since trajectories branch only after they have ended; set "
+            "rollout.inner_branches=0 or rollout.partial.tokens_per_step=0",
         )
 
     @property

@@ -186,6 +186,7 @@ def _require_no_replay(name: str, rollout: RolloutConfig) -> None:
     for key, value, what in (
         ("partial.tokens_per_step", rollout.partial.tokens_per_step, "go on in a later step"),
         ("tree.initial", rollout.tree.initial, "branch"),
+        ("inner_branches", rollout.inner_branches, "branch"),
     ):
         require(
             value == 0,

@@ -64,7 +64,8 @@ def rollout_time(given: PlanInputs) -> RolloutTime:
     # Observations and tool calls are assumed to grow in proportion to the sampled tokens.
     stretch = geometry.longest_sampled / sampled if sampled else 1.0
     is_scored = workload.turns > 0 and config.engine_scores_gain
-    scored = (workload.turns + 1) * assumed.answer_tokens * trajectories if is_scored else 0.0
+    with_gains = geometry.trajectories_per_engine * min(1.0, geometry.played_share)
+    scored = (workload.turns + 1) * assumed.answer_tokens * with_gains if is_scored else 0.0
     # A trajectory without room in the cache loses its cached context in each turn. Either a preemption drops the
     # context, or other trajectories take its place while the tool runs.
     recomputed = geometry.displaced * (workload.turns + 1) * context

@@ -71,7 +71,8 @@ class Geometry:
     """Number of tokens that the trainer computes in the step, without padding."""
     sampled_tokens: float
     played_share: float
-    """Share of the trajectories' turns that the rollout plays. Below 1 with trees, whose branches share turns."""
+    """Turns that the rollout plays, divided by the turns of the trajectories. Below 1 with trees, whose
+    branches share turns. Above 1 with inner branches, which are not among the trajectories."""
     optimizer_steps: int
     microbatches: int
     """Micro-batches per optimizer step and data-parallel replica, if each is packed as full as possible."""
@@ -129,6 +130,9 @@ def geometry(
     if tree.is_on:
         played_share -= (1 - BRANCH_SHARE) * (1 - tree.initial / config.rollout.group_size)
         rounds = tree.rounds  # the rounds of a prompt play one after another
+    if config.rollout.inner_branches:
+        played_share += BRANCH_SHARE * config.rollout.inner_branches / config.rollout.group_size
+        rounds = 1
     longest_sampled = min(most_sampled, workload.longest_to_mean * workload.sampled_tokens)
     return Geometry(
         data_parallel=data_parallel,

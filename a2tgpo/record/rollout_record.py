@@ -23,6 +23,8 @@ def to_record(
 ) -> dict:
     """Return a trajectory, its texts and the training values of its turns as JSON types.
 
+    Inner branches have texts, but no training values.
+
     Args:
         turn_values: arrays [N, T + 1] by name. A value that is not finite becomes None.
         row: the row of the trajectory in each array of `turn_values`.
@@ -32,9 +34,11 @@ def to_record(
         for name, values in turn_values.items():
             value = values[row, column].item()
             turn[name] = value if math.isfinite(value) else None
-        turn["text"] = tokenizer.decode(turn["tokens"])
-        turn["observation_text"] = tokenizer.decode(turn["observation_tokens"])
-    record["prompt_text"] = tokenizer.decode(record["prompt_tokens"])
+    for one in (record, *record["inner_branches"]):
+        for turn in one["turns"]:
+            turn["text"] = tokenizer.decode(turn["tokens"])
+            turn["observation_text"] = tokenizer.decode(turn["observation_tokens"])
+        one["prompt_text"] = tokenizer.decode(one["prompt_tokens"])
     return record
 
 

@@ -48,7 +48,14 @@ def write_page(out: Path, name: str, steps: Mapping[int, Sequence[dict]], decode
     content = {
         "name": name,
         "steps": [
-            {"step": step, "records": [_slim(record, decode) for record in records]}
+            {
+                "step": step,
+                "records": [
+                    _slim(one, decode)
+                    for record in records
+                    for one in (record, *record.get("inner_branches", ()))
+                ],
+            }
             for step, records in steps.items()
         ],
     }

@@ -1,7 +1,8 @@
 """Plain records of the engine's outputs. Modules that use these records need not import vllm."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from a2tgpo.batch.expert_rows import ExpertShape
@@ -25,6 +26,9 @@ class EngineOutput:
     num_prompt_tokens: int
     num_cached_tokens: int
     """Number of prompt tokens that were in the prefix cache."""
+    entropies: list[float] = field(default_factory=list)
+    """For each token, the entropy in nats of the distribution from which it was sampled: the sum of -p log p over the
+    `top_logprobs` most probable tokens (see `VllmEngine.submit`). Empty if `top_logprobs` is 0."""
     experts: bytes = b""
     """The rows of experts from position `experts_from` (see `VllmEngine.submit`) to the last sampled token but one.
     Empty if the engine does not return experts, and on all ranks of an engine except the first."""
@@ -45,8 +49,14 @@ class ScoreOutput:
 def generation_output(output: Any, *, experts: bytes) -> EngineOutput:
     """Convert the vllm.RequestOutput of a finished generation to an `EngineOutput`."""
     sampled = output.outputs[0]
-    tokens, logprobs = list(sampled.token_ids), list(sampled.logprobs.logprobs)
+    tokens, found = list(sampled.token_ids), sampled.logprobs
+    # The log-prob of the sampled token is followed by those of the most probable tokens.
+    logprobs = [found.logprobs[start] for start in found.start_indices]
     assert len(tokens) == len(logprobs), "one log-prob per sampled token"
+    tops = [
+        found.logprobs[start + 1 : end]
+        for start, end in zip(found.start_indices, found.end_indices, strict=True)
+    ]
     return EngineOutput(
         request_id=output.request_id,
         tokens=tokens,
@@ -54,6 +64,7 @@ def generation_output(output: Any, *, experts: bytes) -> EngineOutput:
         text=sampled.text,
         finish_reason=str(sampled.finish_reason),
         stop_string=sampled.stop_reason if isinstance(sampled.stop_reason, str) else None,
+        entropies=[_entropy(top) for top in tops] if any(tops) else [],
         experts=experts,
         **_prompt_counts(output),
     )
@@ -105,6 +116,11 @@ def score_output(output: Any, num_scored: int, *, is_second_runner: bool) -> Sco
         found = output.prompt_logprobs.logprobs[-num_scored:]
     assert len(found) == num_scored, "one log-prob per token of the answer"
     return ScoreOutput(request_id=output.request_id, answer_logprobs=found, **counts)
+
+
+def _entropy(logprobs: Sequence[float]) -> float:
+    """Return the sum of -p log p. A token that cannot be sampled has log-prob -inf, and adds 0."""
+    return -sum(math.exp(logprob) * logprob for logprob in logprobs if logprob > -math.inf)
 
 
 def _prompt_counts(output: Any) -> dict[str, int]:

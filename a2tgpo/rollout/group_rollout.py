@@ -18,6 +18,7 @@ from a2tgpo.rollout.answer_scorer import AnswerScorer
 from a2tgpo.rollout.answer_tokens import AnswerTokens
 from a2tgpo.rollout.carried_group import CarriedGroup, copied
 from a2tgpo.rollout.counts import RolloutCounts
+from a2tgpo.rollout.inner_branches import TOP_LOGPROBS, InnerBranching
 from a2tgpo.rollout.multi_turn import Limits, LiveTrajectory, MultiTurnLoop, PromptGroup, Sampling
 from a2tgpo.rollout.tool_pool import ToolFaultError, ToolPool
 from a2tgpo.rollout.turn_tree import TreeGrowth
@@ -44,6 +45,8 @@ class Finished:
     alias and token, or None if the context has no log-probs. The list is empty if nothing was scored."""
 
 
+Growth = TreeGrowth | InnerBranching
+"""Decides which branches begin after a trajectory has ended."""
 Playing = Generator[Finished | None, None, None]
 """A started rollout, which plays while the caller iterates over it (see `GroupRollout.play`)."""
 
@@ -102,7 +105,8 @@ class GroupRollout:
             version: version of the weights (`Turn.version`).
             greedy: whether to always take the most probable token, as evaluation does.
             group_size: number of trajectories per prompt, all played from the prompt. None means
-                `rollout.group_size` trajectories, some of which are branches if `rollout.tree` is on.
+                `rollout.group_size` trajectories, some of which are branches if `rollout.tree` is on, and
+                `rollout.inner_branches` inner branches.
             score_gain: whether to score the gold answer in every context.
             skip: pairs (index of the prompt, sample) of trajectories that are not played.
             queue: further prompts. The engine takes the next one whenever it has a free slot, that is, whenever it
@@ -118,9 +122,9 @@ class GroupRollout:
             RuntimeError: raised by the iterator, if the engine fails, or if a tool has a bug or hangs too often.
         """
         growth, size = None, group_size or self._config.group_size
-        if group_size is None and self._config.tree.is_on:
-            growth = TreeGrowth(self._config.tree, group_size=size, seed=f"{seed}|{version}")
-            size = self._config.tree.initial
+        if group_size is None:
+            growth = self._growth(seed=f"{seed}|{version}")
+            size = self._config.tree.initial or size
 
         def begun(some: Sequence[Prompt]) -> list[LiveTrajectory]:
             return [
@@ -135,6 +139,7 @@ class GroupRollout:
             top_p=1.0 if greedy else self._config.top_p,
             seed=seed,
             version=version,
+            top_logprobs=TOP_LOGPROBS if isinstance(growth, InnerBranching) else 0,
         )
         return self._play(
             begun(prompts),
@@ -219,7 +224,7 @@ class GroupRollout:
         *,
         score_gain: bool,
         counts: RolloutCounts,
-        growth: TreeGrowth | None = None,
+        growth: Growth | None = None,
         later: Iterable[list[LiveTrajectory]] = (),
     ) -> Playing:
         waiting = iter(later)
@@ -228,12 +233,7 @@ class GroupRollout:
             tools=self._tools,
             protocol=self.protocol,
             scorer=AnswerScorer(self._engine, self.answer_tokens, counts) if score_gain else None,
-            limits=Limits(
-                max_turns=self._config.max_turns,
-                max_turn_tokens=self._config.max_turn_tokens,
-                max_response_tokens=self._config.max_response_tokens,
-                max_model_len=self._engine.max_model_len,
-            ),
+            limits=self._limits,
             sampling=sampling,
             counts=counts,
         )
@@ -247,6 +247,22 @@ class GroupRollout:
                     loop.begin(group)
                     counts.taken_groups += 1
                 yield None if done is None else self._finished(done)
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(
+            max_turns=self._config.max_turns,
+            max_turn_tokens=self._config.max_turn_tokens,
+            max_response_tokens=self._config.max_response_tokens,
+            max_model_len=self._engine.max_model_len,
+        )
+
+    def _growth(self, *, seed: str) -> Growth | None:
+        """Return what decides on the branches of a training rollout, or None if the rollout has no branches."""
+        tree, count, size = self._config.tree, self._config.inner_branches, self._config.group_size
+        if count:
+            return InnerBranching(count, group_size=size, limits=self._limits, protocol=self.protocol)
+        return TreeGrowth(tree, group_size=size, seed=seed) if tree.is_on else None
 
     def _finished(self, live: LiveTrajectory) -> Finished:
         return Finished(

@@ -56,6 +56,8 @@ class Sampling:
     seed: int
     version: int
     """Version of the weights (see `Turn.version`)."""
+    top_logprobs: int = 0
+    """Number of log-probs per token from which the engine estimates entropies; 0: no entropies."""
 
     def turn_seed(self, group: PromptGroup, sample_index: int, turn_index: int) -> int | None:
         """Return the seed of one generation. It does not depend on the rank, the time or other requests."""
@@ -101,6 +103,12 @@ class LiveTrajectory:
     """After this many sampled tokens in this rollout, the trajectory begins no further turn. None means no limit."""
     num_past_turns: int = 0
     """Number of turns that were played in earlier rollouts, or by trajectories from which this one branched off."""
+    opening: Turn = field(default_factory=lambda: Turn(tokens=TokenIds(), rollout_logprobs=LogProbs()))
+    """The beginning of the first turn of this rollout, which an inner branch shares with its parent. Otherwise
+    empty."""
+    entropies: list[list[float]] = field(default_factory=list)
+    """For each turn of this rollout, the entropies of the distributions from which its tokens were sampled, in nats.
+    Empty lists if the engine estimates none."""
 
     @property
     def start_order(self) -> tuple[bool, bool, int]:
@@ -116,9 +124,21 @@ class LiveTrajectory:
         return self.trajectory.turns[self.num_past_turns :]
 
     @property
+    def num_sampled(self) -> int:
+        """Number of tokens that this rollout has sampled."""
+        shared = len(self.opening.tokens) if self.new_turns else 0
+        return sum(len(turn.tokens) for turn in self.new_turns) - shared
+
+    @property
+    def is_inner(self) -> bool:
+        """Whether the trajectory is an inner branch (`rollout.inner_branches`). Its gains are not measured."""
+        return bool(self.opening.tokens)
+
+    @property
     def contexts(self) -> list[AnswerScore]:
         """Scores of the gold answer after the prompt and after each process turn. Empty if nothing is scored."""
-        return [] if self.group.baseline is None else [self.group.baseline, *self.scores]
+        baseline = self.group.baseline
+        return [] if baseline is None or self.is_inner else [baseline, *self.scores]
 
     @property
     def is_scored(self) -> bool:
@@ -128,7 +148,7 @@ class LiveTrajectory:
     @property
     def is_spent(self) -> bool:
         """Whether this rollout has used up the trajectory's budget."""
-        return self.budget is not None and sum(len(turn.tokens) for turn in self.new_turns) >= self.budget
+        return self.budget is not None and self.num_sampled >= self.budget
 
 
 class MultiTurnLoop:
@@ -202,7 +222,7 @@ class MultiTurnLoop:
             past_calls = [call for turn in trajectory.trajectory.turns for call in turn.calls]
             trajectory.sessions = self._tools.sessions_for(trajectory.group.prompt, past_calls)
             self._generate(trajectory)
-            if self._scorer is not None:
+            if self._scorer is not None and not trajectory.is_inner:
                 self._score_prefix(trajectory, self._scorer)
 
     def _play(self, live: Sequence[LiveTrajectory]) -> Generator[LiveTrajectory | None, None, None]:
@@ -254,24 +274,31 @@ class MultiTurnLoop:
         self._num_requests += 1
         self._generating[request_id] = live
         trajectory = live.trajectory
+        num_begun = 0 if live.new_turns else len(live.opening.tokens)
         self._engine.submit(
             request_id,
             live.tokens,
-            max_tokens=min(room, self._limits.max_turn_tokens),
+            max_tokens=min(room, self._limits.max_turn_tokens - num_begun),
             seed=self._sampling.turn_seed(live.group, trajectory.sample_index, len(trajectory.turns)),
             temperature=self._sampling.temperature,
             top_p=self._sampling.top_p,
             stop=self._protocol.stop_strings,
             stop_tokens=self._protocol.stop_tokens,
+            top_logprobs=self._sampling.top_logprobs,
             # If this rollout has played a turn, the rows up to that turn's last token but one have been returned.
             experts_from=max(0, live.num_known - 1),
         )
 
     def _take_turn(self, live: LiveTrajectory, output: EngineOutput) -> None:
         """Append the sampled turn to the trajectory. Then call a tool or end the trajectory."""
+        tokens, logprobs, text = TokenIds(output.tokens), LogProbs(output.logprobs), output.text
+        if live.is_inner and not live.new_turns:
+            tokens = TokenIds(live.opening.tokens + tokens)
+            logprobs = LogProbs(live.opening.rollout_logprobs + logprobs)
+            text = self._protocol.text_of(live.opening.tokens) + text
         turn = Turn(
-            tokens=TokenIds(output.tokens),
-            rollout_logprobs=LogProbs(output.logprobs),
+            tokens=tokens,
+            rollout_logprobs=logprobs,
             version=self._sampling.version,
             experts=output.experts,
         )
@@ -284,8 +311,9 @@ class MultiTurnLoop:
         self._counts.cached_prefix_tokens += min(output.num_cached_tokens, live.num_known)
         live.tokens.extend(output.tokens)
         live.num_known = len(live.tokens)
+        live.entropies.append(output.entropies)
         parsed = self._protocol.parse(
-            output.text, finish_reason=output.finish_reason, stop_string=output.stop_string
+            text, finish_reason=output.finish_reason, stop_string=output.stop_string
         )
         if parsed.calls:
             self._call(live, parsed.calls)
@@ -344,7 +372,7 @@ class MultiTurnLoop:
         # Submit the generation first. Its prefill caches the observation, so the scoring has to compute only the
         # scaffold and the answer.
         self._generate(live)
-        if self._scorer is not None:
+        if self._scorer is not None and not live.is_inner:
             num_turns = live.trajectory.num_process_turns
             live.scores.append(self._scorer.submit(live.trajectory, num_turns, live.group.aliases))
 
@@ -362,4 +390,4 @@ class MultiTurnLoop:
         self._ended.append(live)
 
     def _count_turns(self, live: LiveTrajectory) -> None:
-        self._counts.sampled_tokens += sum(len(turn.tokens) for turn in live.new_turns)
+        self._counts.sampled_tokens += live.num_sampled

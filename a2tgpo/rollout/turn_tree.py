@@ -18,22 +18,13 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from a2tgpo.config.rollout import TreeConfig
+from a2tgpo.rollout.branch_point import BranchPoint, branch_of
 from a2tgpo.rollout.carried_group import copied
 from a2tgpo.rollout.multi_turn import LiveTrajectory
-from a2tgpo.trajectory import Branch, Trajectory
-
-
-@dataclass(frozen=True)
-class BranchPoint:
-    """A place at which a trajectory may branch."""
-
-    parent: int
-    """Sample index of the trajectory."""
-    num_shared: int
-    """Number of turns that the branch keeps."""
+from a2tgpo.trajectory import Trajectory
 
 
 class TreeGrowth:
@@ -64,7 +55,7 @@ class TreeGrowth:
         members.sort(key=lambda member: member.trajectory.sample_index)
         points = self._points(members, self._sizes[totals.index(len(members)) + 1])
         return [
-            _branch(members[point.parent], point, sample_index=len(members) + place)
+            branch_of(members[point.parent], point, sample_index=len(members) + place)
             for place, point in enumerate(points)
         ]
 
@@ -135,29 +126,3 @@ def _edges(trajectory: Trajectory) -> list[tuple[tuple[int, int], tuple[int, int
 
 def _at_prompt(members: Sequence[Trajectory]) -> list[BranchPoint]:
     return [BranchPoint(member.sample_index, 0) for member in members]
-
-
-def _branch(parent: LiveTrajectory, point: BranchPoint, *, sample_index: int) -> LiveTrajectory:
-    """Return a branch of `parent`, with copies of the shared turns and with the scores of their contexts."""
-    origin = parent.trajectory
-    trajectory = Trajectory(
-        prompt_index=origin.prompt_index,
-        prompt_id=origin.prompt_id,
-        sample_index=sample_index,
-        prompt_tokens=origin.prompt_tokens,
-        turns=[replace(turn) for turn in origin.turns[: point.num_shared]],
-        stop_reason="",
-        hops=origin.hops,
-        branch=Branch(
-            parent=origin.sample_index,
-            root=origin.root,
-            owners=tuple(origin.owners[: point.num_shared]),
-        ),
-    )
-    return LiveTrajectory(
-        group=parent.group,
-        trajectory=trajectory,
-        tokens=trajectory.tokens,
-        scores=parent.scores[: point.num_shared],
-        num_past_turns=point.num_shared,
-    )

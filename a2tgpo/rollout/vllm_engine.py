@@ -202,6 +202,7 @@ class VllmEngine:
         top_p: float,
         stop: Sequence[str],
         stop_tokens: Sequence[int] = (),
+        top_logprobs: int = 0,
         experts_from: int = 0,
     ) -> None:
         """Queue a generation request. A later call of `step` returns its `EngineOutput`.
@@ -214,6 +215,7 @@ class VllmEngine:
             stop: texts that end the generation. The output includes the text that ended it.
             stop_tokens: ids that end the generation, in addition to the end-of-sequence ids of the tokenizer and of
                 generation_config.json. The output includes the id that ended the generation.
+            top_logprobs: number of log-probs from which `EngineOutput.entropies` are estimated; 0: no entropies.
             experts_from: first position whose experts the output contains, if the engine returns experts.
 
         Raises:
@@ -231,7 +233,7 @@ class VllmEngine:
             include_stop_str_in_output=True,
             skip_special_tokens=False,
             spaces_between_special_tokens=False,
-            logprobs=0,
+            logprobs=top_logprobs,
             flat_logprobs=True,
             routed_experts_prompt_start=experts_from,
         )
@@ -245,12 +247,12 @@ class VllmEngine:
         """
         assert prefix and answer, "scoring needs a prefix and an answer"
         # The last token of the prefix must be computed, because its row of logits scores the first answer token.
-        self._submit_prompt_logprobs(request_id, [*prefix, *answer], len(answer), len(prefix) - 1)
+        self._submit_scoring(request_id, [*prefix, *answer], len(answer), len(prefix) - 1)
 
     def sequence_logprobs(self, tokens: Sequence[int]) -> list[float]:
         """Return the model's own log p of `tokens[1:]`, without using the cache. The engine must be idle."""
         assert not self.has_unfinished, "sequence_logprobs needs an idle engine"
-        self._submit_prompt_logprobs("sequence", list(tokens), len(tokens) - 1, 0)
+        self._submit_scoring("sequence", list(tokens), len(tokens) - 1, 0)
         while not (outputs := self.step()):
             pass
         assert isinstance(outputs[0], ScoreOutput)
@@ -370,9 +372,7 @@ class VllmEngine:
         leave_out_token_texts(record)
         return record
 
-    def _submit_prompt_logprobs(
-        self, request_id: str, tokens: list[int], num_scored: int, max_hit: int
-    ) -> None:
+    def _submit_scoring(self, request_id: str, tokens: list[int], num_scored: int, max_hit: int) -> None:
         record = self._add(
             request_id,
             tokens,

@@ -36,6 +36,8 @@ class Microbatch:
     """[S] float32: the weight that each sampled token of the sequence has in the loss."""
     sequence_is_correct: Tensor
     """[S] bool: whether the trajectory's answer is an exact match."""
+    token_offsets: Tensor | None = None
+    """[T] float32: `TurnAdvantages.token_offsets`. None: all tokens of a turn have the same advantage."""
     is_cov_clipped: Tensor | None = None
     """[T] bool: tokens that Clip-Cov chose. None: Clip-Cov is off."""
     old_logprobs: Tensor | None = None
@@ -53,6 +55,12 @@ class Microbatch:
         moved = {name: value.to(device) for name, value in values.items() if value is not None}
         return dataclasses.replace(self, **moved)
 
+    def token_advantages(self) -> Tensor:
+        """Return the advantage of each sampled token, [n]."""
+        mask = self.batch.loss_mask[0]
+        of_turns = self.turn_advantages[self.batch.turn_ids[0, mask]]
+        return of_turns if self.token_offsets is None else of_turns + self.token_offsets[mask]
+
     def loss_inputs(self) -> LossInputs:
         """Return the loss's flat per-token inputs, without importance weights. Call this only on the last stage."""
         batch, mask = self.batch, self.batch.loss_mask[0]
@@ -60,7 +68,7 @@ class Microbatch:
         turn_ids, sequence_ids = batch.turn_ids[0, mask], batch.sequence_ids[0, mask]
         return LossInputs(
             old_logprobs=self.old_logprobs[mask],
-            advantages=self.turn_advantages[turn_ids],
+            advantages=self.token_advantages(),
             clip_scale=self.turn_clip_scales[turn_ids],
             weights=self.sequence_weights[sequence_ids],
             turn_ids=turn_ids,
@@ -110,6 +118,7 @@ def build_minibatches(
             turn_clip_scales=clip_scales[turns].float(),
             sequence_weights=weights[sequences].float(),
             sequence_is_correct=is_correct[sequences],
+            token_offsets=_laid_out(advantages.token_offsets, batch),
             # A contrast prompt may be longer than the prompt, so the row may be longer than `max_microbatch_tokens`.
             # Its pass needs less memory than the training pass, because it computes no gradients.
             contrast=pack(contrasted, sequences, align=align) if contrasted else None,
@@ -150,6 +159,17 @@ def with_prompts(
     return [dataclasses.replace(t, prompt_tokens=TokenIds(prompts[t.prompt_id])) for t in trajectories]
 
 
+def _laid_out(offsets: Sequence[Tensor] | None, batch: PackedBatch) -> Tensor | None:
+    """Return the `offsets` of the batch's trajectories at the positions of their tokens, [T] float32, 0 elsewhere."""
+    if offsets is None:
+        return None
+    row = torch.zeros(batch.num_tokens)
+    row[batch.loss_mask[0]] = torch.cat(
+        [torch.zeros(0), *(offsets[i] for i in batch.trajectory_indices)]
+    ).float()
+    return row
+
+
 def _with_clip_cov(
     microbatches: list[Microbatch],
     trajectories: Sequence[Trajectory],
@@ -166,7 +186,7 @@ def _with_clip_cov(
 
     is_clipped = clip_covariance(
         sampled([m.batch.rollout_logprobs[0] for m in microbatches]),
-        sampled([m.turn_advantages[m.batch.turn_ids[0]] for m in microbatches]),
+        torch.cat([torch.zeros(0), *(m.token_advantages() for m in microbatches)]),
         sampled([_draws(m.batch, trajectories, seed=config.run.seed) for m in microbatches]),
         config=config.algorithm,
         dp_group=groups.dp_group,

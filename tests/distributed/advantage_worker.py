@@ -19,7 +19,7 @@ from claims import Claims
 
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import build_turn_table
-from a2tgpo.config.algorithm import OF_TREES, AlgorithmConfig
+from a2tgpo.config.algorithm import OF_INNER_BRANCHES, OF_TREES, AlgorithmConfig
 from a2tgpo.config.method_part import ADVANTAGE
 from a2tgpo.trajectory import Branch, Call, Trajectory, Turn
 
@@ -79,6 +79,25 @@ def as_trees(trajectories: list[Trajectory]) -> list[Trajectory]:
     return made
 
 
+def with_inner_branches(trajectories: list[Trajectory], seed: int) -> list[Trajectory]:
+    """Return the trajectories with up to three inner branches each, whose outcomes differ."""
+    rng = random.Random(seed)
+    made = []
+    for t in trajectories:
+        numbers = [rng.randrange(len(t.turns)) for _ in range(rng.randrange(4))]
+        inner = [
+            dataclasses.replace(
+                t,
+                turns=t.turns[: number + 1],
+                branch=Branch(parent=t.sample_index, root=t.sample_index, owners=(0,) * number, num_tokens=1),
+                outcome_reward=rng.gauss(0, 1),
+            )
+            for number in numbers
+        ]
+        made.append(dataclasses.replace(t, inner_branches=inner))
+    return made
+
+
 def deals(trajectories: list[Trajectory], num_ranks: int) -> list[list[int]]:
     """Return several deals. A deal lists the owner of each trajectory."""
     named = [
@@ -103,6 +122,8 @@ def check(name: str) -> None:
             check_deals(all_trajectories(seed), config)
             if name in OF_TREES:
                 check_deals(as_trees(all_trajectories(seed)), config)
+            if name in OF_INNER_BRANCHES:
+                check_deals(with_inner_branches(all_trajectories(seed), seed), config)
 
 
 def check_deals(trajectories: list[Trajectory], config: AlgorithmConfig) -> None:
@@ -122,6 +143,9 @@ def check_deals(trajectories: list[Trajectory], config: AlgorithmConfig) -> None
             if mine:
                 error = ((got - expect[mine]).abs().max() / expect.abs().max().clamp(min=1.0)).item()
                 assert error <= LIMIT, (field, number, error)
+        for place, offsets in zip(mine, spread.token_offsets or (), strict=False):
+            error = (offsets - whole.token_offsets[place]).abs().max().item()
+            assert error <= LIMIT, ("token_offsets", number, error)
 
 
 def table_of(trajectories: list[Trajectory]):

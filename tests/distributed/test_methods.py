@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import math
+import statistics
 import subprocess
 from collections import defaultdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from stub_judge import Reply, StubJudge, chat
 from tiny_models import CAPITALS, taught_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from a2tgpo.protocol.tag_syntax import SEARCH_CALLS
 from a2tgpo.record.rollout_files import read_step, recorded_steps
 from a2tgpo.run.equality import NOT_COMPARED
 
@@ -399,6 +401,7 @@ def test_advantages_are_those_of_the_method(runs):
         "gtpo",
         "mt_grpo",
         "turn_group_absent",
+        "appo",
     )
     for one, other in itertools.combinations(methods, 2):
         assert advantages[one] != advantages[other], (one, other)
@@ -406,9 +409,13 @@ def test_advantages_are_those_of_the_method(runs):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_only_gcpo_divides_advantages_unevenly_over_tokens(runs, name):
+def test_only_gcpo_and_appo_have_a_token_credit(runs, name):
     for record in runs[name].steps:
         credit = {key: value for key, value in record.items() if key.startswith("credit/")}
+        if name == "appo":
+            assert 1 <= credit["credit/influence"] <= 1.2 and credit["credit/capped_share"] < 1
+            assert 2 <= credit["credit/turn_1_factor"] <= 2.2
+            continue
         if name != "gcpo":
             assert not credit
             continue
@@ -448,6 +455,33 @@ def test_branches_share_turns_and_what_the_trainer_knows_of_them(runs, name):
         assert record["speed/sampled_tokens"] == sampled - tokens_shared
     initial = [tokens_of(r) for r in run.rollouts[0] if r["branch"] is None]
     assert initial == [tokens_of(r) for r in plain.rollouts[0] if r["sample_index"] < INITIAL[name]]
+
+
+def test_inner_branches_go_on_inside_turns_and_are_counted_but_not_trained_on(runs):
+    _, tokenizer = load_taught()
+    queries = 0
+    for record, records in zip(runs["appo"].steps, runs["appo"].rollouts, strict=True):
+        pairs = [(parent, branch) for parent in records for branch in parent["inner_branches"]]
+        shared = 0
+        for parent, branch in pairs:
+            number, count = len(branch["branch"]["owners"]), branch["branch"]["num_tokens"]
+            assert branch["branch"]["parent"] == parent["sample_index"]
+            assert tokens_of(branch)[:number] == tokens_of(parent)[:number]
+            turn, begun = branch["turns"][number], parent["turns"][number]
+            assert 0 < count < len(begun["tokens"])
+            for key in ("tokens", "rollout_logprobs"):
+                assert turn[key][:count] == begun[key][:count]
+            shared += sum(map(len, tokens_of(branch)[:number])) + count
+            if turn["calls"]:  # the query is that of the whole turn, wherever the branch begins
+                assert turn["query"] == SEARCH_CALLS.find_query(tokenizer.decode(turn["tokens"]), "search")
+                queries += "<search>" in tokenizer.decode(turn["tokens"][:count])
+        played = [*records, *(branch for _, branch in pairs)]
+        assert record["branch/count"] == len(pairs) > 0
+        assert record["branch/count"] + record["branch/unfilled"] == 8 * GROUPS_PER_STEP
+        sampled = sum(len(tokens) for one in played for tokens in tokens_of(one))
+        assert record["speed/sampled_tokens"] == sampled - shared
+        assert record["reward/mean"] == pytest.approx(statistics.fmean(r["outcome_reward"] for r in records))
+    assert queries > 0
 
 
 def test_the_released_scripts_gains_are_of_log_probabilities(runs):

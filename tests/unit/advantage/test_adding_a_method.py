@@ -65,7 +65,7 @@ def trajectory(prompt: int, outcome: float, num_process_turns: int) -> Trajector
 
 def test_the_documented_way_to_add_a_method_works_as_it_stands(new_method, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"algorithm\.advantage is 'rloo'; allowed: at2po \| gigpo \| grpo \| gtpo \| hgpo"
+        ConfigError, match=r"algorithm\.advantage is 'rloo'; allowed: appo \| at2po \| gigpo \| grpo \| gtpo"
     ):
         AlgorithmConfig(advantage="rloo")
     new_method("rloo", code_block("python"))

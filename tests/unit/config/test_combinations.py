@@ -15,7 +15,7 @@ import torch
 
 from a2tgpo.advantage.estimator import compute_advantages
 from a2tgpo.advantage.turn_table import build_turn_table
-from a2tgpo.config.algorithm import OF_TREES, Aggregation
+from a2tgpo.config.algorithm import OF_INNER_BRANCHES, OF_TREES, Aggregation
 from a2tgpo.config.load import load_config
 from a2tgpo.config.method_part import ADVANTAGE, NO_CREDIT, OBJECTIVE, TOKEN_CREDIT
 from a2tgpo.config.run import RunConfig
@@ -52,6 +52,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "rollout.gain.scorer": ("policy", "reference"),
     "rollout.tree.initial": (0, 2),
     "rollout.tree.choice": ("entropy", "random"),
+    "rollout.inner_branches": (0, 8),
     "update.extrapolation.horizon": (0, 5),
 }
 """The tested values of each setting."""
@@ -63,6 +64,7 @@ COMPLETED = (
     "algorithm.correction.kind",
     "algorithm.advantage",
     "rollout.tree.initial",
+    "rollout.inner_branches",
 )
 """Settings that are changed to find a configuration in which a pair works."""
 MOST_CHANGES = 2
@@ -78,9 +80,9 @@ REFUSED = {
     ("algorithm.clip_beta=0.3", "algorithm.objective=sapo"),
     *(
         ("algorithm.clip_beta=0.3", f"algorithm.advantage={a}")
-        for a in ("gigpo", "grpo", "gtpo", "hgpo", *OF_TREES)
+        for a in ("appo", "gigpo", "grpo", "gtpo", "hgpo", *OF_TREES)
     ),
-    ("algorithm.clip_cov_share=0.2", "algorithm.token_credit=gcpo"),
+    *(("algorithm.clip_cov_share=0.2", f"algorithm.token_credit={c}") for c in TOKEN_CREDIT.names()),
     ("algorithm.gain_spread_floor=0.01", "algorithm.normalize_by_std=False"),
     ("rollout.router_replay=True", "algorithm.token_credit=gcpo"),
     ("rollout.partial.tokens_per_step=1000", "algorithm.correction.kind=none"),
@@ -89,10 +91,27 @@ REFUSED = {
     ("rollout.gain.scorer=reference", "algorithm.turn_signal=scores"),
     *(
         ("algorithm.gain_spread_floor=0.01", f"algorithm.advantage={a}")
-        for a in ("gigpo", "grpo", "gtpo", "hgpo", "igpo_joint", "igpo_separate", *OF_TREES)
+        for a in ("appo", "gigpo", "grpo", "gtpo", "hgpo", "igpo_joint", "igpo_separate", *OF_TREES)
     ),
     ("algorithm.clip_beta=0.3", "rollout.tree.initial=2"),
     ("algorithm.gain_spread_floor=0.01", "rollout.tree.initial=2"),
+    *(
+        ("rollout.inner_branches=8", other)
+        for other in (
+            "algorithm.clip_beta=0.3",
+            "algorithm.gain_spread_floor=0.01",
+            "algorithm.objective=gmpo",
+            "rollout.partial.tokens_per_step=1000",
+            "rollout.tree.initial=2",
+        )
+    ),
+    ("rollout.partial.tokens_per_step=1000", "algorithm.advantage=appo"),
+    ("algorithm.objective=gmpo", "algorithm.advantage=appo"),
+    ("algorithm.objective=gmpo", "algorithm.token_credit=appo"),
+    *(
+        (f"rollout.inner_branches={0 if a in OF_INNER_BRANCHES else 8}", f"algorithm.advantage={a}")
+        for a in ADVANTAGE.names()
+    ),
     *(
         (f"rollout.tree.initial={0 if a in OF_TREES else 2}", f"algorithm.advantage={a}")
         for a in ADVANTAGE.names()
@@ -234,7 +253,9 @@ def test_a_refusal_is_one_line_with_a_key_of_the_method_and_a_mend_that_helps():
             message = refusal_of(settings)
             if not message:
                 continue
-            assert re.match(r"(algorithm\.\w+|rollout\.tree\.initial) is .*; allowed: ", message)
+            assert re.match(
+                r"(algorithm\.\w+|rollout\.(tree\.initial|inner_branches)) is .*; allowed: ", message
+            )
             assert "\n" not in message
             mends = re.findall(r"((?:algorithm|rollout)\.[\w.]+)=([\w.]+)", message.rpartition("; ")[2])
             assert mends, message

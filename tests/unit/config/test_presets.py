@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from a2tgpo.config.algorithm import OF_TREES, AlgorithmConfig
+from a2tgpo.config.algorithm import OF_INNER_BRANCHES, OF_TREES, AlgorithmConfig
 from a2tgpo.config.load import load_config
 from a2tgpo.io.errors import ConfigError
 
@@ -32,6 +32,7 @@ GRPO = {
     "rollout.dynamic_sampling": False,
     "reward.overlong_buffer_tokens": 0,
     "rollout.tree.initial": 0,
+    "rollout.inner_branches": 0,
     "update.extrapolation.horizon": 0,
 }
 A2TGPO = {
@@ -174,6 +175,18 @@ EXPECTED = {
         "rollout.tree.rounds": 1,
         "rollout.tree.choice": "random",
     },
+    "appo": {
+        **GRPO,
+        "algorithm.advantage": "appo",
+        "algorithm.token_credit": "appo",
+        "algorithm.future.half_life": 64,
+        "algorithm.future.upper": 0.2,
+        "algorithm.future.weight": 1.0,
+        "algorithm.clip_high": 0.28,
+        "algorithm.dual_clip": 3.0,
+        "algorithm.aggregation": "token-mean",
+        "rollout.inner_branches": 8,
+    },
     "turn_group_absent": {**A2TGPO, "algorithm.advantage": "turn_group_absent"},
     "gigpo": {
         **GRPO,
@@ -236,7 +249,8 @@ def test_presets_write_out_all_that_tells_methods_apart():
     fields = {f"algorithm.{field.name}" for field in dataclasses.fields(AlgorithmConfig)}
     # Presets leave out settings that suit any method. The correction depends on the engine, and the signal of a turn
     # on the task. The entropy settings and the floor of the gain spread depend on the run. Presets also leave out
-    # HGPO's length of history, SAPO's temperatures and GCPO's contrast, which no other method reads.
+    # HGPO's length of history, SAPO's temperatures, GCPO's contrast and APPO's influence of later tokens, which no
+    # other method reads.
     of_the_run = tuple(
         f"algorithm.{name}"
         for name in (
@@ -249,6 +263,7 @@ def test_presets_write_out_all_that_tells_methods_apart():
                 "hgpo_history",
                 "sapo_",
                 "contrast",
+                "future",
             ),
         )
     )
@@ -294,6 +309,21 @@ def test_a_method_has_a_tree_exactly_if_it_compares_branches(name):
         config.check_training()
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_method_has_inner_branches_exactly_if_it_uses_their_outcomes(name):
+    needs_branches = name in OF_INNER_BRANCHES
+    wrong = f"rollout.inner_branches={0 if needs_branches else 4}"
+    off = (
+        []
+        if needs_branches
+        else ["rollout.tree.initial=0", "algorithm.advantage=grpo", "algorithm.clip_beta=0"]
+    )
+    config = load_config(EXPERIMENT, [*ROOM, str(PRESETS[name]), *off, wrong])
+    rule = ">= 1 with algorithm.advantage=" if needs_branches else "0 with algorithm.advantage="
+    with pytest.raises(ConfigError, match=f"{wrong.replace('=', ' is ')}; allowed: {rule}"):
+        config.check_training()
+
+
 def test_later_arguments_win_whether_file_or_value(tmp_path):
     write(tmp_path / "sub" / "under.yaml", "rollout: {group_size: 2, max_turns: 2}\nalgorithm: {gamma: 0.2}")
     first = write(tmp_path / "sub" / "first.yaml", "base: under.yaml\nrollout: {group_size: 3}")
@@ -324,7 +354,7 @@ def test_a_value_may_look_like_a_file():
         ("algorithm: {gamma: high}", "algorithm.gamma is 'high'; allowed: a finite number"),
         (
             "algorithm: {advantage: grop}",
-            "algorithm.advantage is 'grop'; allowed: at2po | gigpo | grpo | gtpo | hgpo",
+            "algorithm.advantage is 'grop'; allowed: appo | at2po | gigpo | grpo | gtpo | hgpo",
         ),
         ("- grpo", "list found; a configuration is a mapping"),
         ("algorithm: {gamma: 1", "not valid YAML"),

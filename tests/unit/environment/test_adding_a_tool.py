@@ -208,8 +208,12 @@ def test_bugs_in_the_counts_and_the_end_of_a_tool_are_one_line(folder, caplog):
             ("rollout.tree.initial=2", "algorithm.advantage=tree_grpo"),
             r"rollout\.tree\.initial is 2; allowed: 0 with the tool once, because its sessions cannot branch",
         ),
+        (
+            ("rollout.inner_branches=4", "algorithm.advantage=appo"),
+            r"rollout\.inner_branches is 4; allowed: 0 with the tool once, because its sessions cannot branch",
+        ),
     ],
-    ids=["partial", "tree"],
+    ids=["partial", "tree", "inner"],
 )
 def test_sessions_that_cannot_be_repeated_are_refused_if_calls_are_repeated(folder, settings, line):
     (folder / "mine.py").write_text(USERS_FILE)

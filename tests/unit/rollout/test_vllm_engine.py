@@ -32,7 +32,7 @@ def drain(engine):
     return outputs
 
 
-def submit(engine, request_id, tokens, *, seed, max_tokens=24, temperature=1.0, stop=(), stop_tokens=()):
+def submit(engine, request_id, tokens, *, seed, max_tokens=24, temperature=1.0, stop=(), **settings):
     engine.submit(
         request_id,
         tokens,
@@ -41,7 +41,7 @@ def submit(engine, request_id, tokens, *, seed, max_tokens=24, temperature=1.0, 
         temperature=temperature,
         top_p=1.0,
         stop=stop,
-        stop_tokens=stop_tokens,
+        **settings,
     )
 
 
@@ -76,6 +76,21 @@ def test_logprobs_are_those_of_the_temperature_that_was_sampled_at(engine, refer
         sampled_at = dict(num_ids=engine.num_token_ids, temperature=temperatures[name] or 1.0)
         expected = reference(prompt + output.tokens, **sampled_at)[-len(output.tokens) :]
         assert output.logprobs == pytest.approx(expected, abs=1e-4), name
+
+
+def test_entropies_are_those_of_the_likeliest_tokens_and_change_no_sample(engine, taught_path):
+    prompt = list(range(5, 40))
+    for name, count in (("plain", 0), ("measured", 10)):
+        submit(engine, name, prompt, seed=3, temperature=1.7, top_logprobs=count)
+    outputs = drain(engine)
+    plain, measured = outputs["plain"], outputs["measured"]
+    assert plain.entropies == [] and measured.tokens == plain.tokens
+    assert measured.logprobs == pytest.approx(plain.logprobs, abs=1e-6)
+    model = AutoModelForCausalLM.from_pretrained(taught_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + plain.tokens])).logits[0, len(prompt) - 1 : -1]
+    top = (logits[:, : engine.num_token_ids] / 1.7).log_softmax(-1).topk(10).values
+    assert measured.entropies == pytest.approx((-top.exp() * top).sum(-1).tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("prefix_length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 3 * BLOCK + 1])

@@ -33,6 +33,7 @@ def minibatches_of(
     max_tokens: int = 40,
     num_minibatches: int = NUM_MINIBATCHES,
     contrast_prompts: dict[str, list[int]] | None = None,
+    token_offsets: list[torch.Tensor] | None = None,
     **algorithm,
 ) -> list[Minibatch]:
     """Return mini-batches with micro-batches of at most `max_tokens`. `algorithm` has fields of that section."""
@@ -54,6 +55,7 @@ def minibatches_of(
         advantages=values[0][rows],
         normalized_gain=torch.zeros(len(trajectories), MAX_TURNS - 1).double(),
         normalized_outcome=torch.zeros(len(trajectories)).double(),
+        token_offsets=token_offsets,
     )
     clip_scales = 1 + 0.3 * values[1][rows].tanh()
     return build_minibatches(

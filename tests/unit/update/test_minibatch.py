@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 from typing import get_args
@@ -110,3 +111,19 @@ def test_clip_cov_chooses_the_same_tokens_in_any_packing(trajectories, policy) -
         found.append(chosen)
     assert found[0] == found[1] == found[2]
     assert 3 < len(found[0]) < sum(t.num_sampled_tokens for t in trajectories) / 2
+
+
+@pytest.mark.parametrize("max_tokens", [20, 200])
+def test_offsets_add_to_the_advantages_of_their_own_tokens(policy, trajectories, max_tokens):
+    offsets = [
+        100.0 * row + torch.arange(t.num_sampled_tokens).double() for row, t in enumerate(trajectories)
+    ]
+    plain = minibatches_of(trajectories, policy.groups, max_tokens=max_tokens)
+    shifted = minibatches_of(trajectories, policy.groups, max_tokens=max_tokens, token_offsets=offsets)
+    seen = []
+    for before, after in zip(itertools.chain(*plain), itertools.chain(*shifted), strict=True):
+        added = after.token_advantages() - before.token_advantages()
+        expect = [offsets[row] for row in before.batch.trajectory_indices]
+        assert added.tolist() == pytest.approx(torch.cat([torch.zeros(0), *expect]).tolist(), abs=1e-2)
+        seen += before.batch.trajectory_indices
+    assert sorted(seen) == [row for row, t in enumerate(trajectories) if t.num_sampled_tokens]
