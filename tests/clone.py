@@ -58,7 +58,7 @@ class Clone:
         self.address = re.search(r"http://\S+", self.server.stdout.readline()).group()
 
     def close(self) -> None:
-        """End the servers."""
+        """End the search server and the server that runs programs."""
         if self._session is not None:
             self._session.close()
         if self.server is not None:

@@ -146,7 +146,7 @@ def prepare(argv: list[str] | None = None) -> None:
 
 
 def main() -> int:
-    with lasting_objects():  # of the imported libraries; the program itself creates few objects
+    with lasting_objects():  # for the libraries; the program itself creates few objects
         return exit_code(prepare)
 
 

@@ -2,11 +2,11 @@
 
 With `fixed`, each engine plays an equal share of the prompts. With `on_demand`, each engine begins with as many
 prompts as fill its slots. The other prompts form a queue. An engine with a free slot takes the next prompt of the
-queue, so an engine whose trajectories are short plays more prompts than the others. The sampled tokens are the same,
-up to the rounding of the engines, because seeds do not depend on the engine.
+queue, so an engine whose trajectories are short plays more prompts than the others. Both settings sample the same
+tokens, up to the rounding of the engines, because seeds do not depend on the engine.
 
-A counter in the store of the process group contains the number of prompts that were taken. To take a prompt, an
-engine increments the counter. So engines that are busy need not answer.
+A counter in the store of the process group contains the number of prompts that engines have taken from the queue.
+To take a prompt, an engine increments the counter. So busy engines need not answer.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Metrics of the inner branches of a step's groups (`rollout.inner_branches`).
 
 branch/count              number of inner branches
-branch/unfilled           number of inner branches that are missing, because too few tokens had a high entropy
-branch/mean_position      mean share of a parent's sampled tokens that precede the branch, 0 to 1
+branch/unfilled           number of inner branches that are missing, because too few tokens were suitable
+branch/mean_position      mean share of the parent's sampled tokens that a branch keeps, 0 to 1
 branch/sampled_tokens     mean number of tokens that a branch samples itself
 branch/reward_mean        mean outcome reward of the branches
-branch/equal_groups_share share of the prompts whose branches all have the same outcome, and so teach nothing
+branch/equal_groups_share share of the prompts whose branches do not differ in outcome, and so teach nothing
 """
 
 from __future__ import annotations

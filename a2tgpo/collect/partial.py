@@ -6,11 +6,12 @@ in the step. Kimi k1.5 (arXiv 2501.12599) pauses inside a response instead. The 
 groups. All other groups are carried over to the next step.
 
 If too few groups are complete, the step plays the oldest unfinished groups to their end. The step also plays a group
-to its end if the group would be too stale for a later step. While the settings stay the same, no group is dropped.
+to its end if the group would be too stale for a later step. Without dynamic sampling, no group is dropped while the
+settings stay the same.
 
 With `rollout.dynamic_sampling`, a complete group counts only if it is informative. Other complete groups are dropped.
-If too few groups are left when all groups are complete, the step draws further prompts, and plays them to their end.
-A step draws at most `max_draws` times. If groups are then still missing, dropped groups fill the step.
+If all groups are complete and too few of them are informative, the step draws further prompts, and plays them to
+their end. A step draws at most `max_draws` times. If groups are then still missing, dropped groups fill the step.
 
 The staleness of a trajectory is the number of steps since its oldest turn was played. A step records these metrics:
 
@@ -211,7 +212,7 @@ class PartialRollout:
     def _agree_on_complete(
         self, groups: Sequence[CarriedGroup] | None
     ) -> tuple[set[tuple[int, int]], set[tuple[int, int]]] | None:
-        """Return the keys of all engines' complete groups, and of those among them that dynamic sampling drops.
+        """Return the keys of all engines' complete groups, and the keys of those that dynamic sampling drops.
 
         Return None if any rank interrupted its rollout.
         """

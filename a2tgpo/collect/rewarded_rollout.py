@@ -63,11 +63,10 @@ class RewardedRollout:
         counts: RolloutCounts,
         queue: Iterable[Prompt] = (),
     ) -> list[Trajectory]:
-        """Play a group of trajectories for each prompt, and return the groups, sorted by prompt and sample.
+        """Play a group of trajectories for each prompt, and return all trajectories, sorted by prompt and sample.
 
-        Inner branches are in `Trajectory.inner_branches` of their parents.
-
-        The engine also plays the prompts that it takes from `queue` (see `GroupRollout.play`).
+        Inner branches are not in the list, but in `Trajectory.inner_branches` of their parents. The engine also plays
+        the prompts that it takes from `queue` (see `GroupRollout.play`).
 
         Raises:
             RolloutInterruptedError: on all ranks of the engine, if the rollout was interrupted.

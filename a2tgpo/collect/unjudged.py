@@ -15,7 +15,7 @@ def require_verdicts(trajectories: Sequence[Trajectory], *, max_share: float) ->
     Every rank must call this.
 
     Args:
-        trajectories: the trajectories of this rank's engine. Their inner branches count too. Empty if the rank is not
+        trajectories: the trajectories of this rank's engine, whose inner branches count too. Empty if the rank is not
             the engine's leader.
         max_share: value of `reward.max_failed_share`.
 

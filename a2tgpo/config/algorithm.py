@@ -35,7 +35,8 @@ class AlgorithmConfig:
     `turn_group` is Eq. 6-9. `turn_group_absent` also counts turns that a trajectory did not take, with gain 0.
     `igpo_joint` normalises gains and outcomes together, `igpo_separate` separately. `grpo` uses only the outcome.
     `gigpo`, `hgpo`, `gtpo` and `mt_grpo` are the advantages of GiGPO, HGPO, GTPO and MT-GRPO. `at2po` and `tree_grpo`
-    are those of AT2PO and Tree-GRPO, and need rollout.tree. `appo` is APPO's, and needs rollout.inner_branches."""
+    are those of AT2PO and Tree-GRPO, and need rollout.tree. `appo` is that of APPO, and needs
+    rollout.inner_branches."""
     objective: Expanded = "clipped_ratio"
     """Policy loss: name of a module in loss/objectives/ (docs/methods.md), or your own function as
     path/to/file.py:name. `clipped_ratio` is Eq. 12. `cispo`, `sapo` and `gmpo` are the losses of CISPO, SAPO and
@@ -44,7 +45,8 @@ class AlgorithmConfig:
     """How the advantage of a turn is divided over its tokens: name of a module in loss/credits/ (docs/methods.md), or
     your own function as path/to/file.py:name. `none`: every token of a turn has the turn's advantage. `gcpo`: tokens
     that depend more on the instructions get a larger share (algorithm.contrast). `gcpo` needs one more forward
-    pass. `appo`: tokens before tokens that have become more probable get more (algorithm.future)."""
+    pass. `appo` multiplies the advantage of a token by a factor, which is larger if updates have made the tokens
+    after it more probable (algorithm.future)."""
     gamma: float = 1.0
     """Discount factor per turn, in [0, 1] (paper: 1.0)."""
     alpha: float = 1.0
@@ -110,7 +112,7 @@ class AlgorithmConfig:
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     """Contrast prompts, for token credits that compare log-probs after two prompts."""
     future: FutureConfig = field(default_factory=FutureConfig)
-    """APPO's token credit."""
+    """Settings of APPO's token credit."""
 
     @property
     def uses_gain(self) -> bool:

@@ -143,8 +143,10 @@ def _check_tree(config: RunConfig) -> None:
 
 
 def _check_inner_branches(config: RunConfig) -> None:
-    """Check that turns have inner branches if and only if the advantage uses them. A user's advantage function may be
-    used with or without inner branches, but not with both kinds of branches."""
+    """Check that a rollout has inner branches if and only if the advantage uses them.
+
+    A user's advantage function may be used with or without them. No rollout has both inner branches and trees.
+    """
     advantage, count = config.algorithm.advantage, config.rollout.inner_branches
     needs_branches = advantage in OF_INNER_BRANCHES
     require(

@@ -128,8 +128,8 @@ class RolloutConfig:
     """Number of prompts per step over all ranks (paper: 64); a multiple of the number of engines."""
     assignment: Literal["fixed", "on_demand"] = "fixed"
     """Which engine plays a prompt (docs/performance.md). `fixed`: each engine plays an equal share of the prompts.
-    `on_demand`: each engine begins with only as many prompts as it can decode at a time (max_concurrent). When it has
-    a free slot, it takes the next prompt that no engine has begun."""
+    `on_demand`: each engine begins with only as many prompts as fill its slots (max_concurrent). When an engine has a
+    free slot, it takes the next prompt that no engine has begun."""
     group_size: int = 16
     """G, the number of trajectories per prompt (paper: 16)."""
     dynamic_sampling: bool = False
@@ -196,8 +196,8 @@ class RolloutConfig:
     partial: PartialConfig = field(default_factory=PartialConfig)
     tree: TreeConfig = field(default_factory=TreeConfig)
     inner_branches: int = 0
-    """Number of branches of a prompt that begin inside turns of its trajectories, in addition to group_size, for
-    algorithm.advantage=appo (docs/methods.md). They are played to their ends, but not trained on."""
+    """Number of further trajectories of a prompt, which branch off inside turns of the prompt's group_size
+    trajectories (docs/methods.md). algorithm.advantage=appo needs their outcomes. No step trains on them."""
 
     def __post_init__(self) -> None:
         for name in (

@@ -71,9 +71,9 @@ class UpdateConfig:
     """Leave the routers of a mixture of experts unchanged, so that a token's experts change only if its hidden states
     change. `true` is refused if the model has no experts."""
     router_balance_coef: float = 0.0
-    """Weight of a loss that makes the routers of a mixture of experts use the experts evenly within each trajectory;
-    pre-training uses 1e-4 to 1e-2. `0`: no such loss. Values above 0 are refused if the model has no experts, or if
-    the routers are not trained."""
+    """Weight of a loss that makes the routers of a mixture of experts use all experts evenly within each trajectory
+    (docs/parallelism.md). Pre-training uses 1e-4 to 1e-2. `0`: no such loss. Values above 0 are refused if the model
+    has no experts, or if the routers are not trained."""
     distributed_optimizer: bool = True
     """Divide the optimizer state over the data-parallel ranks. `false`: every rank stores all of it."""
     offload: bool = True

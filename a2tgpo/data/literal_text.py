@@ -30,7 +30,7 @@ _ANCHOR = "\n"
 """Text that is put before a part, so that a SentencePiece tokenizer adds its space to this text, not to the part."""
 
 NUM_FRAMES = 64
-"""Number of frames whose control tokens are kept. Most texts have one of a few frames."""
+"""Number of frames whose control tokens are cached. Only a few different frames are common."""
 
 
 class LiteralEncoder:

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class PassValue(Generic[T]):
-    """The value of one layer for the micro-batch that the layer computes. None: the layer has no value.
+    """The value that one layer has for the present micro-batch. None: the layer has no value.
 
     A forward pass of the layer lies between `begin` and `end`. If the backward pass computes the layer again, it does
     so outside this interval. For each chunk, Megatron's schedules run the backward passes of the micro-batches in the

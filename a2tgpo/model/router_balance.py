@@ -1,17 +1,17 @@
 """Add a balancing loss to the gradients of the routers.
 
-For one layer and one trajectory i with T_i positions, let f_e be the share of choices that fall on expert e, and P_e
-the mean probability that the router gives to expert e, over all E experts. The loss of a layer is
+For one layer and one trajectory i with T_i positions, let f_e be the share of the router's choices that fall on
+expert e, and P_e the mean probability that the router gives to expert e. With E experts, the loss of a layer is
 
     B = 1/N sum_i E sum_e f_e P_e
 
 over the N trajectories of a mini-batch. B is 1 if all experts are used evenly. The objective gets `coef` times the
-sum of B over the layers. The choice has no gradient, so the gradient comes from P.
+sum of B over the layers. The choice of experts has no gradient, so the gradient comes from P.
 
-Megatron calls this loss `seq_aux_loss`. But Megatron takes a whole packed row, with its padding, for one sequence,
-and averages the loss over the micro-batches of a rank, so its gradient depends on the layout. Here f and P belong to
-a trajectory, which is always in one row. So the gradient is the same, however trajectories are packed and divided
-over ranks.
+Megatron calls this loss `seq_aux_loss`. But Megatron treats a whole packed row, with its padding, as one sequence,
+and averages the loss over the micro-batches of a rank, so the gradient of Megatron's loss depends on the layout. Here
+f and P belong to a trajectory, which is always in one row. So the gradient is the same, no matter how trajectories
+are packed and divided over ranks.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class RouterBalance:
         self._sum = torch.zeros((), dtype=torch.float64, device=groups.device)
         self._num_passes = 0
         self._memberships: dict[int, PassValue[Tensor]] = {}
-        """For each layer, the [S, n] float32 matrix of the micro-batch: 1 / T_i where one of this rank's n positions
-        belongs to trajectory i, else 0."""
+        """For each layer, a float32 matrix [S, n] for the S trajectories of the micro-batch and this rank's n
+        positions: 1 / T_i if the position belongs to trajectory i, else 0."""
         for model in models:
             for layer in model.decoder.layers:
                 self._memberships[layer.layer_number] = PassValue()
@@ -75,7 +75,7 @@ class RouterBalance:
 
         Args:
             microbatches: the micro-batches of this rank's data-parallel replica.
-            scale: the factor by which the caller multiplies the policy's loss before Megatron divides it.
+            scale: the factor by which the caller multiplies the policy's loss to undo Megatron's averages.
         """
         own = torch.tensor(float(sum(batch.num_sequences for batch in microbatches)))
         num_trajectories = float(all_reduce_sum(own, self._groups.dp_group))
@@ -108,7 +108,7 @@ class RouterBalance:
             raise RuntimeError(f"balancing loss: the backward pass did not reach layers {left}")
 
     def take(self) -> tuple[float, int]:
-        """Return the sum of B over the passes and layers since the last call, and the number of its terms.
+        """Return the sum of B over layers and passes since the last call, and the number of terms in this sum.
 
         Every rank must call this. The result is equal on all ranks.
         """
@@ -144,7 +144,7 @@ def balancing_loss(
     whole loss for this rank's tokens.
 
     Args:
-        membership: [S, n], 1 / T_i where one of this rank's positions belongs to trajectory i, else 0.
+        membership: [S, n], 1 / T_i if this rank's position belongs to trajectory i, else 0.
         probs: [n, E], the router's probabilities.
         chosen: [n, E] bool, whether the token goes to the expert. Each token goes to `top_k` experts.
         group: the ranks that divide the positions of the row.

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 PIECE = 2**20
-"""Number of elements that a rank receives and adds at a time. A piece is still in the cache when it is added."""
+"""Number of elements that a rank receives and adds at a time. The CPU's cache still has a piece when it is added."""
 
 
 def reduce_scatter(
     output: Tensor, input: Tensor, op: Any = dist.ReduceOp.SUM, group: ProcessGroup | None = None, **_: Any
 ) -> None:
-    """Write the sum over all ranks of the shard that belongs to this rank into `output`.
+    """Sum the shard that belongs to this rank over all ranks, and write the sum into `output`.
 
-    With two ranks the result equals gloo's to the bit. More ranks add in another order than in gloo.
+    With two ranks the result equals gloo's to the bit. With more ranks the order of the sum differs from gloo's.
 
     Args:
         output: [n]. May be this rank's shard of `input`.
@@ -75,7 +75,8 @@ def _copy(source: Tensor, target: Tensor) -> None:
 
 
 def _add_from(source: int, output: Tensor, group: ProcessGroup) -> None:
-    """Add the shard that rank `source` of `group` sends to `output`. A piece arrives while the last one is added."""
+    """Receive a shard from rank `source` of `group`, and add it to `output`. Each piece arrives while its
+    predecessor is added."""
     pieces = output.split(PIECE)
     buffers = [torch.empty_like(piece) for piece in pieces[:2]]
 

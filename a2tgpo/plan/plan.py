@@ -68,10 +68,10 @@ class Plan(PlanInputs):
     def score_passes(self) -> int:
         """Number of scoring passes over all tokens of a step.
 
-        One pass computes the old log-probs if a step has several mini-batches. The plan counts all of them, although
-        the first mini-batch is not scored. The reference makes one pass for the
-        KL penalty, and one if it scores the gold answers. Contrast prompts need one pass, which runs for each
-        mini-batch before its update.
+        One pass computes the old log-probs if a step has several mini-batches. The plan counts a pass over all
+        mini-batches, although a run does not score the first one. The reference makes one pass for the KL penalty,
+        and one if it scores the gold answers. Contrast prompts need one pass, which runs for each mini-batch before
+        its update.
         """
         config = self.config
         by_reference = (config.algorithm.kl_coef > 0) + (config.rollout.gain.scorer == "reference")

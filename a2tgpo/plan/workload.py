@@ -71,8 +71,8 @@ class Geometry:
     """Number of tokens that the trainer computes in the step, without padding."""
     sampled_tokens: float
     played_share: float
-    """Turns that the rollout plays, divided by the turns of the trajectories. Below 1 with trees, whose
-    branches share turns. Above 1 with inner branches, which are not among the trajectories."""
+    """Number of turns that the rollout plays, divided by the number of turns of the step's trajectories. Below 1 with
+    trees, whose branches share turns. Above 1 with inner branches, which are not among the step's trajectories."""
     optimizer_steps: int
     microbatches: int
     """Micro-batches per optimizer step and data-parallel replica, if each is packed as full as possible."""

@@ -1,4 +1,4 @@
-"""Begin a trajectory at a place of another trajectory that has ended."""
+"""Begin a trajectory at a place in another trajectory, which has ended."""
 
 from __future__ import annotations
 

@@ -141,9 +141,9 @@ def _set_inductor_threads(threads: int | None) -> None:
 def preserved_host_state() -> Iterator[None]:
     """On exit, restore the environment variables and random generators that an engine's construction changes.
 
-    Inside the context, kernels compile with one thread, as vLLM requires, and garbage is searched for only among new
-    objects, because vLLM searches for it five times. When the engine shuts down, vLLM makes all objects collectable
-    again.
+    Inside the context, kernels compile with one thread, as vLLM requires. The garbage collector examines only objects
+    that are created inside the context, because vLLM starts five collections. When the engine shuts down, vLLM makes
+    the collector examine all objects again.
     """
     gc.collect()
     gc.freeze()

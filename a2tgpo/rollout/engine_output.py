@@ -27,8 +27,9 @@ class EngineOutput:
     num_cached_tokens: int
     """Number of prompt tokens that were in the prefix cache."""
     entropies: list[float] = field(default_factory=list)
-    """For each token, the entropy in nats of the distribution from which it was sampled: the sum of -p log p over the
-    `top_logprobs` most probable tokens (see `VllmEngine.submit`). Empty if `top_logprobs` is 0."""
+    """For each token, an estimate in nats of the entropy of the distribution from which the token was sampled: the
+    sum of -p log p over the `top_logprobs` most probable tokens (see `VllmEngine.submit`). Empty if `top_logprobs` is
+    0."""
     experts: bytes = b""
     """The rows of experts from position `experts_from` (see `VllmEngine.submit`) to the last sampled token but one.
     Empty if the engine does not return experts, and on all ranks of an engine except the first."""

@@ -3,9 +3,9 @@
 An inner branch keeps the first turns of its parent and the beginning of the next turn, and plays the rest itself. Its
 outcome shows how good this beginning is. No step trains on inner branches, and their gains are not measured.
 
-The branches of a prompt begin when all its trajectories have ended, after the tokens with the highest z-scores of the
-entropy. The z-score compares the entropy of the distribution from which a token was sampled with those of all sampled
-tokens of its trajectory. A branch may begin after a token if
+The branches of a prompt begin when all its trajectories have ended, after the tokens whose entropy has the highest
+z-scores. The entropy of a token is that of the distribution from which the token was sampled, and its z-score is
+taken among all sampled tokens of the trajectory. A branch may begin after a token if
 
 - the z-score is above 0, and the token's text is not blank,
 - the token is not the last of its turn,
@@ -69,7 +69,7 @@ class InnerBranching:
         ]
 
     def _points(self, members: Sequence[LiveTrajectory]) -> list[BranchPoint]:
-        """Return the best points. Points of equal value are in the order of trajectories and tokens."""
+        """Return the best points. Points with equal z-scores are in the order of trajectories and tokens."""
         values = [
             (-score, member.trajectory.sample_index, turn, token + 1)
             for member in members

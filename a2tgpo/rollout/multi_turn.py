@@ -57,7 +57,7 @@ class Sampling:
     version: int
     """Version of the weights (see `Turn.version`)."""
     top_logprobs: int = 0
-    """Number of log-probs per token from which the engine estimates entropies; 0: no entropies."""
+    """Number of log-probs per token from which entropies are estimated; 0: no entropies."""
 
     def turn_seed(self, group: PromptGroup, sample_index: int, turn_index: int) -> int | None:
         """Return the seed of one generation. It does not depend on the rank, the time or other requests."""
@@ -108,7 +108,7 @@ class LiveTrajectory:
     empty."""
     entropies: list[list[float]] = field(default_factory=list)
     """For each turn of this rollout, the entropies of the distributions from which its tokens were sampled, in nats.
-    Empty lists if the engine estimates none."""
+    The lists are empty if no entropies are estimated."""
 
     @property
     def start_order(self) -> tuple[bool, bool, int]:
@@ -209,8 +209,8 @@ class MultiTurnLoop:
 
     @property
     def num_generating(self) -> int:
-        """Number of trajectories whose turn the engine generates, or begins when a slot is free. Trajectories that
-        wait for a tool do not count."""
+        """Number of trajectories with a turn that the engine generates or has queued. Trajectories that wait for a
+        tool do not count."""
         return len(self._generating)
 
     def begin(self, live: Sequence[LiveTrajectory]) -> None:

@@ -16,7 +16,7 @@ def balance_metrics(policy: Policy) -> MetricSums:
     - `experts/layer_N_load` is the load of layer N, counted from 1.
     - `experts/load_mean` and `experts/load_max` are the mean and the maximum over the layers.
     - `experts/idle_share` is the share of experts, over all layers, that got no token.
-    - `experts/balance_loss`, only if the update has a balancing loss, is this loss without its weight: the mean over
+    - `experts/balance_loss` is the balancing loss without its weight, if the update has this loss: the mean over
       layers and passes, which is 1 if every trajectory uses all experts evenly.
     """
     metrics = MetricSums()

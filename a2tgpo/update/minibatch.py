@@ -37,7 +37,8 @@ class Microbatch:
     sequence_is_correct: Tensor
     """[S] bool: whether the trajectory's answer is an exact match."""
     token_offsets: Tensor | None = None
-    """[T] float32: `TurnAdvantages.token_offsets`. None: all tokens of a turn have the same advantage."""
+    """[T] float32: `TurnAdvantages.token_offsets` of the batch's tokens. None: all tokens of a turn have the same
+    advantage."""
     is_cov_clipped: Tensor | None = None
     """[T] bool: tokens that Clip-Cov chose. None: Clip-Cov is off."""
     old_logprobs: Tensor | None = None

@@ -49,8 +49,8 @@ def compute_old_logprobs(
 ) -> tuple[list[Minibatch], MetricSums]:
     """Return the mini-batches with `old_logprobs`, and metrics. Every rank must call this.
 
-    A step's first mini-batch need not be passed, because `update_policy` takes its old log-probs from its training
-    pass.
+    A step's first mini-batch need not be passed, because its training pass in `update_policy` also computes its old
+    log-probs.
 
     The metrics are the entropy, the likelihood of the sampled tokens, and the gap between the log-probs of trainer
     and engine. `likelihood/correct` covers only trajectories whose answer is an exact match. It is omitted if there

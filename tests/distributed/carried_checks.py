@@ -194,8 +194,8 @@ def check_an_engine_per_rank_plays_what_the_one_carried(run, played):
 
 
 def check_engines_take_prompts_on_demand(run):
-    """Two engines with 2 slots play 8 prompts, and take 6 of them from a queue. They play what they play with fixed
-    shares, to the bit.
+    """Two engines, each with 2 slots, play 8 prompts, and take 6 of them from a queue. The trajectories equal those
+    with fixed shares, to the bit.
     """
     parts, found = run.parts, {}
     for assignment in ("fixed", "on_demand"):

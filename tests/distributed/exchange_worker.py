@@ -187,8 +187,8 @@ def check_nothing(groups) -> None:
 
 
 def check_sharded_sums(groups) -> None:
-    """A reduce-scatter gives each rank the sum of its shards, and an all-gather gives all ranks all sums, in place or
-    in another tensor.
+    """A reduce-scatter gives each rank the sum of its shard over all ranks, and an all-gather gives all sums to all
+    ranks, both in place and in another tensor.
     """
     group = groups.dp_group
     for length in (1, 2 * PIECE + 3):

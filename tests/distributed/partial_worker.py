@@ -78,7 +78,7 @@ class Played:
 
 
 class Mixed(Played):
-    """Plays groups of two trajectories. The rewards of every second question's trajectories differ."""
+    """Plays groups of two trajectories. The two rewards differ for every second question."""
 
     def play_on(self, groups: Sequence[CarriedGroup], **rest: Any) -> list[CarriedGroup]:
         played = []

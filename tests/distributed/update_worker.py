@@ -174,7 +174,7 @@ def check_extrapolated_updates(bench: Bench) -> None:
 
 
 def check_extrapolated_elsewhere(bench: Bench) -> None:
-    """In this layout, extrapolated updates are those of one replica of the first layout."""
+    """In this layout, extrapolated updates equal those of one replica in the first layout."""
     same_updates(extrapolated(bench), torch.load(bench.folder / "extrapolated.pt"))
 
 
@@ -195,7 +195,8 @@ def extrapolated(
 
 
 def same_updates(found: Extrapolated, expected: Extrapolated) -> None:
-    """Check that norms, metrics and weights differ by rounding only. AdamW magnifies rounding errors."""
+    """Check that norms, metrics and weights differ by rounding only, with limits that allow for AdamW, which
+    magnifies rounding errors."""
     for norm, other in zip(found[0], expected[0], strict=True):
         assert math.isclose(norm, other, rel_tol=1e-3), (found[0], expected[0])
     for name in ("factor_mean", "capped_share", "inactive_share", "multiplier", "ratio_mean"):

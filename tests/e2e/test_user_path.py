@@ -72,7 +72,7 @@ def path(tmp_path_factory):
                 clone.serve(words)
             else:
                 said[script] = clone(words).stdout
-        clone.preload()  # after README's commands, which have run as a user's
+        clone.preload()  # only now, because README's commands must run as they do for a user
         yield SimpleNamespace(clone=clone, said=said)
     finally:
         clone.close()

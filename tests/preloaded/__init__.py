@@ -1,9 +1,9 @@
 """A Python for the programs that tests start, in which the large packages are imported already.
 
-Importing torch, Megatron-Core and vLLM takes ten seconds of a core, in each process. So one server imports them once,
-and forks a process for each program (server.py). `command.PYTHON` takes a program as `python` does: it asks the
-server to run the program, passes signals on to it, and ends as it ends (client.py). The ranks and programs that such
-a program starts with its `sys.executable` are forks too.
+Importing torch, Megatron-Core and vLLM takes ten CPU seconds in each process. So one server imports them once, and
+forks a process for each program (server.py). `command.PYTHON` has the arguments of `python`. It is a client: it asks
+the server to run the program, passes signals on to the program, and ends as the program ends (client.py). The ranks
+and programs that such a program starts with its `sys.executable` are forks too.
 
 A test uses `sys.executable` instead if its claim is about a start itself (imports, signals at the start, what an exit
 frees), or if the program inherits more than arguments, environment, folder and the three standard streams, for

@@ -1,4 +1,4 @@
-"""Have a program run by the server whose socket is beside this file, and end as the program does."""
+"""Let the server whose socket is beside this file run a program, and end as the program does."""
 
 import contextlib
 import json

@@ -6,4 +6,4 @@ import sys
 from preloaded import VARIABLE
 
 PYTHON = os.environ.get(VARIABLE, sys.executable)
-"""The command. Outside of a test session, it is the usual Python."""
+"""Path of the client (client.py). Outside a test session, this is the usual Python."""

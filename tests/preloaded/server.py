@@ -1,4 +1,4 @@
-"""Import the large packages once, and fork a process for each program that a client asks for.
+"""Import the large packages once, and fork a process for each program that a client requests.
 
     python server.py PYTHON SOCKET ROOT
 
@@ -39,11 +39,11 @@ READ_BY_IMPORTS = re.compile(
     "CUDA|HF_|HOME$|KMP_|LANG|LC_|LD_|MALLOC|MKL_|MPL|NVTE_|OMP_|PYTHON.|TOKENIZERS_|TORCH|TRANSFORMERS_|TRITON|VLLM_"
     "|XDG_"
 )
-"""Beginnings of the names of variables whose values count when modules are imported."""
+"""Beginnings of the names of environment variables that modules read when they are imported."""
 READ_LATER = re.compile(
     "PYTHON(PATH|UNBUFFERED|_EXEC)|TORCH(ELASTIC_|_CPP_LOG_LEVEL|_NCCL_)|VLLM_LOGGING_LEVEL"
 )
-"""Exceptions: variables of torchrun and its launcher, and what `Program` takes care of."""
+"""Exceptions: variables that are read later. `Server._enter` applies those of Python and vLLM to a fork."""
 
 
 @dataclass
@@ -122,26 +122,26 @@ def _read_by_imports(environment: dict[str, str]) -> dict[str, str]:
 
 
 class Server:
-    """Loop over requests, ends of programs, and ends of clients."""
+    """Handles requests, and the ends of programs and clients."""
 
     def __init__(self, python: str, listener: socket.socket, root: Path):
         self._python = python
         self._root = root
         self._started_with = dict(os.environ)
         self._set_by_imports: dict[str, str] | None = None
-        """Variables that the modules set when they were imported. None before that."""
+        """Environment variables that the modules set when they were imported. None before the import."""
         self._path = [
             entry for entry in sys.path[1:] if entry not in os.environ.get("PYTHONPATH", "").split(":")
         ]
         self._listener = listener
         self._running: dict[int, tuple[int, socket.socket]] = {}
-        """Of each program: its pidfd and its client's connection."""
+        """By process id, the pidfd of each program and the connection to its client."""
         self._selector = selectors.DefaultSelector()
         self._selector.register(sys.stdin, selectors.EVENT_READ, self._end)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     def serve(self) -> Program:
-        """Serve until the session ends. In each fork, return the program that it is to run."""
+        """Serve until the session ends. Each fork returns from this method, with the program that it must run."""
         while True:
             # Take one event at a time, because its handler may close the file of the next.
             key, _ = self._selector.select()[0]
@@ -185,11 +185,11 @@ class Server:
             with contextlib.suppress(ImportError):  # the second leg of the tests has no vLLM
                 importlib.import_module(module)
         self._set_by_imports = {k: v for k, v in os.environ.items() if self._started_with.get(k) != v}
-        gc.freeze()  # a collection in a fork would copy every page
+        gc.freeze()  # a collection in a fork would copy every page of memory
         gc.enable()
 
     def _enter(self, program: Program, streams: list[int], client: socket.socket) -> None:
-        """Make this fork a process like one that the client has started."""
+        """Make this fork behave like a process that the client has started."""
         os.setsid()
         for pidfd, connection in self._running.values():
             os.close(pidfd)
@@ -262,7 +262,7 @@ def main(python: str, listener: str, root: str) -> None:
     with contextlib.suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(code)  # taking a thousand modules apart takes longer than many a program
+    os._exit(code)  # freeing a thousand modules takes longer than many programs
 
 
 if __name__ == "__main__":

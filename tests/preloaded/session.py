@@ -16,11 +16,12 @@ ROOT = HERE.parents[1]
 
 
 class Session:
-    """Starts a server and ends it. The server imports the packages when the first program is to be run.
+    """Starts a server and ends it. The server imports the packages when it gets the first program.
 
     Args:
         root: folder of the sources that the programs import.
-        environment: variables of the server. Programs have the same values of variables that imports read.
+        environment: environment variables of the server. A program can be a fork only if it has the same values of
+            the variables that modules read when they are imported.
     """
 
     def __init__(self, root: Path = ROOT, environment: Mapping[str, str] = os.environ) -> None:

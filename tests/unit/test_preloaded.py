@@ -1,4 +1,4 @@
-"""Programs that are forks of a process with all packages behave as new processes do (tests/preloaded)."""
+"""Forks of a process that has imported the packages behave like new processes (tests/preloaded)."""
 
 import os
 import signal

@@ -1,11 +1,11 @@
-"""Count the steps of the engine that ends last, if engines take prompts on demand and with fixed shares.
+"""Count the steps of the engine that ends last, with prompts on demand and with fixed shares.
 
 The bench measures no time. It simulates engines in which each busy slot samples one token per engine step, tools
 answer at once, and scoring and prefill take no steps. All engines take the same time for a step. The trainer's own
 code (`collect/assignment.py`, `rollout/group_rollout.py`) divides and plays the prompts. A rollout has 64 prompts
 with 16 trajectories each, on 8 engines. Questions have 1 to 4 hops. A trajectory searches once for each hop, and
-sometimes more often. The bench runs with hops that the data name, with hops that the data leave out, and with
-lengths that also differ between questions for a reason that nothing foretells.
+sometimes more often. The bench runs with data that give the number of hops, with data that leave it out, and with
+lengths that also differ between questions for reasons that the data do not give.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ STEPS = 20
 
 @dataclass(frozen=True)
 class Workload:
-    """The lengths of trajectories, and what the data tell of them."""
+    """The lengths of trajectories, and what the data tell about them."""
 
     name: str
     knows_hops: bool
-    """Whether the questions name their number of hops."""
+    """Whether the data give the number of hops of each question."""
     spread: float = 0.0
     """Each question's lengths have a common log-normal factor. This is the standard deviation of its logarithm."""
 

@@ -1,7 +1,7 @@
 """Generate the chains data set: calculations of one to six steps, one call each, and demonstrations.
 
-The data set has a shape other than worldqa's: the number of calls that a question needs varies from one to six, no
-call before the last tells much about the answer, and nothing is searched.
+The data set differs from worldqa in three points: questions need one to six calls, no call before the last one tells
+much about the answer, and the agent searches for nothing.
 """
 
 import argparse
@@ -24,7 +24,7 @@ MAX_CALLS = 8
 """Largest number of calls in a demonstration, including repeated ones."""
 MAX_QUESTIONS = 100_000
 LARGEST = 999
-"""No value on the way is larger."""
+"""Largest value after any step of a chain."""
 GOOD_SHARE = 0.4
 REPEATED_SHARE = 0.25
 """Probability that a demonstration repeats a call before it goes on."""
@@ -48,7 +48,7 @@ class Chain:
 
     @property
     def values(self) -> list[int]:
-        """The values after each step."""
+        """The value after each step."""
         values, value = [], self.start
         for step in self.steps:
             value = apply(value, step)
@@ -124,7 +124,7 @@ def to_record(number: int, chain: Chain) -> dict:
 
 
 def demonstrate(chain: Chain, record: dict, draw: random.Random) -> dict:
-    """Return one demonstration for the question `record` of `chain`, good or of a kind in `POOR_KINDS`."""
+    """Return a demonstration for the question `record` of `chain`. It is good, or of a kind in `POOR_KINDS`."""
     kind = "good" if draw.random() < GOOD_SHARE else draw.choice(POOR_KINDS)
     steps: Sequence[tuple[str, int]] = chain.steps
     if kind == "guess":

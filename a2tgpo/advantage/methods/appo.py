@@ -1,14 +1,14 @@
-"""APPO's advantage (arXiv:2606.12384): GRPO's advantage, plus the worth of the beginnings that branches continue.
+"""APPO's advantage (arXiv:2606.12384): GRPO's advantage, plus the outcomes of the branches that share a token.
 
     A_{i,k} = z(R_i) + mean over the inner branches b of trajectory i that share token k of z_b(R_b)
 
 z is the z-score of the outcome among the prompt's trajectories, without inner branches, and z_b is that of a branch's
-outcome among all inner branches of the prompt. Both use the sample standard deviation, as GRPO does. A single value
-has z-score 0. The mean over no branches is 0.
+outcome among all inner branches of the prompt. A single value has z-score 0. The mean over no branches is 0.
 
 Decisions where paper and authors' code differ:
-- As in the code, the two terms are added. The paper averages them.
-- The code uses the population standard deviation. Here a prompt without inner branches has exactly GRPO's advantages.
+- This module adds the two terms, as the code does. The paper averages them.
+- This module uses the sample standard deviation, so that a prompt without inner branches has exactly GRPO's
+  advantages. The code uses the population standard deviation.
 
 Inner branches whose reward failed are left out, and so are those of a trajectory whose own reward failed.
 """
@@ -67,7 +67,7 @@ def branch_worth(trajectory: Trajectory, branches: list[Trajectory], worth: torc
 
 
 def _move_means(offsets: torch.Tensor, of_turns: torch.Tensor, trajectory: Trajectory) -> None:
-    """Subtract from the `offsets` of each turn's tokens [L] their mean, and add it to the turn's value [T + 1]."""
+    """For each turn, move the mean of its tokens' `offsets` [L] to its entry of `of_turns` [T + 1]."""
     start = 0
     for column, turn in enumerate(trajectory.turns):
         if turn.tokens:

@@ -44,10 +44,11 @@ def token_credit(logprobs: torch.Tensor, inputs: LossInputs, config: AlgorithmCo
 
 
 def discounted_sums(values: torch.Tensor, sequence_ids: torch.Tensor, *, gamma: float) -> torch.Tensor:
-    """Return the sum over each value and the later values of its sequence, discounted by gamma per value, [n].
+    """For each value, return the discounted sum of this value and all later values of its sequence, [n].
 
     Args:
         values: [n]. The values of a sequence are neighbours, in their order.
+        gamma: the discount from each value to the next.
     """
     if not values.numel():
         return values

@@ -35,8 +35,8 @@ def process_group():
 
 
 class Played:
-    """Stands in for `RewardedRollout`. Within a budget a share `luck` of the groups ends, and a share `mixed` of the
-    groups is informative.
+    """Stands in for `RewardedRollout`. About a share `luck` of the groups ends within a budget, and about a share
+    `mixed` of the groups is informative.
     """
 
     def __init__(self, luck, mixed):

@@ -28,7 +28,7 @@ TEXTS = (
 
 
 class CompletingEngine(ScriptedEngine):
-    """Draw each turn by the seed from the texts that the context allows. Entropies depend on the turn alone."""
+    """Draw each turn with its seed from the texts that fit the context. Entropies depend on the turn alone."""
 
     entropies = (0.0, 0.5, 2.0)
     max_tokens: dict
