@@ -56,7 +56,7 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    is_worker = hasattr(config, "workerinput")  # of pytest-xdist: it uses the server of its controller
+    is_worker = hasattr(config, "workerinput")  # a worker of pytest-xdist uses its controller's server
     if not is_worker:
         session = Session()
         config.add_cleanup(session.close)

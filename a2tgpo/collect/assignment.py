@@ -5,8 +5,8 @@ prompts as fill its slots. The other prompts form a queue. An engine with a free
 queue, so an engine whose trajectories are short plays more prompts than the others. Both settings sample the same
 tokens, up to the rounding of the engines, because seeds do not depend on the engine.
 
-A counter in the store of the process group contains the number of prompts that engines have taken from the queue.
-To take a prompt, an engine increments the counter. So busy engines need not answer.
+A counter in the store of the process group contains the number of prompts that engines have taken from the queue. To
+take a prompt, an engine increments the counter. So busy engines need not answer.
 """
 
 from __future__ import annotations

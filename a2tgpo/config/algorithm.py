@@ -44,9 +44,9 @@ class AlgorithmConfig:
     token_credit: Expanded = NO_CREDIT
     """How the advantage of a turn is divided over its tokens: name of a module in loss/credits/ (docs/methods.md), or
     your own function as path/to/file.py:name. `none`: every token of a turn has the turn's advantage. `gcpo`: tokens
-    that depend more on the instructions get a larger share (algorithm.contrast). `gcpo` needs one more forward
-    pass. `appo` multiplies the advantage of a token by a factor, which is larger if updates have made the tokens
-    after it more probable (algorithm.future)."""
+    that depend more on the instructions get a larger share (algorithm.contrast). `gcpo` needs one more forward pass.
+    `appo` multiplies the advantage of a token by a factor, which is larger if updates have made the tokens after it
+    more probable (algorithm.future)."""
     gamma: float = 1.0
     """Discount factor per turn, in [0, 1] (paper: 1.0)."""
     alpha: float = 1.0

@@ -75,8 +75,8 @@ def _copy(source: Tensor, target: Tensor) -> None:
 
 
 def _add_from(source: int, output: Tensor, group: ProcessGroup) -> None:
-    """Receive a shard from rank `source` of `group`, and add it to `output`. Each piece arrives while its
-    predecessor is added."""
+    """Receive a shard from rank `source` of `group`, and add it to `output`. Each piece arrives while its predecessor
+    is added."""
     pieces = output.split(PIECE)
     buffers = [torch.empty_like(piece) for piece in pieces[:2]]
 

@@ -104,8 +104,8 @@ class GroupRollout:
             seed: seed of the run. Seed, version, prompt and sample together determine every sampled token.
             version: version of the weights (`Turn.version`).
             greedy: whether to always take the most probable token, as evaluation does.
-            group_size: number of trajectories per prompt, all played from the prompt. None means
-                `rollout.group_size` trajectories, some of which are branches if `rollout.tree` is on, and
+            group_size: number of trajectories per prompt, all played from the prompt. None: `rollout.group_size`
+                trajectories, some of which are branches if `rollout.tree` is on, and in addition
                 `rollout.inner_branches` inner branches.
             score_gain: whether to score the gold answer in every context.
             skip: pairs (index of the prompt, sample) of trajectories that are not played.

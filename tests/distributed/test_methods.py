@@ -1,8 +1,8 @@
 """Every preset of configs/algorithm/ trains two steps on 2 real processes with a real engine (see methods_worker.py).
 
-All runs start from the same weights, questions and seeds, so they differ only in the method. For each preset,
-another run resumes after the first step and repeats the second. One more run takes enough steps to show that a step
-leaves nothing in memory.
+All runs start from the same weights, questions and seeds, so they differ only in the method. For each preset, another
+run resumes after the first step and repeats the second. One more run takes enough steps to show that a step leaves
+nothing in memory.
 """
 
 from __future__ import annotations

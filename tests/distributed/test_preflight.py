@@ -51,7 +51,7 @@ def start(
     config: str, what: str, prefix: Sequence[str] = (), **environment: str
 ) -> subprocess.CompletedProcess:
     worker = str(Path(__file__).with_name("preflight_worker.py"))
-    python = sys.executable if prefix else PYTHON  # a fork has the host name of the session
+    python = sys.executable if prefix else PYTHON  # a fork would have the session's host name
     return subprocess.run(
         [*prefix, "launch/local.sh", "-n", "2", "--script", worker, config, what],
         cwd=ROOT,
