@@ -105,6 +105,8 @@ def warm_start_needs(config: RunConfig, *, target: Path, root: Path) -> Needs:
 
 def check_profiling(config: ProfileConfig) -> None:
     """Raise `ConfigError` if the profile needs a GPU and torch sees none."""
+    if not config.memory and config.tool == "torch":
+        return  # without an import of torch
     import torch
 
     on_gpu, why = torch.cuda.is_available(), "since torch sees no GPU"

@@ -29,7 +29,7 @@ def clip_covariance(
 
     Args:
         logprobs: [n] log-probs of the policy that sampled the tokens.
-        advantages: [n] advantage of each token's turn.
+        advantages: [n] advantage of each token.
         draws: [n] random numbers in [0, 1), fixed for each token.
     """
     logprobs, advantages = logprobs.double(), advantages.double()

@@ -241,7 +241,8 @@ class GroupRollout:
             for done in playing:
                 if growth is not None and done is not None:
                     loop.begin(growth.branches_after(done))
-                while loop.num_generating < self._config.max_concurrent:
+                # In an outage no trajectory continues, so free slots do not mean that the engine is faster.
+                while not self.outage.is_on and loop.num_generating < self._config.max_concurrent:
                     if (group := next(waiting, None)) is None:
                         break
                     loop.begin(group)

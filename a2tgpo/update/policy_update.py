@@ -112,7 +112,7 @@ def update_policy(
     Args:
         entropy_weight: the weight of the entropy in the loss. If it is 0, the entropy gets no gradient.
         extrapolation: makes the updates, except the first of a run. All metrics describe the first pass of an update,
-            except `update/grad_norm` and `extrapolation/*`. None: every update is one optimizer step.
+            except `update/grad_norm`, `extrapolation/*` and `experts/*`. None: every update is one optimizer step.
     """
     metrics, passes = MetricSums(), _TrainingPasses(config, entropy_weight)
     for number, minibatch in enumerate(minibatches):

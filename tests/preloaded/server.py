@@ -42,8 +42,11 @@ READ_BY_IMPORTS = re.compile(
 """Beginnings of the names of environment variables that modules read when they are imported."""
 READ_LATER = re.compile(
     "PYTHON(PATH|UNBUFFERED|_EXEC)|TORCH(ELASTIC_|_CPP_LOG_LEVEL|_NCCL_)|VLLM_LOGGING_LEVEL"
+    "|CUDA_DEVICE_MAX_CONNECTIONS|NVTE_(FLASH|FUSED|UNFUSED)_ATTN|TORCHINDUCTOR_CPP_DYNAMIC_THREADS"
+    "|VLLM_(DISABLE_SHARED_EXPERTS_STREAM|DIST_IDENT|OBJECT_STORAGE|SSM_CONV_STATE_LAYOUT|WORKER_MULTIPROC_METHOD)"
 )
-"""Exceptions: variables that are read later. `Server._enter` applies those of Python and vLLM to a fork."""
+"""Exceptions: variables of torchrun and its launcher, what `Program` takes care of, and variables that Megatron-Core
+and vLLM set when a test builds a model or an engine in its own process."""
 
 
 @dataclass

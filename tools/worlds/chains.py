@@ -22,7 +22,8 @@ SYNTAX = CallSyntax(("calculator",))
 MAX_STEPS = 6
 MAX_CALLS = 8
 """Largest number of calls in a demonstration, including repeated ones."""
-MAX_QUESTIONS = 100_000
+MAX_QUESTIONS = 60_000
+"""Largest number of questions to draw. Only about 12,000 chains have one step, and a sixth of the questions are such."""
 LARGEST = 999
 """Largest value after any step of a chain."""
 GOOD_SHARE = 0.4

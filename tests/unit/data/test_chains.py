@@ -66,5 +66,5 @@ def test_equal_seeds_give_equal_files(tmp_path):
 
 
 def test_more_chains_than_allowed_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"--train-questions .* allowed: at most 100000"):
-        prepare(["chains", "--out", str(tmp_path / "a"), "--train-questions", "900000"])
+    with pytest.raises(ConfigError, match=r"--train-questions .* allowed: at most 60000"):
+        prepare(["chains", "--out", str(tmp_path / "a"), "--train-questions", "60001"])
