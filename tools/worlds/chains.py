@@ -23,7 +23,7 @@ MAX_STEPS = 6
 MAX_CALLS = 8
 """Largest number of calls in a demonstration, including repeated ones."""
 MAX_QUESTIONS = 60_000
-"""Largest number of questions to draw. Only about 12,000 chains have one step, and a sixth of the questions are such."""
+"""Largest number of questions to draw. A sixth of them have one step, and only about 12,000 such chains exist."""
 LARGEST = 999
 """Largest value after any step of a chain."""
 GOOD_SHARE = 0.4
