@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -262,6 +262,11 @@ class Trajectory:
     def experts(self) -> bytes:
         """The rows of experts of all turns, end to end. Empty if the engine returned none."""
         return b"".join(turn.experts for turn in self.turns)
+
+    def renumbered(self, prompt_index: int) -> Trajectory:
+        """Return a copy with another `prompt_index`, which its inner branches get too."""
+        inner = [one.renumbered(prompt_index) for one in self.inner_branches]
+        return replace(self, prompt_index=prompt_index, inner_branches=inner)
 
     def staleness(self, version: int) -> int:
         """Return `version` minus the oldest version among the turns."""

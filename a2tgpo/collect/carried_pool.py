@@ -128,7 +128,7 @@ def trajectories_of(groups: Sequence[CarriedGroup], taken: Sequence[Entry]) -> l
     """
     places = {entry.key: place for place, entry in enumerate(taken)}
     return [
-        dataclasses.replace(trajectory, prompt_index=places[group.key])
+        trajectory.renumbered(places[group.key])
         for group in sorted(groups, key=lambda group: group.key)
         if group.key in places
         for trajectory in group.trajectories

@@ -28,7 +28,11 @@ def add_inner_branch_metrics(
     prompts = {parent.prompt_index for parent in trajectories}
     positions = [branch.num_shared_tokens / parent.num_sampled_tokens for parent, branch in pairs]
     sampled = [branch.num_sampled_tokens - branch.num_shared_tokens for _, branch in pairs]
-    judged = [(branch.prompt_index, branch.outcome_reward) for _, branch in pairs if not branch.reward_error]
+    judged = [
+        (parent.prompt_index, branch.outcome_reward)
+        for parent, branch in pairs
+        if branch.reward_error is None
+    ]
     outcomes = [{value for index, value in judged if index == prompt} for prompt in prompts]
     metrics.add("branch/count", len(pairs), 0)
     metrics.add("branch/unfilled", per_prompt * len(prompts) - len(pairs), 0)

@@ -18,7 +18,6 @@ With `rollout.assignment=on_demand`, these metrics describe the division of the 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -221,7 +220,7 @@ def take_groups(trajectories: Sequence[Trajectory], groups: Sequence[int]) -> li
     """Return the trajectories of `groups`, each with the position of its group in `groups` as its prompt_index."""
     places = {group: place for place, group in enumerate(groups)}
     return [
-        dataclasses.replace(trajectory, prompt_index=places[trajectory.prompt_index])
+        trajectory.renumbered(places[trajectory.prompt_index])
         for trajectory in trajectories
         if trajectory.prompt_index in places
     ]
