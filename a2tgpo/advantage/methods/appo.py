@@ -2,8 +2,8 @@
 
     A_{i,k} = z(R_i) + mean over the inner branches b of trajectory i that share token k of z_b(R_b)
 
-z is the z-score of the outcome among the prompt's trajectories, without inner branches, and z_b is that of a branch's
-outcome among all inner branches of the prompt. A single value has z-score 0. The mean over no branches is 0.
+z is GRPO's z-score of the outcome among the prompt's trajectories, without inner branches, and z_b is that of a
+branch's outcome among all inner branches of the prompt. z_b of a single branch is 0. The mean over no branches is 0.
 
 Decisions where paper and authors' code differ:
 - This module adds the two terms, as the code does. The paper averages them.
@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from a2tgpo.advantage.accumulate import place_turns
 from a2tgpo.advantage.group_norm import normalize_groups
+from a2tgpo.advantage.grpo_outcome import grpo_outcome
 from a2tgpo.advantage.turn_table import TurnAdvantages, TurnTable
 from a2tgpo.config.algorithm import AlgorithmConfig
 from a2tgpo.trajectory import Trajectory
@@ -27,27 +28,25 @@ def advantages(
     table: TurnTable, config: AlgorithmConfig, *, dp_group: dist.ProcessGroup | None
 ) -> TurnAdvantages:
     """Return the mean advantage of each turn, and the tokens' deviations from it. Gains are not used."""
-
-    def normalized(outcomes: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
-        return normalize_groups(
-            outcomes,
-            prompts,
-            num_groups=table.num_prompts,
-            dp_group=dp_group,
-            by_std=config.normalize_by_std,
-            sample_std=True,
-        )
-
     judged = [[b for b in t.inner_branches if b.reward_error is None] for t in table.trajectories]
     rows = torch.tensor([row for row, own in enumerate(judged) for _ in own], dtype=torch.int64)
     outcomes = torch.tensor([b.outcome_reward for own in judged for b in own], dtype=torch.float64)
-    outcome = normalized(table.outcome, table.prompt_index)
-    worth = normalized(outcomes, table.prompt_index[rows]).split([len(own) for own in judged])
+    outcome = grpo_outcome(table, config, dp_group=dp_group)
+    scores = normalize_groups(
+        outcomes,
+        table.prompt_index[rows],
+        num_groups=table.num_prompts,
+        dp_group=dp_group,
+        by_std=config.normalize_by_std,
+        sample_std=True,
+    )
     no_gain = torch.zeros_like(table.info_gain)
     of_turns = place_turns(no_gain, outcome, table.num_process_turns)
     offsets = [
-        branch_worth(trajectory, branches, scores)
-        for trajectory, branches, scores in zip(table.trajectories, judged, worth, strict=True)
+        branch_worth(trajectory, branches, worth)
+        for trajectory, branches, worth in zip(
+            table.trajectories, judged, scores.split([len(own) for own in judged]), strict=True
+        )
     ]
     for row, trajectory in enumerate(table.trajectories):
         _move_means(offsets[row], of_turns[row], trajectory)

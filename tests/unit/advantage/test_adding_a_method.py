@@ -122,6 +122,27 @@ def test_the_documented_advantage_works_as_a_file_of_the_user_too(tmp_path):
         compute_advantages(table, broken, dp_group=None)
 
 
+@pytest.mark.parametrize(
+    "offsets",
+    ["[[0.0, 0.0]]", "[torch.zeros(1, 2)]", "[torch.zeros(3)]", "[]", "[torch.zeros(2)] * 2", "0"],
+)
+def test_offsets_that_are_not_one_value_per_token_are_refused_in_one_line(tmp_path, offsets):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import torch\n"
+        "from a2tgpo.advantage.turn_table import TurnAdvantages\n\n\n"
+        "def advantages(table, config, *, dp_group):\n"
+        "    of_turns = torch.zeros(len(table.outcome), table.max_turns + 1).double()\n"
+        "    return TurnAdvantages(advantages=of_turns, normalized_gain=table.info_gain,\n"
+        f"        normalized_outcome=table.outcome, token_offsets={offsets})\n"
+    )
+    table = build_turn_table([trajectory(0, 1.0, 1)], num_prompts=1, max_turns=1)
+    config = AlgorithmConfig(advantage=f"{path}:advantages")
+    with pytest.raises(ConfigError, match="token_offsets have one tensor per trajectory") as refused:
+        compute_advantages(table, config, dp_group=None)
+    assert "\n" not in str(refused.value)
+
+
 def test_the_documented_objective_works_as_it_stands(tmp_path):
     config = AlgorithmConfig(objective=f"{written(tmp_path, '### An objective')}:token_losses")
     old = torch.tensor([-1.0, -2.0, -0.5]).double()

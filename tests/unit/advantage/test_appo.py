@@ -53,8 +53,12 @@ def with_tokens(turn: Turn, count: int) -> Turn:
     return dataclasses.replace(turn, tokens=TokenIds([3] * count), rollout_logprobs=LogProbs([-1.0] * count))
 
 
-def computed(trajectories: list[Trajectory], name: str = "appo", **fields) -> TurnAdvantages:
-    table = build_turn_table(trajectories, num_prompts=NUM_PROMPTS, max_turns=MAX_TURNS, keep_single=False)
+def computed(
+    trajectories: list[Trajectory], name: str = "appo", *, keep_single: bool = False, **fields
+) -> TurnAdvantages:
+    table = build_turn_table(
+        trajectories, num_prompts=NUM_PROMPTS, max_turns=MAX_TURNS, keep_single=keep_single
+    )
     return compute_advantages(table, AlgorithmConfig(advantage=name, **fields), dp_group=None)
 
 
@@ -112,13 +116,14 @@ def test_the_advantage_of_a_turn_is_the_mean_over_its_tokens(rows, seed):
 
 
 @quick
-@given(batches(), st.integers(0, 10**6), st.booleans())
-def test_without_branches_or_with_equal_outcomes_it_is_grpos_to_the_bit(rows, seed, are_equal):
+@given(batches(), st.integers(0, 10**6), st.booleans(), st.booleans())
+def test_without_branches_or_with_equal_outcomes_it_is_grpos_to_the_bit(rows, seed, are_equal, keep_single):
     trajectories = with_branches(rows, seed, outcomes=(0.5,))
     if not are_equal:
         for t in trajectories:
             t.inner_branches.clear()
-    mine, grpo = computed(trajectories), computed(trajectories, "grpo")
+    mine = computed(trajectories, keep_single=keep_single)
+    grpo = computed(trajectories, "grpo", keep_single=keep_single)
     assert torch.equal(mine.advantages, grpo.advantages)
     assert all(not offsets.any() for offsets in mine.token_offsets)
 
@@ -145,9 +150,11 @@ def test_branches_teach_even_a_group_of_one():
         branch = Branch(parent=0, root=0, owners=(), num_tokens=count)
         inner = dataclasses.replace(t, branch=branch, outcome_reward=outcome, inner_branches=[])
         t.inner_branches.append(inner)
-    (found,) = by_token(computed([t]), [t])
     high = 1 / 2**0.5
-    assert found == pytest.approx([0.0, -high, -high, 0.0], abs=1e-5)
+    for keep_single, outcome in ((False, 0.0), (True, 1.0)):
+        (found,) = by_token(computed([t], keep_single=keep_single), [t])
+        expect = [outcome, outcome - high, outcome - high, outcome]
+        assert found == pytest.approx(expect, abs=1e-5)
 
 
 def test_no_trajectory_is_left_out_for_lack_of_tokens():
