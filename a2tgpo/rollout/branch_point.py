@@ -21,14 +21,18 @@ class BranchPoint:
 
 
 def branch_of(parent: LiveTrajectory, point: BranchPoint, *, sample_index: int) -> LiveTrajectory:
-    """Return a branch of `parent`, with copies of the shared turns and with the scores of their contexts."""
+    """Return a branch of `parent`, with copies of the shared turns and with the scores of their contexts.
+
+    The turns of an inner branch have no experts, because no step trains on them.
+    """
     origin = parent.trajectory
+    shared = origin.turns[: point.num_shared]
     trajectory = Trajectory(
         prompt_index=origin.prompt_index,
         prompt_id=origin.prompt_id,
         sample_index=sample_index,
         prompt_tokens=origin.prompt_tokens,
-        turns=[replace(turn) for turn in origin.turns[: point.num_shared]],
+        turns=[replace(turn, experts=b"" if point.num_tokens else turn.experts) for turn in shared],
         stop_reason="",
         hops=origin.hops,
         branch=Branch(

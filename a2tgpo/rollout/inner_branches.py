@@ -119,6 +119,5 @@ def with_inner_branches(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     parents = {(one.prompt_index, one.sample_index): one for one in kept}
     for one in trajectories:
         if one.branch is not None and one.branch.is_inner:
-            turns = [replace(turn, experts=b"") for turn in one.turns]
-            parents[one.prompt_index, one.branch.parent].inner_branches.append(replace(one, turns=turns))
+            parents[one.prompt_index, one.branch.parent].inner_branches.append(one)
     return kept

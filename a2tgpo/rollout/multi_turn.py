@@ -300,7 +300,7 @@ class MultiTurnLoop:
             tokens=tokens,
             rollout_logprobs=logprobs,
             version=self._sampling.version,
-            experts=output.experts,
+            experts=b"" if live.is_inner else output.experts,  # no step trains on inner branches
         )
         if turn.experts and not live.num_known:
             # The rows begin at position 0, and replace the rows of turns that earlier rollouts played.

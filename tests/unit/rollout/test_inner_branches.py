@@ -31,6 +31,7 @@ class CompletingEngine(ScriptedEngine):
     """Draw each turn with its seed from the texts that fit the context. Entropies depend on the turn alone."""
 
     entropies = (0.0, 0.5, 2.0)
+    experts = b""
     max_tokens: dict
 
     def submit(self, request_id, tokens, *, seed, top_logprobs=0, **rest):
@@ -41,7 +42,7 @@ class CompletingEngine(ScriptedEngine):
         super().submit(request_id, tokens, **rest)
         output = self._outputs[-1]
         found = entropies_of(output.tokens, self.entropies) if top_logprobs == TOP_LOGPROBS else []
-        self._outputs[-1] = dataclasses.replace(output, entropies=found)
+        self._outputs[-1] = dataclasses.replace(output, entropies=found, experts=self.experts)
         self.max_tokens[tuple(tokens)] = rest["max_tokens"]
 
 
@@ -184,6 +185,15 @@ def test_the_trajectories_are_those_of_a_rollout_without_inner_branches(open_rol
     assert [t.to_dict() for t in plain] == [t.to_dict() for t in initial.values()] and branches
     evaluated, _ = run(open_rollout(), prompts_of(tokenizer, 2), group_size=5, score_gain=False)
     assert [t.sample_index for t in evaluated] == [*range(5), *range(5)]
+
+
+def test_no_turn_of_a_branch_holds_experts_and_each_other_turn_does(open_rollout, tokenizer):
+    rollout = open_rollout(inner_branches=30)
+    rollout._engine.experts = b"rows"
+    initial, branches = split(run(rollout, prompts_of(tokenizer, 4))[0])
+    assert {turn.experts for t in initial.values() for turn in t.turns} == {b"rows"}
+    assert {turn.experts for t in branches for turn in t.turns} == {b""}
+    assert any(t.branch.owners for t in branches)
 
 
 def test_without_uncertain_tokens_there_are_no_inner_branches(open_rollout, tokenizer):
