@@ -6,7 +6,8 @@
 RUN is a run's folder (runs/NAME). For every trajectory, the program shows reward, exact match, format, stop reason,
 and the gold answer's probability given only the prompt. For every turn, it shows the policy's text, the observation,
 gain, advantage, clip scale and, if the turn was trained on, its ratio. The page works without other files. In the
-page you can select a step, a question, and right or wrong answers. Each token is coloured by its log-prob.
+page you can select a step, a question, and right or wrong answers. Each token is coloured by its log-prob. Only the
+page shows the branches inside turns (`rollout.inner_branches`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from a2tgpo.io.errors import ConfigError
 from a2tgpo.io.program import exit_code
 from a2tgpo.io.terminal import Painter, end_with_reader, indented, painter_for
 from a2tgpo.record.rollout_files import read_records, recorded_steps, step_ranges
-from a2tgpo.record.rollouts_page import Decode, chosen_steps, write_page
+from a2tgpo.record.rollouts_page import Decode, chosen_steps, with_branches, write_page
 
 _SHOWN = {
     *("prompt_index", "prompt_id", "sample_index", "hops", "outcome_reward", "exact_match", "format_ok"),
@@ -143,8 +144,8 @@ def page(run_dir: Path, out: Path, *, step: int | None, prompt: str | None) -> s
         steps = {step: select(run_dir, step=step, prompt=prompt, order="index")[1]}
     else:
         files = rollout_files(run_dir)
-        newest = read_records(files[max(files)])
-        chosen = chosen_steps(dict.fromkeys(files, len(newest)))
+        _, newest = select(run_dir, step=max(files), prompt=None, order="index")
+        chosen = chosen_steps(dict.fromkeys(files, len(with_branches(newest))))
         steps = {number: select(run_dir, step=number, prompt=prompt, order="index")[1] for number in chosen}
     write_page(out, run_dir.resolve().name, steps, decoder(run_dir))
     shown = ", ".join(str(number) for number in steps)

@@ -28,12 +28,21 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def chosen_steps(sizes: Mapping[int, int]) -> list[int]:
-    """Return the steps to show, including the first and the last. `sizes` has each step's number of trajectories."""
+    """Return the steps to show, including the first and the last.
+
+    Args:
+        sizes: the number of trajectories of each step, including inner branches.
+    """
     steps = sorted(sizes)
     room = max(2, MAX_TRAJECTORIES // max(1, max(sizes.values())))
     if len(steps) <= room:
         return steps
     return sorted({steps[round(i * (len(steps) - 1) / (room - 1))] for i in range(room)})
+
+
+def with_branches(records: Sequence[dict]) -> list[dict]:
+    """Return the recorded rollouts, each followed by its inner branches."""
+    return [one for record in records for one in (record, *record.get("inner_branches", ()))]
 
 
 def write_page(out: Path, name: str, steps: Mapping[int, Sequence[dict]], decode: Decode | None) -> None:
@@ -48,14 +57,7 @@ def write_page(out: Path, name: str, steps: Mapping[int, Sequence[dict]], decode
     content = {
         "name": name,
         "steps": [
-            {
-                "step": step,
-                "records": [
-                    _slim(one, decode)
-                    for record in records
-                    for one in (record, *record.get("inner_branches", ()))
-                ],
-            }
+            {"step": step, "records": [_slim(one, decode) for one in with_branches(records)]}
             for step, records in steps.items()
         ],
     }

@@ -18,6 +18,7 @@ FLAGS = (
     "--disable-component-update --disable-sync --virtual-time-budget=8000"
 )
 BRANCH = {"parent": 1, "root": 1, "owners": [1]}
+INNER_BRANCH = {"parent": 0, "root": 0, "owners": [], "num_tokens": 3}
 HOSTILE = "</script><script>document.title='broken'</script><img src=x onerror=alert(1)>"
 
 
@@ -91,6 +92,9 @@ def run(tmp_path) -> Path:
                         **({"branch": BRANCH if sample == 2 else None} if step == 7 else {}),
                     }
                 )
+                if step == 7 and sample == 0:
+                    inner = {"sample_index": 3, "exact_match": 1.0, "branch": INNER_BRANCH}
+                    records[-1]["inner_branches"] = [records[-1] | inner]
         lines = "".join(json.dumps(record) + "\n" for record in records).encode()
         path = folder / "rollouts" / f"step_{step}.jsonl.zst"
         path.write_bytes(zstandard.ZstdCompressor().compress(lines))
@@ -118,6 +122,7 @@ def test_the_page_shows_the_group_and_every_turn_as_text(run, tmp_path):
         const e = document.getElementById(id); e.value = value; e.dispatchEvent(new Event("change"));
       };
       document.body.dataset.first = document.getElementById("main").innerText;
+      document.body.dataset.list = document.getElementById("prompt").textContent;
       set("step", "1"); set("prompt", "1"); set("em", "0"); set("order", "gain");
     }, 2000)</script>"""
     driven.write_text(page.read_text().replace("</body>", clicks + "</body>"))
@@ -135,6 +140,9 @@ def test_the_page_shows_the_group_and_every_turn_as_text(run, tmp_path):
     first = re.search(r'data-first="(.*?)"', dom, flags=re.S)[1]
     assert "What of 0, step 7?" in first and "P(gold | question) 0.2000" in first
     assert "branch of #1 after turn 1" in first and first.count("played by #1") == 1
+    assert "branch of #0 after token 3 of turn 1, not trained on" in first
+    (listed,) = re.findall(r'data-list="(.*?)"', dom, flags=re.S)
+    assert listed.count("1/3  What of") == 2, "a branch counts as an answer of the policy"
     shown = dom.split('<main id="main">')[1].split("</main>")[0]
     assert "What of 1, step 1?" in shown
     # Of the wrong samples, sample 1 has gain 0 and sample 0 has none: one turn column, two rows, two articles. The
@@ -176,8 +184,13 @@ def test_a_mistake_is_one_line(run, arguments, message):
 
 
 def test_steps_of_a_long_run_are_thinned_out_evenly():
-    from a2tgpo.record.rollouts_page import chosen_steps
+    from a2tgpo.record.rollouts_page import chosen_steps, with_branches
 
     assert chosen_steps({1: 8, 2: 8, 3: 8}) == [1, 2, 3]
     chosen = chosen_steps(dict.fromkeys(range(1, 241), 1024))
     assert chosen == [1, 81, 160, 240]
+    assert with_branches([{"inner_branches": [{"a": 1}, {"b": 2}]}, {"c": 3}])[1:] == [
+        {"a": 1},
+        {"b": 2},
+        {"c": 3},
+    ]
