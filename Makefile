@@ -23,7 +23,7 @@ help:
 	@echo "make constraints-gpu  resolve the packages of setup-gpu anew and write their versions to $(GPU_CONSTRAINTS)"
 	@echo "make setup-py312 the second leg of the tests in $(VENV312): Python 3.12, Megatron-Core 0.19, no vLLM (needs python3.12)"
 	@echo "make setup-trl   TRL in .venv-trl, an environment of its own: the other trainer of the benches"
-	@echo "make quickstart  train a tiny agent on $(RANKS) CPU processes and see it learn (about 10 minutes)"
+	@echo "make quickstart  train a tiny agent on $(RANKS) CPU processes and see it learn (some 5 minutes)"
 	@echo "make smollm2     three steps of SmolLM2-135M on $(RANKS) CPU processes"
 	@echo "make ablation    methods compared over sixteen warm starts, then over eight on a second task (several hours; resumes)"
 	@echo "make bench       every claim of speed measured, into the table of docs/performance.md (half an hour)"
