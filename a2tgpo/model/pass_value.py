@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -41,3 +42,15 @@ class PassValue(Generic[T]):
     def is_spent(self) -> bool:
         """Whether the layer was computed again for each forward pass whose value was kept."""
         return not self._kept
+
+
+def check_spent(values: Mapping[int, PassValue], *, what: str) -> None:
+    """Raise RuntimeError if the backward pass computed a layer fewer times than the forward pass did.
+
+    Args:
+        values: the values of each layer, by the number that the error names.
+        what: the name of the values in the error.
+    """
+    left = [layer for layer, value in values.items() if not value.is_spent]
+    if left:
+        raise RuntimeError(f"{what}: the backward pass did not reach layers {left}")

@@ -28,7 +28,7 @@ from torch.distributed import ProcessGroup
 
 from a2tgpo.batch.context_split import layer_positions
 from a2tgpo.batch.packing import PackedBatch
-from a2tgpo.model.pass_value import PassValue
+from a2tgpo.model.pass_value import PassValue, check_spent
 from a2tgpo.parallel.collectives import all_reduce_sum, world_group
 from a2tgpo.parallel.groups import ParallelGroups
 
@@ -103,9 +103,7 @@ class RouterBalance:
 
     def check_spent(self) -> None:
         """Raise RuntimeError if the backward pass computed a layer fewer times than the forward pass did."""
-        left = [number for number, value in self._memberships.items() if not value.is_spent]
-        if left:
-            raise RuntimeError(f"balancing loss: the backward pass did not reach layers {left}")
+        check_spent(self._memberships, what="balancing loss")
 
     def take(self) -> tuple[float, int]:
         """Return the sum of B over layers and passes since the last call, and the number of terms in this sum.

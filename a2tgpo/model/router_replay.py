@@ -19,7 +19,7 @@ from torch import Tensor
 from a2tgpo.batch.context_split import layer_positions
 from a2tgpo.batch.expert_rows import ExpertShape
 from a2tgpo.batch.packing import PackedBatch
-from a2tgpo.model.pass_value import PassValue
+from a2tgpo.model.pass_value import PassValue, check_spent
 from a2tgpo.parallel.collectives import all_reduce_max
 from a2tgpo.parallel.groups import ParallelGroups
 
@@ -102,9 +102,7 @@ class RouterReplay:
 
     def check_spent(self) -> None:
         """Raise RuntimeError if the backward pass computed a layer fewer times than the forward pass did."""
-        left = [choice.layer for choice in self._choices if not choice.rows.is_spent]
-        if left:
-            raise RuntimeError(f"router replay: the backward pass did not reach layers {left}")
+        check_spent({choice.layer: choice.rows for choice in self._choices}, what="router replay")
 
 
 class _Choice:

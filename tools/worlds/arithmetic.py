@@ -3,6 +3,7 @@
 import argparse
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from a2tgpo.config.tools import CalculatorConfig
 from a2tgpo.environment.tools.calculator import Calculator
@@ -29,17 +30,33 @@ def build_arithmetic(args: argparse.Namespace) -> dict:
     questions = list(distinct_questions(draw, count))
     test, train = questions[: args.test_questions], questions[args.test_questions :]
     demonstrations = [demonstrate(train[i % len(train)], draw) for i in range(args.demonstrations)]
-    write_lines(args.out / "train.jsonl", (without_sum(question) for question in train))
-    write_lines(args.out / "test.jsonl", (without_sum(question) for question in test))
-    write_lines(args.out / "demonstrations.jsonl", demonstrations)
+    return write_set(
+        args.out,
+        train=[without_sum(question) for question in train],
+        test=[without_sum(question) for question in test],
+        demonstrations=demonstrations,
+        qualities=("good", "guess"),
+    )
+
+
+def write_set(
+    out: Path, *, train: list[dict], test: list[dict], demonstrations: list[dict], qualities: Sequence[str]
+) -> dict:
+    """Write the records of a data set and report.json to `out`. Return the report, which counts the records.
+
+    Args:
+        qualities: the values of `quality` in the demonstrations, in the order of the report.
+    """
+    write_lines(out / "train.jsonl", train)
+    write_lines(out / "test.jsonl", test)
+    write_lines(out / "demonstrations.jsonl", demonstrations)
     report = {
         "questions": {"train": len(train), "test": len(test)},
         "demonstrations": {
-            quality: sum(record["quality"] == quality for record in demonstrations)
-            for quality in ("good", "guess")
+            quality: sum(record["quality"] == quality for record in demonstrations) for quality in qualities
         },
     }
-    write_json(args.out / "report.json", report)
+    write_json(out / "report.json", report)
     return report
 
 

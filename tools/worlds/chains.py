@@ -11,14 +11,10 @@ from dataclasses import dataclass
 
 from a2tgpo.config.tools import CalculatorConfig
 from a2tgpo.environment.tools.calculator import Calculator
-from a2tgpo.io.atomic_file import write_json
 from a2tgpo.io.errors import require
-from a2tgpo.io.json_lines import write_lines
-from a2tgpo.protocol.tag_syntax import CallSyntax
 
-from worlds.arithmetic import FINAL_THOUGHT
+from worlds.arithmetic import FINAL_THOUGHT, SYNTAX, write_set
 
-SYNTAX = CallSyntax(("calculator",))
 MAX_STEPS = 6
 MAX_CALLS = 8
 """Largest number of calls in a demonstration, including repeated ones."""
@@ -82,18 +78,13 @@ def build_chains(args: argparse.Namespace) -> dict:
     test, train = records[: args.test_questions], records[args.test_questions :]
     pool = list(zip(chains, records, strict=True))[args.test_questions :]
     demonstrations = [demonstrate(*pool[i % len(pool)], draw) for i in range(args.demonstrations)]
-    write_lines(args.out / "train.jsonl", train)
-    write_lines(args.out / "test.jsonl", test)
-    write_lines(args.out / "demonstrations.jsonl", demonstrations)
-    report = {
-        "questions": {"train": len(train), "test": len(test)},
-        "demonstrations": {
-            quality: sum(record["quality"] == quality for record in demonstrations)
-            for quality in ("good", *dict.fromkeys(POOR_KINDS))
-        },
-    }
-    write_json(args.out / "report.json", report)
-    return report
+    return write_set(
+        args.out,
+        train=train,
+        test=test,
+        demonstrations=demonstrations,
+        qualities=("good", *dict.fromkeys(POOR_KINDS)),
+    )
 
 
 def distinct_chains(draw: random.Random, count: int) -> Iterator[Chain]:

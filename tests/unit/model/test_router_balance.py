@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from random_trajectories import random_trajectories
 from torch import Tensor
 
 from a2tgpo.batch.expert_rows import ExpertShape
-from a2tgpo.batch.packing import Alignment, PackedBatch, pack, packed_length
+from a2tgpo.batch.packing import Alignment, PackedBatch, pack
 from a2tgpo.config.load import load_config
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.model.build import Policy, build_policy
-from a2tgpo.trajectory import Trajectory, Turn
+from a2tgpo.trajectory import Trajectory
 from a2tgpo.update.expert_balance import balance_metrics
 from a2tgpo.update.logprobs import compute_logprobs
 from a2tgpo.update.train_step import compute_gradients
@@ -45,24 +46,14 @@ def build(checkpoint, groups) -> Any:
 
 
 def trajectories_of(shape: ExpertShape, *, with_experts: bool) -> list[Trajectory]:
-    rng, made = np.random.default_rng(0), []
-    for number in range(4):
-        sampled = 20 + 7 * number
-        turn = Turn(tokens=rng.integers(3, 250, sampled).tolist(), rollout_logprobs=[-1.0] * sampled)
-        trajectory = Trajectory(
-            prompt_index=0,
-            prompt_id="q",
-            sample_index=number,
-            prompt_tokens=rng.integers(3, 250, 5).tolist(),
-            turns=[turn],
-            stop_reason="eos",
-        )
-        if with_experts:
-            scores = rng.random((packed_length(trajectory), shape.layers, shape.experts)) ** 4
-            scores[..., 0] += 0.5
-            turn.experts = shape.encode(scores.argsort(-1)[..., ::-1][..., : shape.chosen])
-        made.append(trajectory)
-    return made
+    def experts_of(_: int, rng: np.random.Generator, length: int) -> bytes:
+        if not with_experts:
+            return b""
+        scores = rng.random((length, shape.layers, shape.experts)) ** 4
+        scores[..., 0] += 0.5
+        return shape.encode(scores.argsort(-1)[..., ::-1][..., : shape.chosen])
+
+    return random_trajectories(experts_of)
 
 
 def balanced(policy: Policy, batches: list[PackedBatch]) -> tuple[float, list[Tensor]]:

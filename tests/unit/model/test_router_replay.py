@@ -7,14 +7,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from random_trajectories import random_trajectories
 
-from a2tgpo.batch.packing import Alignment, PackedBatch, pack, packed_length
+from a2tgpo.batch.packing import Alignment, PackedBatch, pack
 from a2tgpo.config.model import ModelConfig
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.update import UpdateConfig
 from a2tgpo.io.errors import ConfigError
 from a2tgpo.model.build import Policy, build_policy
-from a2tgpo.trajectory import Trajectory, Turn
 from a2tgpo.update.logprobs import compute_logprobs
 from a2tgpo.update.train_step import compute_gradients
 
@@ -40,22 +40,14 @@ def policies(checkpoint, groups) -> dict[str, Policy]:
 
 def batches_of(policy: Policy, *, missing: int | None = None) -> list[PackedBatch]:
     """Return two micro-batches of two trajectories with random experts. Trajectory `missing` has no experts."""
-    rng, made, shape = np.random.default_rng(0), [], policy.expert_shape
+    shape = policy.expert_shape
     assert shape is not None
-    for number in range(4):
-        sampled = 20 + 7 * number
-        turn = Turn(tokens=rng.integers(3, 250, sampled).tolist(), rollout_logprobs=[-1.0] * sampled)
-        trajectory = Trajectory(
-            prompt_index=0,
-            prompt_id="q",
-            sample_index=number,
-            prompt_tokens=rng.integers(3, 250, 5).tolist(),
-            turns=[turn],
-            stop_reason="eos",
-        )
-        scores = rng.random((packed_length(trajectory), shape.layers, shape.experts))
-        turn.experts = b"" if number == missing else shape.encode(scores.argsort(-1)[..., : shape.chosen])
-        made.append(trajectory)
+
+    def experts_of(number: int, rng: np.random.Generator, length: int) -> bytes:
+        scores = rng.random((length, shape.layers, shape.experts))
+        return b"" if number == missing else shape.encode(scores.argsort(-1)[..., : shape.chosen])
+
+    made = random_trajectories(experts_of)
     return [pack(made, rows, align=Alignment(), expert_shape=shape) for rows in ((0, 1), (2, 3))]
 
 

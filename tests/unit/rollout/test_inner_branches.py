@@ -1,22 +1,18 @@
 """Branches that begin inside a turn. The engine draws its texts from the seeds of its requests."""
 
-import contextlib
 import dataclasses
 import random
 import statistics
 
 import pytest
-from played import rewarded, run, tags
+from played import prompts_of, rewarded, rollouts_of, run
 from scripted_engine import ScriptedEngine
-from scripted_search import ScriptedSearch, toolset_of
+from scripted_search import ScriptedSearch
 from tiny_models import build_tokenizer
 
-from a2tgpo.config.rollout import RolloutConfig
 from a2tgpo.rollout.counts import RolloutCounts
-from a2tgpo.rollout.group_rollout import GroupRollout
 from a2tgpo.rollout.inner_branches import TOP_LOGPROBS
 from a2tgpo.rollout.multi_turn import MIN_TURN_TOKENS
-from a2tgpo.trajectory import Prompt
 
 GROUP_SIZE, COUNT = 3, 4
 QUESTION = "Which?"
@@ -32,7 +28,10 @@ class CompletingEngine(ScriptedEngine):
 
     entropies = (0.0, 0.5, 2.0)
     experts = b""
-    max_tokens: dict
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, lambda _: self._text)
+        self.max_tokens = {}
 
     def submit(self, request_id, tokens, *, seed, top_logprobs=0, **rest):
         context = self._tokenizer.decode(list(tokens)).removeprefix(QUESTION)
@@ -58,30 +57,9 @@ def tokenizer():
 
 @pytest.fixture
 def open_rollout(tokenizer):
-    with contextlib.ExitStack() as stack:
-
-        def open_rollout(*, search=None, **settings):
-            engine = CompletingEngine(tokenizer, lambda _: engine._text)
-            engine.max_tokens = {}
-            values = {"group_size": GROUP_SIZE, "max_turns": 4, "inner_branches": COUNT, **settings}
-            rollout = GroupRollout(
-                engine,
-                toolset_of(search or ScriptedSearch()),
-                tags(tokenizer, "search"),
-                rollout=RolloutConfig(**values),
-            )
-            stack.callback(rollout.close)
-            return rollout
-
+    settings = {"group_size": GROUP_SIZE, "max_turns": 4, "inner_branches": COUNT}
+    with rollouts_of(CompletingEngine, tokenizer, **settings) as open_rollout:
         yield open_rollout
-
-
-def prompts_of(tokenizer, count):
-    tokens = tuple(tokenizer(QUESTION)["input_ids"])
-    return [
-        Prompt(index=index, id=f"q{index}", question=QUESTION, answers=("Rome",), tokens=tokens)
-        for index in range(count)
-    ]
 
 
 def split(trajectories):

@@ -1,20 +1,18 @@
 """Trees of trajectories that branch between turns. The engine draws its texts from the seeds of its requests."""
 
-import contextlib
 import dataclasses
 import itertools
 import random
 
 import pytest
-from played import run, tags
+from played import prompts_of, rollouts_of, run
 from scripted_engine import ScriptedEngine
-from scripted_search import ScriptedSearch, toolset_of
+from scripted_search import ScriptedSearch
 from tiny_models import build_tokenizer
 
-from a2tgpo.config.rollout import RolloutConfig, TreeConfig
-from a2tgpo.rollout.group_rollout import GroupRollout
+from a2tgpo.config.rollout import TreeConfig
 from a2tgpo.rollout.turn_tree import BranchPoint, entropy_points, random_points
-from a2tgpo.trajectory import Branch, Call, Prompt, Trajectory, Turn
+from a2tgpo.trajectory import Branch, Call, Trajectory, Turn
 
 GROUP_SIZE = 9
 ENTROPY = TreeConfig(initial=3, rounds=2)
@@ -24,6 +22,9 @@ ANSWER = "<think> So. </think> <answer> \\boxed{Rome} </answer>"
 
 class DrawingEngine(ScriptedEngine):
     """Draw each turn and its log-probs by the seed alone. A third of the turns are answers."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, lambda _: self._text)
 
     def submit(self, request_id, tokens, *, seed, **rest):
         draw = random.Random(seed)
@@ -42,26 +43,8 @@ def tokenizer():
 
 @pytest.fixture
 def open_rollout(tokenizer):
-    with contextlib.ExitStack() as stack:
-
-        def open_rollout(tree, *, search=None, more_tools=None, **settings):
-            engine = DrawingEngine(tokenizer, lambda _: engine._text)
-            config = RolloutConfig(**{"group_size": GROUP_SIZE, "max_turns": 4, "tree": tree, **settings})
-            tools = toolset_of(search or ScriptedSearch(), more_tools=more_tools)
-            protocol = tags(tokenizer, "search", *(more_tools or {}))
-            rollout = GroupRollout(engine, tools, protocol, rollout=config)
-            stack.callback(rollout.close)
-            return rollout
-
-        yield open_rollout
-
-
-def prompts_of(tokenizer, count):
-    tokens = tuple(tokenizer("Which?")["input_ids"])
-    return [
-        Prompt(index=index, id=f"q{index}", question="Which?", answers=("Rome",), tokens=tokens)
-        for index in range(count)
-    ]
+    with rollouts_of(DrawingEngine, tokenizer, group_size=GROUP_SIZE, max_turns=4) as opened:
+        yield lambda tree, **settings: opened(tree=tree, **settings)
 
 
 def shared(trajectory):
