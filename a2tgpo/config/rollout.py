@@ -288,19 +288,14 @@ class RolloutConfig:
         )
 
     def check_questions(self, num_questions: int) -> None:
-        """Raise `ConfigError` if a question could be drawn again while its trajectories are still in flight."""
-        # The sampler moves questions in flight to the end of an epoch, but only when the epoch starts.
-        partial, per_step, formula = self.partial, self.prompts_per_step, "rollout.prompts_per_step"
-        if self.dynamic_sampling:
-            per_step = self.max_draws * self.prompts_per_step + partial.extra_prompts
-            formula = "(rollout.max_draws * rollout.prompts_per_step + extra_prompts)"
-        needed = partial.extra_prompts + (partial.max_staleness + 1) * per_step
+        """Raise `ConfigError` if a step with partial rollouts plays more questions than data.train has."""
+        extra = self.partial.extra_prompts
         require(
-            partial.extra_prompts == 0 or needed <= num_questions,
+            extra == 0 or self.prompts_per_step + extra <= num_questions,
             "rollout.partial.extra_prompts",
-            partial.extra_prompts,
-            f"0, or extra_prompts + (max_staleness + 1) * {formula} ({needed}) at most the number of questions in "
-            f"data.train ({num_questions})",
+            extra,
+            f"0, or rollout.prompts_per_step + extra_prompts ({self.prompts_per_step + extra}) at most the number of "
+            f"questions in data.train ({num_questions})",
         )
 
     def _check_inner_branches(self) -> None:

@@ -16,8 +16,10 @@ class PromptSampler:
     has all questions of a set, the set waits for the next step.
 
     A step may span two epochs of a set. No step contains a question twice, because the questions that are already in
-    the step move to the end of the new epoch's order. Every rank has the same sampler and takes its share of the
-    step's list, so the order does not depend on the number of ranks.
+    the step move to the end of the new epoch's order. With partial rollouts, a question may be in flight when its
+    turn comes. Its set then deals it later in the epoch, when it is no longer in flight. If it is in flight until the
+    end of the epoch, this epoch leaves it out. Every rank has the same sampler and takes its share of the step's
+    list, so the order does not depend on the number of ranks.
 
     Args:
         sizes: number of questions of each set. The questions of all sets are numbered consecutively, set by set.
@@ -69,9 +71,8 @@ class PromptSampler:
 
         Args:
             count: number of questions. The default is `per_step`.
-            excluded: indices that must not be returned, because their questions are already in the step or, with
-                partial rollouts, were carried over (see `RolloutConfig.check_questions`). Their number plus `count`
-                must not exceed the number of questions.
+            excluded: indices that are not returned, because their questions are already in the step or, with partial
+                rollouts, are still in flight. Their number plus `count` must not exceed the number of questions.
         """
         count = self.per_step if count is None else count
         assert len(excluded) + count <= self.num_questions, (
@@ -164,6 +165,8 @@ class _EpochOrder:
         self.share = share
         self._position = 0
         self._deferred: list[int] = []
+        self._passed: list[int] = []
+        """Questions of this epoch that were in flight when their turn came, and that have not been dealt since."""
         self._order = self._epoch_order()
 
     def __contains__(self, index: int) -> bool:
@@ -174,21 +177,34 @@ class _EpochOrder:
         return self.share * num_dealt - self.num_dealt
 
     def take(self, in_step: Sequence[int]) -> int:
-        """Return the index of the next question. `in_step` has the indices of this set that are in the step."""
-        if self._position == self.size:
-            self.epoch += 1
-            self._deferred = list(in_step)
-            self._order = self._epoch_order()
-            self._position = 0
-        self._position += 1
+        """Return the index of the next question.
+
+        Args:
+            in_step: the indices of this set that are in the step or in flight: fewer than the set has.
+        """
+        busy = set(in_step)
         self.num_dealt += 1
-        return self._order[self._position - 1]
+        for place, index in enumerate(self._passed):
+            if index not in busy:
+                return self._passed.pop(place)
+        while True:
+            if self._position == self.size:
+                self.epoch += 1
+                self._deferred, self._passed = list(in_step), []
+                self._order = self._epoch_order()
+                self._position = 0
+            index = self._order[self._position]
+            self._position += 1
+            if index not in busy:
+                return index
+            self._passed.append(index)
 
     def state_dict(self) -> dict:
         return {
             "epoch": self.epoch,
             "position": self._position,
             "deferred": list(self._deferred),
+            "passed": list(self._passed),
             "num_dealt": self.num_dealt,
         }
 
@@ -196,6 +212,7 @@ class _EpochOrder:
         self.epoch = state["epoch"]
         self._position = state["position"]
         self._deferred = list(state["deferred"])
+        self._passed = list(state.get("passed", ()))  # checkpoints of earlier versions lack this entry
         # Checkpoints of version 0.1 have no `num_dealt`, because that version had only one set.
         self.num_dealt = state.get("num_dealt", 0)
         self._order = self._epoch_order()

@@ -104,20 +104,24 @@ def test_every_step_is_full_nothing_is_lost_and_nothing_gets_too_old(
     num_groups=st.integers(1, 5),
     extra_share=st.floats(0, 1),
     max_staleness=st.integers(1, 3),
-    more=st.integers(0, 3),
+    more=st.integers(0, 9),
+    small_set=st.tuples(st.floats(0, 1), st.floats(0.1, 10)),
     seed=st.integers(0, 5),
     luck=st.floats(0, 1),
     random=st.randoms(use_true_random=False),
 )
-def test_the_fewest_questions_allowed_are_enough_to_have_none_in_play_twice(
-    num_groups, extra_share, max_staleness, more, seed, luck, random
+def test_no_question_is_in_play_twice_even_with_the_fewest_or_with_a_small_set(
+    num_groups, extra_share, max_staleness, more, small_set, seed, luck, random
 ):
     partial = PartialConfig(
         tokens_per_step=1, extra_prompts=round(extra_share * num_groups), max_staleness=max_staleness
     )
-    num_questions = partial.extra_prompts + (max_staleness + 1) * num_groups + more
+    num_questions = partial.extra_prompts + num_groups + more
     RolloutConfig(prompts_per_step=num_groups, partial=partial).check_questions(num_questions)
-    sampler = PromptSampler(num_questions, num_groups, seed)
+    share, weight = small_set
+    small = min(num_questions - 1, round(share * num_questions))
+    sizes, weights = ([small, num_questions - small], [weight, 1]) if small else ([num_questions], None)
+    sampler = PromptSampler(sizes, num_groups, seed, weights=weights)
     carried: list[Entry] = []
     for step in range(25):
         dealt = sampler.next_indices(

@@ -159,6 +159,47 @@ def test_a_mixed_step_has_no_question_twice_and_resumes_as_if_never_stopped(mix,
     assert len({*step}) == per_step and max(step) < sum(sizes)
 
 
+@given(MIXES, st.integers(0, 3), st.randoms(use_true_random=False), st.data())
+def test_a_mix_deals_no_question_in_flight_and_resumes_as_if_never_stopped(mix, seed, random, data):
+    sizes, weights = [size for size, _ in mix], [weight for _, weight in mix]
+    per_step = data.draw(st.integers(1, sum(sizes)))
+    whole = PromptSampler(sizes, per_step, seed, weights=weights)
+    in_flight: list[int] = []
+    dealt: list[list[int]] = [[] for _ in sizes]
+    for _ in range(6):
+        resumed = PromptSampler(sizes, per_step, seed, weights=weights)
+        resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+        count = min(per_step, sum(sizes) - len(in_flight))
+        step = whole.next_indices(count, excluded=in_flight)
+        assert resumed.next_indices(count, excluded=in_flight) == step
+        assert len({*step, *in_flight}) == len(step) + len(in_flight)
+        for index in step:
+            dealt[set_of(index, sizes)].append(index)
+        in_flight = [index for index in [*in_flight, *step] if random.random() < 0.5]
+    for size, of_set in zip(sizes, dealt, strict=True):
+        assert len(set(of_set[:size])) == min(size, len(of_set)), "the first epoch deals each question once"
+
+
+def test_a_question_in_flight_at_its_turn_is_dealt_later_in_the_same_epoch():
+    sampler = PromptSampler(4, 1, seed=0)
+    one, two, *_ = (sampler.next_indices()[0] for _ in range(4))
+    for _ in range(2):  # the second epoch begins while two questions are in flight, which come last
+        assert sampler.next_indices(excluded=[one, two])[0] not in (one, two)
+    late, last = sorted((one, two), key=sampler._sets[0]._order.index)
+    assert sampler.next_indices(excluded=[late]) == [last]
+    assert (sampler.next_indices(), sampler.epoch) == ([late], 1)
+
+
+def test_a_question_in_flight_until_the_end_of_an_epoch_is_left_out_of_this_epoch():
+    sampler = PromptSampler(3, 1, seed=0)
+    (held,) = sampler.next_indices()
+    others = {0, 1, 2} - {held}
+    for _ in range(3):
+        assert {sampler.next_indices(excluded=[held])[0] for _ in others} == others
+    assert sampler.epoch == 2
+    assert sampler.next_indices() == [held]
+
+
 def test_other_weights_after_a_resume_apply_at_once():
     begun = PromptSampler([1000, 1000], 100, seed=1, weights=[1, 1])
     for _ in range(5):
