@@ -73,3 +73,23 @@ def test_the_metrics_of_branches_are_the_same_before_and_after_groups_are_taken(
                 "branch/equal_groups_share": 2 / 4,
             }
         )
+
+
+def test_branches_of_a_trajectory_that_no_reward_judged_count_only_as_begun():
+    """Of group 4, the parent of the branch with outcome 0 has no reward. Of group 1, no parent has one."""
+    trajectories = [t for t in played() if t.prompt_index in (1, 2, 4)]
+    for t in trajectories:
+        if (t.prompt_index, t.sample_index) in ((1, 0), (1, 1), (4, 1)):
+            t.reward_error = "the judge is away"
+    metrics = MetricSums()
+    add_inner_branch_metrics(metrics, trajectories, per_prompt=2)
+    assert metrics.values() == pytest.approx(
+        {
+            "branch/count": 3,
+            "branch/unfilled": 0,
+            "branch/mean_position": (2 + 3 + 2) / 3 / 8,
+            "branch/sampled_tokens": 3,
+            "branch/reward_mean": 2 / 3,
+            "branch/equal_groups_share": 1 / 2,
+        }
+    )
