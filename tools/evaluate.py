@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from a2tgpo.serve.player import Player
 
 Result = TypeVar("Result")
+REPORT = "report.json"
+"""Name of a file in every report."""
 Answers = dict[str, list["Answer"]]
 """{name of the data set: its answers}."""
 
@@ -57,6 +59,8 @@ def main() -> int:
         require((args.samples or 0) >= 0, "--samples", args.samples, ">= 0")
         require(args.limit >= 0, "--limit", args.limit, ">= 0")
         return evaluate(args, stop_signal)
+        if args.out is not None:
+            require_replaceable(args.out)
     except (ConfigError, RuntimeError, OSError) as error:
         return report_failure(error, is_ending=bool(stop_signal.name))
 
@@ -111,6 +115,16 @@ def load_sets(
 
 
 def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
+def require_replaceable(out: Path) -> None:
+    """Raise a `ConfigError` of one line if `out` is a file, or a folder that has files but no report."""
+    has_others = out.is_dir() and any(out.iterdir()) and not (out / REPORT).is_file()
+    if out.name in ("", "..") or out.is_file() or has_others:
+        raise ConfigError(
+            f"--out: {out} is no report, and a report would replace it as a whole; give a new folder, for example "
+            f"{out / 'report'}"
+        )
+
+
     """Play every set and write the report. Return the exit code. Every rank must call this."""
     with lasting_objects():
         import torch.distributed as dist
@@ -289,7 +303,7 @@ def write_report(
     try:
         with atomic_folder(out) as folder:
             write_text(folder / "report.md", page)
-            write_json(folder / "report.json", record)
+            write_json(folder / REPORT, record)
             write_lines(
                 folder / "answers.jsonl", answer_lines(greedy, GREEDY) + answer_lines(sampled, SAMPLE)
             )

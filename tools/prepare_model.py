@@ -132,7 +132,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.kind == "tiny":
         require(0 <= args.seed < 2**63, "--seed", args.seed, "0 to 2^63 - 1")
         require(args.experts == 0 or args.experts >= 2, "--experts", args.experts, "0, or 2 and more")
-    require(not args.out.is_file(), "--out", str(args.out), "a folder")
+    has_others = args.out.is_dir() and any(args.out.iterdir()) and not (args.out / "config.json").is_file()
+    require(
+        not args.out.is_file() and not has_others,
+        "--out",
+        str(args.out),
+        "a new folder, or the folder of a model, which is replaced as a whole",
+    )
     return args
 
 

@@ -55,6 +55,16 @@ def test_a_tiny_model_may_have_experts_and_one_expert_is_refused(worldqa: Path, 
         prepare([*arguments, "1"])
 
 
+def test_a_folder_that_is_no_model_is_never_replaced(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("kept")
+    for out in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(
+            ConfigError, match=r"--out is .*; allowed: a new folder, or the folder of a model"
+        ):
+            prepare(["tiny", "--data", "unused", "--out", str(out)])
+    assert (tmp_path / "notes.txt").read_text() == "kept"
+
+
 def test_demonstrations_survive_the_tokenizer(worldqa: Path, tokenizer):
     for demonstration in load_demonstrations(str(worldqa / "demonstrations.jsonl"))[:200]:
         for text, observation in demonstration.turns:
