@@ -77,7 +77,8 @@ class WarmStart:
             step=self.step,
             enabled=groups.rank == 0,
         )
-        self._longest_step_s, self._num_skipped = 0.0, 0
+        self._longest_step_s = self._longest_evaluation_s = 0.0
+        self._num_skipped = 0
         self.report.say_begin(
             f"warm start: step {self.step} of {self.settings.steps} on {groups.world_size} ranks, peak learning rate "
             f"{lr:.3g}, {len(self.examples.trained)} demonstrations, {len(self.examples.held_out)} held out"
@@ -92,12 +93,11 @@ class WarmStart:
             if self.step == 0:
                 self._evaluate()
             while self.step < self.settings.steps:
-                needed_s = self._longest_step_s + self.folder.longest_save_s
-                self.stop.agree(self.stop.should_stop(needed_s=needed_s))
+                self.stop.agree(self.stop.should_stop(needed_s=self._needed_s()))
                 self._train_step()
-                if self._is_due(self.settings.evaluate_every):
+                if self._is_due(self.settings.evaluate_every, self.step):
                     self._evaluate()
-                if self._is_due(self.settings.checkpoint_every):
+                if self._is_due(self.settings.checkpoint_every, self.step):
                     self._save()
         except StopAgreed as stopped:
             if self.folder.saved_step != self.step:
@@ -135,20 +135,31 @@ class WarmStart:
     def _pack(self, chosen: Sequence[Trajectory]) -> list[PackedBatch]:
         return my_microbatches(chosen, self.policy, max_tokens=self.config.update.max_microbatch_tokens)
 
+    def _needed_s(self) -> float:
+        """Return the longest times so far, in seconds, of the next step, the evaluation after it, and a save."""
+        is_evaluated = self._is_due(self.settings.evaluate_every, self.step + 1)
+        evaluation_s = self._longest_evaluation_s if is_evaluated else 0.0
+        return self._longest_step_s + evaluation_s + self.folder.longest_save_s
+
     def _evaluate(self) -> None:
-        """Report the mean cross-entropy of the tokens that the policy should write in the held-out examples."""
-        held_out, size = self.examples.held_out, self.settings.batch_size
-        if not held_out:
+        if not self.examples.held_out:
             return
-        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        begin = time.monotonic()
         with self.timers.stage("evaluation"):
-            for start in range(0, len(held_out), size):
-                for scores in compute_logprobs(self.policy, self._pack(held_out[start : start + size])):
-                    if scores is not None:
-                        total -= scores.logprobs.double().sum()
-            loss = from_last_stage(all_reduce_sum(total, self.groups.dp_group).item(), self.groups)
-        num_sampled = sum(trajectory.num_sampled_tokens for trajectory in held_out)
-        self.report.add_held_out(self.step, loss / max(1, num_sampled))
+            loss = self._held_out_loss()
+        self.report.add_held_out(self.step, loss)
+        self._longest_evaluation_s = max(self._longest_evaluation_s, time.monotonic() - begin)
+
+    def _held_out_loss(self) -> float:
+        """Return the mean cross-entropy of the tokens that the policy should write in the held-out examples."""
+        held_out, size = self.examples.held_out, self.settings.batch_size
+        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        for start in range(0, len(held_out), size):
+            for scores in compute_logprobs(self.policy, self._pack(held_out[start : start + size])):
+                if scores is not None:
+                    total -= scores.logprobs.double().sum()
+        loss = from_last_stage(all_reduce_sum(total, self.groups.dp_group).item(), self.groups)
+        return loss / max(1, sum(trajectory.num_sampled_tokens for trajectory in held_out))
 
     def _save(self) -> None:
         with self.timers.stage("checkpoint"):
@@ -184,6 +195,6 @@ class WarmStart:
             )
             self.folder.remove_checkpoints()
 
-    def _is_due(self, every: int) -> bool:
-        """Return whether the present step is the last one or, if `every` > 0, a multiple of `every`."""
-        return self.step == self.settings.steps or (every > 0 and self.step % every == 0)
+    def _is_due(self, every: int, step: int) -> bool:
+        """Return whether `step` is the last one or, if `every` > 0, a multiple of `every`."""
+        return step == self.settings.steps or (every > 0 and step % every == 0)
