@@ -69,9 +69,12 @@ class Judging(Generic[Item]):
         Raises:
             RolloutInterruptedError: on all ranks of the engine, if the wait was interrupted.
         """
-        while self._engine_group.any(bool(self._waiting)):
+        is_waiting = self._engine_group.any(bool(self._waiting))
+        while is_waiting:
             yield from self._take(timeout_s=WAIT_S)
-            if self._engine_group.any(self._is_stopped()):
+            is_stopped = self._engine_group.any(self._is_stopped())
+            is_waiting = self._engine_group.any(bool(self._waiting))
+            if is_waiting and is_stopped:  # a whole rollout is worth keeping, even if the run stops
                 raise RolloutInterruptedError
 
     def _take(self, *, timeout_s: float) -> list[tuple[Item, Verdict | None]]:

@@ -13,6 +13,7 @@ from a2tgpo.collect.rewarded_rollout import RewardedRollout
 from a2tgpo.collect.unjudged import require_verdicts, split
 from a2tgpo.config.parallel import ParallelConfig
 from a2tgpo.config.reward import RewardConfig
+from a2tgpo.parallel.engine_group import ALONE
 from a2tgpo.parallel.initialize import initialize, shutdown
 from a2tgpo.reward.episode import RewardError
 from a2tgpo.reward.load import NamedReward
@@ -21,6 +22,7 @@ from a2tgpo.reward.score import TrajectoryReward
 from a2tgpo.reward.total import RewardFaultError
 from a2tgpo.rollout.counts import RolloutCounts
 from a2tgpo.rollout.group_rollout import Finished, RolloutInterruptedError
+from a2tgpo.rollout.judging import Judging
 from a2tgpo.trajectory import Turn
 
 ANSWERS = ("Paris", "Rome", "Paris", "")
@@ -96,6 +98,33 @@ def test_a_bug_of_a_reward_ends_the_rollout_with_its_line(should_stop):
         play(rollout)
     with pytest.raises(RewardFaultError):  # nothing of the failed rollout is left
         play(rollout, num_prompts=1)
+
+
+class LatePool:
+    """Stands in for `RewardPool`: gives `late` verdicts after the rollout."""
+
+    def __init__(self, *late):
+        self._late = list(late)
+
+    def submit(self, episode):
+        return episode
+
+    def take(self, *, timeout_s):
+        return [self._late.pop(0)] if timeout_s and self._late else []
+
+    def drop_all(self):
+        pass
+
+
+def test_a_stop_request_does_not_discard_a_rollout_whose_last_verdict_has_come():
+    judging = Judging(LatePool(("b", "good")), ALONE, should_stop=lambda: True)
+    with judging:
+        assert judging.judge("trajectory", "b") == []
+        assert list(judging.rest()) == [("trajectory", "good")]
+    judging = Judging(LatePool(("b", "good")), ALONE, should_stop=lambda: True)
+    with pytest.raises(RolloutInterruptedError), judging:
+        assert judging.judge("one", "a") == judging.judge("other", "b") == []
+        list(judging.rest())
 
 
 def test_a_stop_request_ends_the_wait_for_rewards():
