@@ -278,7 +278,7 @@ class Trainer:
                 num_samples=self.config.evaluation.samples,
                 seed=self.config.run.seed,
                 rewards=self.parts.reward_pool,
-                stop=self.early_stop.request,
+                stop=self.early_stop,
             )
         self.recorder.record_evaluation(self.step, scores, self.timers.take())
         return self.checkpoints.best.offer(self.step, scores)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from a2tgpo.config.evaluation import powers_of_two, sampled_scores
 from a2tgpo.evaluate.sets import EvaluationSets
-from a2tgpo.lifecycle.stop_request import StopRequest
+from a2tgpo.lifecycle.stop_request import Stop
 from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.parallel.engine_group import ALONE, EngineGroup
 from a2tgpo.reward.answer_match import exact_match, f1_score
@@ -65,7 +65,7 @@ def evaluate(
     num_samples: int = 0,
     seed: int = 0,
     rewards: RewardPool | None = None,
-    stop: StopRequest | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, float]:
     """Answer every question once greedily and `num_samples` times by sampling, and return metrics.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from typing import Protocol
 
 import torch
 
@@ -25,6 +26,14 @@ _REASON = "reason"
 
 class StopAgreed(Exception):
     """Raised on all ranks at the same point of the program if the run must save and end. Not an error."""
+
+
+class Stop(Protocol):
+    """Tells a long stage whether it must be interrupted. A `StopRequest` is one."""
+
+    def should_stop(self) -> bool: ...
+
+    def agree(self, is_stopping: bool) -> None: ...
 
 
 class StopRequest:

@@ -38,6 +38,10 @@ class EarlyStop:
         needed_s = sum(self._longest.get(f"time/{stage}_s", 0.0) for stage in stages)
         return self.request.should_stop(needed_s=needed_s + self._checkpoints.longest_save_s)
 
+    def agree(self, is_stopping: bool) -> None:
+        """Raise StopAgreed on all ranks if `is_stopping` is True on any rank. Every rank must call this."""
+        self.request.agree(is_stopping)
+
     def agree_before(self, *stages: str, is_interrupted: bool = False) -> None:
         """Raise StopAgreed on all ranks if any rank should stop before `stages` or has an interrupted rollout.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,9 @@ from a2tgpo.checkpoint.writer import CheckpointWriter
 from a2tgpo.config.evaluation import EvaluationConfig
 from a2tgpo.config.guard import GuardConfig
 from a2tgpo.lifecycle.outage import Outage
+from a2tgpo.lifecycle.stop_request import Stop, StopAgreed, StopRequest
 from a2tgpo.metrics.guards import Guards
+from a2tgpo.metrics.reduce import MetricSums
 from a2tgpo.trainer import Trainer
 
 __all__ = ["world"]
@@ -176,6 +179,16 @@ def test_the_best_of_another_run_is_not_taken_over(world, tmp_path):
     assert own.best_step == 2 and other.steps == [1] and other.best_step == 1
 
 
+NO_ANSWERS = {
+    "tokenizer": None,
+    "rollout": SimpleNamespace(answer_tokens=None, outage=Outage(limit_s=1)),
+    "reward": None,
+    "train_prompts": SimpleNamespace(questions=[], content_fingerprint=""),
+    "reward_pool": None,
+}
+"""Parts of a run that plays nothing."""
+
+
 class ScriptedTrainer(Trainer):
     """The real training loop, with steps that skip every update, and evaluations whose score is the number of the
     step.
@@ -194,19 +207,35 @@ def test_a_run_that_its_guards_stop_is_evaluated_first_where_that_is_due(world, 
     run = Run(world, tmp_path)
     evaluation = EvaluationConfig(every=every, at_start=False)
     config = dataclasses.replace(run.config, evaluation=evaluation)
-    no_answers = {
-        "tokenizer": None,
-        "rollout": SimpleNamespace(answer_tokens=None, outage=Outage(limit_s=1)),
-        "reward": None,
-        "train_prompts": SimpleNamespace(questions=[], content_fingerprint=""),
-        "reward_pool": None,
-    }
-    parts: Any = SimpleNamespace(**{**vars(run.parts), "config": config, **no_answers})
+    parts: Any = SimpleNamespace(**{**vars(run.parts), "config": config, **NO_ANSWERS})
     guards = Guards(GuardConfig(stop_after=4), clip_low=0.1, clip_high=0.1)
     recorder, checkpoints = run.folder.recorder(None, step=0), build_checkpoints(parts, run.folder, guards)
     trainer = ScriptedTrainer(parts, recorder, checkpoints, guards, folder=run.folder)
     assert not trainer.train() and trainer.step == 4
     assert run.best_step == best and run.steps == steps
+
+
+def test_an_evaluation_is_interrupted_while_the_longest_save_still_ends_in_time(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 1000))
+    run = Run(world, tmp_path)
+    parts: Any = SimpleNamespace(**{**vars(run.parts), **NO_ANSWERS}, engine=None)
+    checkpoints = build_checkpoints(parts, run.folder, run.guards)
+    stop = StopRequest(SimpleNamespace(name=""), margin_s=120)
+    recorder = run.folder.recorder(None, step=0)
+    trainer = Trainer(parts, recorder, checkpoints, run.guards, folder=run.folder, stop=stop)
+
+    def evaluate(*_: Any, stop: Stop, **__: Any) -> dict[str, float]:
+        stop.agree(stop.should_stop())
+        return scores(0.5)
+
+    monkeypatch.setattr("a2tgpo.trainer.evaluate", evaluate)
+    monkeypatch.setattr(Trainer, "_refit", lambda self: MetricSums())
+    checkpoints._writer.longest_s = 60.0
+    trainer.evaluate()
+    checkpoints._writer.longest_s = 1200.0
+    with pytest.raises(StopAgreed, match="the job ends in"):
+        trainer.evaluate()
+    stop._store.delete_key("reason")  # other runs of this process use the same store
 
 
 def test_resuming_from_elsewhere_sets_aside_the_own_checkpoint_of_the_same_step(world, tmp_path):
