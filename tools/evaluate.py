@@ -34,6 +34,7 @@ from a2tgpo.launch.rendezvous import join_launcher
 from a2tgpo.lifecycle.failure import report_failure
 from a2tgpo.lifecycle.garbage import lasting_objects, leave_garbage
 from a2tgpo.lifecycle.stop_signal import StopSignal
+from a2tgpo.run.folder_lock import FolderLock
 
 if TYPE_CHECKING:
     from a2tgpo.checkpoint.find import SavedModel
@@ -44,9 +45,9 @@ if TYPE_CHECKING:
     from a2tgpo.reward.pool import RewardPool
     from a2tgpo.serve.player import Player
 
-Result = TypeVar("Result")
 REPORT = "report.json"
 """Name of a file in every report."""
+Result = TypeVar("Result")
 Answers = dict[str, list["Answer"]]
 """{name of the data set: its answers}."""
 
@@ -58,9 +59,9 @@ def main() -> int:
         join_launcher()
         require((args.samples or 0) >= 0, "--samples", args.samples, ">= 0")
         require(args.limit >= 0, "--limit", args.limit, ">= 0")
-        return evaluate(args, stop_signal)
         if args.out is not None:
             require_replaceable(args.out)
+        return evaluate(args, stop_signal)
     except (ConfigError, RuntimeError, OSError) as error:
         return report_failure(error, is_ending=bool(stop_signal.name))
 
@@ -114,7 +115,6 @@ def load_sets(
     return sets
 
 
-def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
 def require_replaceable(out: Path) -> None:
     """Raise a `ConfigError` of one line if `out` is a file, or a folder that has files but no report."""
     has_others = out.is_dir() and any(out.iterdir()) and not (out / REPORT).is_file()
@@ -125,6 +125,7 @@ def require_replaceable(out: Path) -> None:
         )
 
 
+def evaluate(args: argparse.Namespace, stop_signal: StopSignal) -> int:
     """Play every set and write the report. Return the exit code. Every rank must call this."""
     with lasting_objects():
         import torch.distributed as dist
@@ -151,6 +152,8 @@ def require_replaceable(out: Path) -> None:
     groups = meet_ranks(config)
     for note in notes if groups.rank == 0 else ():
         print(f"warning: {note}", file=sys.stderr, flush=True)
+    locks: list[FolderLock] = []  # only on rank 0
+    on_rank_0(lambda: locks.append(claim(partial)))
     known = on_rank_0(lambda: open_log(partial, settings))
     if known:
         stop_signal.kept = f"{len(known)} answers of earlier starts are kept in {partial}"
@@ -168,7 +171,7 @@ def require_replaceable(out: Path) -> None:
             print(f"stopped at answer {done} of {total}: {stop.reason}; kept in {partial}", flush=True)
     else:
         if groups.rank == 0:
-            report(out, partial, config, model, greedy, sampled, notes)
+            report(out, partial, config, model, greedy, sampled, notes, lock=locks[0])
     pool.close()
     player.close()
     # Wait for all ranks, because a launcher ends the other ranks when one rank exits with a code other than 0.
@@ -176,6 +179,21 @@ def require_replaceable(out: Path) -> None:
     shutdown()
     leave_garbage()
     return START_AGAIN if stop.is_agreed else 0
+
+
+def claim(partial: Path) -> FolderLock:
+    """Create the folder of the answers, and lock it until the program ends. Only one process may call this.
+
+    If a launcher is killed, its ranks go on. Without the lock, a second start would ask their questions again.
+
+    Raises:
+        ConfigError: with a one-line message, if another process holds the folder, or if it cannot be written.
+    """
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        return FolderLock(partial, key="--out")
+    except OSError as error:
+        raise ConfigError(f"--out: cannot use {partial} ({error.strerror}); choose another folder") from None
 
 
 def prompt_sets(player: Player, sets: dict[str, list[Question]]) -> dict[str, PromptSet]:
@@ -266,12 +284,19 @@ def report(
     greedy: Answers,
     sampled: Answers,
     notes: Sequence[str],
+    *,
+    lock: FolderLock,
 ) -> None:
-    """Write the report, and remove the stored answers in `partial` unless some answers must be judged again."""
+    """Write the report, and remove the stored answers in `partial` unless some answers must be judged again.
+
+    Args:
+        lock: the lock of `partial`. It is released before the folder is removed.
+    """
     answers = [answer for sets in (greedy, sampled) for members in sets.values() for answer in members]
     errors = [answer.reward_error for answer in answers if answer.reward_error is not None]
     if not errors:
         write_report(out, config, model, greedy, sampled, notes)
+        lock.release()
         shutil.rmtree(partial, ignore_errors=True)
         return
     unjudged = f"{len(errors)} of {len(answers)} answers have no rewards; last cause: {errors[-1]}"
