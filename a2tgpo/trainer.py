@@ -117,6 +117,10 @@ class Trainer:
         """
         evaluation_is_due = self.checkpoints.evaluation_is_due
         try:
+            if self.checkpoints.begins_elsewhere:
+                # If the run were killed before its first checkpoint, the next start would begin at model.path.
+                with self.timers.stage("checkpoint"):
+                    self._save(evaluation_is_due=evaluation_is_due)
             if self.step == 0 and self.config.evaluation.at_start:
                 self.evaluate()
             if evaluation_is_due:

@@ -52,7 +52,7 @@ def find_model(path: str | Path, *, untrained: str | Path = "", key: str = "--ch
     Args:
         path: a Hugging Face folder or a checkpoint (`runs/NAME/checkpoints/step_N`). `.../checkpoints` refers to the
             newest complete checkpoint, and `.../checkpoints/best` to the checkpoint that best.json names.
-        untrained: the Hugging Face folder to return if best.json names step 0.
+        untrained: the Hugging Face folder to return if best.json names step 0, and the run has no checkpoint of it.
         key: the option with which the user gave `path`, for error messages.
 
     Raises:
@@ -85,7 +85,8 @@ def _best(path: Path, untrained: str | Path, key: str) -> SavedModel:
         ) from None
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise ConfigError(f"{key}: {file} is damaged; give a step_N") from None
-    return find_model(path.parent / f"step_{step}" if step else untrained, key=key)
+    own = path.parent / f"step_{step}"
+    return find_model(own if step or own.exists() else untrained, key=key)
 
 
 def _step_of(path: Path) -> int:

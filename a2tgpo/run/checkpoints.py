@@ -88,6 +88,8 @@ class RunCheckpoints:
         """Whether the resumed run must begin with the evaluation that was due after the checkpoint's step. `restore`
         sets this value.
         """
+        self.begins_elsewhere = False
+        """Whether `restore` has loaded a checkpoint that is not in the run's own folder."""
         self._reported = 0
         self._num_failures = 0
 
@@ -133,6 +135,7 @@ class RunCheckpoints:
                 self._guards.load_state_dict(state["guards"])
             # Another run's record of its best policy names a checkpoint that this run does not have.
             self.best.load_state_dict(self._if_comparable(state) if is_own else None)
+        self.begins_elsewhere = not is_own
         retention.set_aside_after(self._path, step if is_own else step - 1)
         self.best.write()
         self._complete = (step, self.best.state_dict())

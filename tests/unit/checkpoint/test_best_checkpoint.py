@@ -5,6 +5,7 @@ one process.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import time
@@ -17,6 +18,7 @@ from saved_run import Run, best_of, scores, world
 from a2tgpo.assemble import build_checkpoints
 from a2tgpo.checkpoint import folder as checkpoint
 from a2tgpo.checkpoint.best import BEST_FILE, BestCheckpoint
+from a2tgpo.checkpoint.find import find_model
 from a2tgpo.checkpoint.writer import CheckpointWriter
 from a2tgpo.config.evaluation import EvaluationConfig
 from a2tgpo.config.guard import GuardConfig
@@ -213,6 +215,29 @@ def test_a_run_that_its_guards_stop_is_evaluated_first_where_that_is_due(world, 
     trainer = ScriptedTrainer(parts, recorder, checkpoints, guards, folder=run.folder)
     assert not trainer.train() and trainer.step == 4
     assert run.best_step == best and run.steps == steps
+
+
+class DyingTrainer(ScriptedTrainer):
+    def train_step(self) -> dict[str, float]:
+        raise RuntimeError("a rank was killed")
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_run_that_begins_elsewhere_and_is_killed_soon_begins_there_again(world, tmp_path, step):
+    other = Run(world, tmp_path, name="other")
+    other.save(step)
+    run = Run(world, tmp_path, name="own", resume=str(other.checkpoints / f"step_{step}"))
+    parts: Any = SimpleNamespace(**{**vars(run.parts), **NO_ANSWERS})
+    recorder = run.folder.recorder(None, step=step)
+    trainer = DyingTrainer(parts, recorder, run.saver, run.guards, folder=run.folder, step=step)
+    with pytest.raises(RuntimeError, match="a rank was killed"):
+        trainer.train()
+    run.saver.finish_saving()  # the thread ends, even if the program fails
+    again = Run(world, tmp_path, name="own")
+    assert again.step == step and again.steps == [step]
+    (again.checkpoints / BEST_FILE).write_text(json.dumps({"step": step}))
+    found = find_model(again.checkpoints / "best", untrained="unused")
+    assert found.path == again.checkpoints / f"step_{step}"
 
 
 def test_an_evaluation_is_interrupted_while_the_longest_save_still_ends_in_time(world, tmp_path, monkeypatch):
