@@ -9,8 +9,8 @@ A run of the method NAME reads CONFIG and FOLDER/NAME.yaml, which overrides CONF
 same questions, and sample with the same random seeds. With --warm-starts, each seed has its own initial policy, which
 the program makes before the seed's first run. If you start the same command again, it skips finished runs and resumes
 the other runs. A failed run does not stop the other runs. DIR contains runs/ and logs/, and with --warm-starts
-also warm_starts/. Whenever a run ends, the program rewrites results.csv, curves.csv, report.md, the figures and
-tensorboard/ in DIR. --report DIR only rewrites these files.
+also warm_starts/. Whenever a run ends, the program rewrites the tables in DIR: results.csv, curves.csv and report.md.
+At the end it also writes the figures and tensorboard/. --report DIR only rewrites all these files.
 """
 
 from __future__ import annotations
@@ -225,11 +225,11 @@ def next_task(experiment: Experiment, waiting: Sequence[Run | WarmStart]) -> Run
 
 
 def report_so_far(out: Path) -> None:
-    """Write the report. If that fails, only print the reason, so that the runs continue."""
+    """Write the report's tables. If that fails, only print the reason, so that the runs continue."""
     from report import write_report
 
     try:
-        write_report(out)
+        write_report(out, with_figures=False)
     except (OSError, ValueError) as error:
         tqdm.write(f"ablation: could not write the report: {error}", file=sys.stderr)
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from contrast_figure import write_contrasts
 from contrasts import area, areas, contrasts_text
 from figures import write_figures
 from seed_statistics import Estimate, estimate, paired_difference
@@ -33,8 +34,11 @@ HOPS_COLUMN = re.compile(r"em_(\d+)_hops")
 Row = dict[str, str | int | float | None]
 
 
-def write_report(out: Path) -> str:
-    """Write all tables and figures of the comparison in `out`, and return a line with the report's path.
+def write_report(out: Path, *, with_figures: bool = True) -> str:
+    """Write all tables of the comparison in `out`, and return a line with the report's path.
+
+    Args:
+        with_figures: whether to also write the figures and TensorBoard's curves. They read the rollouts of all runs.
 
     Raises:
         ConfigError: if `out` is not the folder of a comparison.
@@ -44,8 +48,11 @@ def write_report(out: Path) -> str:
     finished = [result for result in results if result.is_finished]
     write_csv(out / "results.csv", rows)
     write_csv(out / "curves.csv", list(curve_rows(finished)))
-    figures = write_figures(finished, out)
-    write_boards(finished, out / "tensorboard")
+    figures: dict[str, str] = {}
+    if with_figures:
+        figures = write_figures(finished, out)
+        figures |= write_contrasts(plan.contrasts, areas(finished), out)
+        write_boards(finished, out / "tensorboard")
     contrasts = contrasts_text(plan.contrasts, areas(finished)) if plan.contrasts else ""
     text = report_text(plan.methods, results, rows, contrasts) + figure_text(figures)
     write_text(out / "report.md", text)

@@ -54,12 +54,17 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, t_quantile(count - 1) * math.sqrt(variance / count), count)
 
 
-def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> Estimate:
-    """Return the mean difference `values[seed] - base[seed]` over the seeds that both mappings have.
+def paired_differences(values: Mapping[int, float], base: Mapping[int, float]) -> list[float]:
+    """Return `values[seed] - base[seed]` for the seeds that both mappings have, in the order of the seeds.
 
     Runs with the same seed draw the same prompts, so the prompts' difficulty cancels in the difference.
     """
-    return estimate([values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())])
+    return [values[seed] - base[seed] for seed in sorted(values.keys() & base.keys())]
+
+
+def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) -> Estimate:
+    """Return the mean of the `paired_differences`."""
+    return estimate(paired_differences(values, base))
 
 
 def t_quantile(degrees: int) -> float:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import method_facts
 import pytest
 from advantage_facts import METHODS, equal_groups, facts, facts_text
 from compare import PRESETS, main
+from contrast_figure import write_contrasts
 from contrasts import contrasts_text, holm
 from needless import write_needless
 from preloaded.command import PYTHON
@@ -183,6 +185,25 @@ def test_contrasts_of_several_seeds_have_an_interval_and_corrected_p_values():
     p = 1 - 2 / math.pi * math.atan(3.0)  # differences 0.1 and 0.2: mean 0.15, standard error 0.05
     assert first == f"| a - b | 2 | +0.1500 ± 0.6353 | {p:.3f} | {2 * p:.3f} |"
     assert second.startswith("| c - b | 2 | +0.0500 ± 0.6353 | 0.500 | 0.500 |")
+
+
+def test_the_contrasts_of_several_seeds_are_drawn_and_the_others_are_left_out(tmp_path):
+    scores = {"a": {0: 0.5, 1: 0.75, 2: 0.5}, "b": {0: 0.25, 1: 0.5, 2: 0.5}, "c": {0: 0.5}}
+    assert write_contrasts(["c-a"], scores, tmp_path) == {} and not list(tmp_path.iterdir())
+    assert list(write_contrasts(["a-b", "c-a"], scores, tmp_path)) == ["contrasts.png"]
+    picture = (tmp_path / "contrasts.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 5_000
+
+
+def test_while_runs_are_left_only_the_tables_are_written(compared, tmp_path):
+    shutil.copytree(compared, tmp_path / "copy")
+    write_report(tmp_path / "copy")
+    drawn = {path.name for path in (tmp_path / "copy").glob("*.png")}
+    for path in [*(tmp_path / "copy").glob("*.png"), tmp_path / "copy" / "report.md"]:
+        path.unlink()
+    write_report(tmp_path / "copy", with_figures=False)
+    assert "learning_curves.png" in drawn and not list((tmp_path / "copy").glob("*.png"))
+    assert (tmp_path / "copy" / "report.md").exists()
 
 
 def test_a_report_can_be_made_of_what_is_there(compared, tmp_path, capsys):
