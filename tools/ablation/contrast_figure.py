@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from seed_statistics import estimate, paired_differences
 from style import PALETTE, decorate, finish, save
 
@@ -42,7 +43,7 @@ def write_contrasts(
             _draw(ax, place, values)
         ax.axvline(0, color=MUTED, linewidth=0.8, zorder=1)
         decorate(ax, "", "", "difference of the mean held-out exact match over a run")
-        ax.xaxis.set_major_locator(plt.MaxNLocator(9))
+        ax.xaxis.set_major_locator(MaxNLocator(9))
         ax.set_yticks(range(len(known)), [contrast.replace("-", " - ") for contrast in known])
         ax.set_ylim(len(known) - 0.5, -0.5)
         finish(figure, None, "Contrasts")
