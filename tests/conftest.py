@@ -22,6 +22,7 @@ import pytest
 from hypothesis import settings
 from preloaded import VARIABLE
 from preloaded.session import Session
+from taught import share
 
 SLOW = (
     *("distributed/", "e2e/", "faults/", "unit/environment/test_python_tool.py"),
@@ -61,6 +62,8 @@ def pytest_configure(config: pytest.Config) -> None:
         session = Session()
         config.add_cleanup(session.close)
         os.environ[VARIABLE] = session.python
+        if (folder := share()) is not None:
+            config.add_cleanup(folder.cleanup)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

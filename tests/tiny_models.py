@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import tempfile
 from pathlib import Path
 
 import torch
@@ -205,14 +203,6 @@ def save_taught(out: str | Path, *, vocab_size: int = 528, steps: int = 140) -> 
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)
     return str(out)
-
-
-@functools.cache
-def taught_folder() -> tempfile.TemporaryDirectory:
-    """Return a folder with the model of `save_taught`, which is made once per process and removed at the end."""
-    folder = tempfile.TemporaryDirectory(prefix="taught-")
-    save_taught(folder.name)
-    return folder
 
 
 def teach_more(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from preloaded.command import PYTHON
-from tiny_models import taught_folder
+from taught import taught_folder
 
 WORKER = Path(__file__).with_name("lockstep_worker.py")
 NUM_SEEDS = 1
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.distributed
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("lockstep") / "results.json"
     launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(WORKER), taught_folder().name, str(out), str(NUM_SEEDS)]
+    command = [*launcher, str(WORKER), taught_folder(), str(out), str(NUM_SEEDS)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=800)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return json.loads(out.read_text())

@@ -22,7 +22,8 @@ import yaml
 from held_memory import held
 from preloaded.command import PYTHON
 from stub_judge import Reply, StubJudge, chat
-from tiny_models import CAPITALS, taught_folder
+from taught import taught_folder
+from tiny_models import CAPITALS
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from a2tgpo.protocol.tag_syntax import SEARCH_CALLS
@@ -190,7 +191,7 @@ def write_inputs(root: Path) -> Path:
     path = root / "config.yaml"
     config = {
         "run": {"name": "methods", "root": str(root / "runs"), "steps": 2},
-        "model": {"path": taught_folder().name, "dtype": "float32"},
+        "model": {"path": taught_folder(), "dtype": "float32"},
         "data": {
             "train": str(root / "questions.jsonl"),
             "test": str(root / "questions.jsonl"),
@@ -543,7 +544,7 @@ def initial_answer_probs(record: dict) -> list[float]:
 
 @functools.cache
 def load_taught() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder = taught_folder().name
+    folder = taught_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 from ranks import run_ranks
-from tiny_models import save_tiny, taught_folder
+from taught import taught_folder
+from tiny_models import save_tiny
 
 CLAIMS = {
     "replicas": [
@@ -42,7 +43,7 @@ def replicas(tmp_path_factory) -> dict[str, str]:
 def shared(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("shared")
     out = folder / "results.json"
-    run_ranks(2, "refit_worker.py", out, "shared", taught_folder().name, folder)
+    run_ranks(2, "refit_worker.py", out, "shared", taught_folder(), folder)
     return json.loads(out.read_text())
 
 

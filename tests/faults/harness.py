@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ from typing import Any
 
 import yaml
 from preloaded import VARIABLE
-from tiny_models import CAPITALS, save_taught
+from taught import taught_folder
+from tiny_models import CAPITALS
 
 from a2tgpo.run.equality import NOT_COMPARED
 
@@ -38,7 +40,7 @@ class Ended:
 
 def write_inputs(root: Path) -> Path:
     """Write the configuration of all runs, a model that searches, questions and passages."""
-    save_taught(root / "model")
+    shutil.copytree(taught_folder(), root / "model", dirs_exist_ok=True)
     questions = [{"question": f"capital of {land}?", "answers": [city]} for land, city in CAPITALS.items()]
     questions += [
         {"question": f"ruler of {land}?", "answers": [f"King of {city}"]}

@@ -11,7 +11,8 @@ from played import tags
 from rendered_sets import rendered_sets
 from scored import EM, score, tag_reader
 from scripted_search import ScriptedSearch, toolset_of
-from tiny_models import prompt_ids, taught_folder
+from taught import taught_folder
+from tiny_models import prompt_ids
 from transformers import AutoTokenizer
 
 from a2tgpo.config.reward import RewardConfig
@@ -38,7 +39,7 @@ QUESTIONS = [  # question, answers, hops
 def rollout():
     from a2tgpo.rollout.vllm_engine import VllmEngine
 
-    path = taught_folder().name
+    path = taught_folder()
     config = RolloutConfig(kv_cache_gib=0.1, max_concurrent=8, dtype="float32")
     engine = VllmEngine(path, config=config, model_dtype="float32", max_model_len=512, seed=0)
     rollout = GroupRollout(
@@ -54,7 +55,7 @@ def rollout():
 
 @pytest.fixture(scope="module")
 def prompts():
-    tokenizer = AutoTokenizer.from_pretrained(taught_folder().name)
+    tokenizer = AutoTokenizer.from_pretrained(taught_folder())
     return [
         Prompt(index=i, id=str(i), question=q, answers=a, hops=h, tokens=tuple(prompt_ids(tokenizer, q)))
         for i, (q, a, h) in enumerate(QUESTIONS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from scripted_search import ScriptedSearch
-from tiny_models import taught_folder
+from taught import taught_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from a2tgpo.config.rollout import RolloutConfig
@@ -13,7 +13,7 @@ MAX_MODEL_LEN = 1024
 
 @pytest.fixture(scope="package")
 def taught_path():
-    return taught_folder().name
+    return taught_folder()
 
 
 @pytest.fixture(scope="package")
