@@ -37,8 +37,8 @@ def asking_engine(engine, taught_path, tokenizer):
     engine.load_weights(old.state_dict().items(), version=0)
 
 
-@pytest.fixture
-def computed(asking_engine, monkeypatch):
+@pytest.fixture(scope="module")
+def computed(asking_engine):
     """The number of tokens that the scheduler had the model compute, by kind of request (turn or score)."""
     scheduler = asking_engine._engine.engine_core.engine_core.scheduler
     schedule = scheduler.schedule
@@ -50,11 +50,12 @@ def computed(asking_engine, monkeypatch):
             tokens[request_id.partition("-")[0]] += number
         return output
 
-    monkeypatch.setattr(scheduler, "schedule", counting)
-    return tokens
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "schedule", counting)
+        yield tokens
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def play(asking_engine, engine_config, tokenizer, computed):
     """Play one question from an empty cache. Return trajectories, counts and computed tokens by kind."""
 
@@ -86,9 +87,15 @@ def play(asking_engine, engine_config, tokenizer, computed):
     return play
 
 
-def test_hardly_a_token_of_a_prefix_is_computed_twice(play):
+@pytest.fixture(scope="module")
+def unscored(play):
+    """What `play` returns without scores."""
+    return play()
+
+
+def test_hardly_a_token_of_a_prefix_is_computed_twice(unscored):
     """Samples share the computed prompt, and a turn reuses the computed tokens of earlier turns."""
-    trajectories, counts, computed = play()
+    trajectories, counts, computed = unscored
     returned = [
         sum(len(turn.tokens) + len(turn.observation_tokens) for turn in t.turns[:number])
         + len(t.prompt_tokens)
@@ -106,9 +113,9 @@ def test_hardly_a_token_of_a_prefix_is_computed_twice(play):
 
 
 @pytest.mark.parametrize("reduction", ["first", "max"])
-def test_gain_costs_the_answers_tokens_and_an_unfilled_block_a_turn(play, tokenizer, reduction):
+def test_gain_costs_the_answers_tokens_and_an_unfilled_block_a_turn(play, unscored, tokenizer, reduction):
     """No full block of a prefix is computed for a score, and generation computes no more than without scores."""
-    _, _, alone = play()
+    _, _, alone = unscored
     trajectories, counts, computed = play(answer_reduction=reduction)
     aliases = ALIASES if reduction == "max" else ALIASES[:1]
     scaffold = len(tokenizer(NO_THOUGHT_IS_OPEN, add_special_tokens=False)["input_ids"])
