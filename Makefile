@@ -14,7 +14,7 @@ endef
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup constraints-cpu setup-gpu constraints-gpu setup-py312 setup-trl test-py312 quickstart smollm2 ablation bench check fast-tests test lint docs format clean
+.PHONY: help setup constraints-cpu setup-gpu constraints-gpu setup-py312 setup-trl test-py312 quickstart smollm2 ablation bench check fast-tests test test-inputs lint docs format clean
 
 help:
 	@echo "make setup       virtual environment in $(VENV) for CPU (development, tests)"
@@ -113,7 +113,7 @@ $(VENV312)/.ready: .ci/requirements-py312.txt .ci/requirements-te.txt
 
 # Install Triton into a separate folder, for tests that use Triton's interpreter. vLLM's CPU build rejects Triton's
 # backends, so Triton must not be in the environment itself.
-$(VENV)/triton/.ready:
+$(VENV)/triton/.ready: | setup
 	$(PIP) install --no-deps --target $(VENV)/triton triton==3.7.1
 	@touch $@
 
@@ -186,8 +186,14 @@ check: setup
 fast-tests: setup
 	$(PY) -m pytest -n $(TEST_JOBS) $(SIDE_BY_SIDE) -m "not slow" tests/unit
 
+# Install the environments of both legs at the same time, because pip uses only one core.
+test-inputs:
+	$(MAKE) --jobs 2 --output-sync=target setup $(if $(PYTHON312),setup-py312) $(VENV)/triton/.ready \
+		artifacts/models/tiny-qwen3/config.json artifacts/models/smollm2-135m/config.json
+
 # Run the fault tests alone on the machine, because they have deadlines of seconds.
-test: check $(VENV)/triton/.ready artifacts/models/tiny-qwen3/config.json artifacts/models/smollm2-135m/config.json
+test: test-inputs
+	$(MAKE) check
 	$(PY) -m pytest -n $(SLOW_JOBS) $(SIDE_BY_SIDE) -m slow tests/e2e tests/distributed tests/unit
 	$(PY) -m pytest --instafail tests/faults
 ifeq ($(PYTHON312),)
