@@ -1,6 +1,7 @@
-"""Run tools/evaluate.py with a scripted engine, which writes each question that it is asked to the file ASKED.
+"""Run tools/evaluate.py with a scripted engine.
 
-If GATE is set, the engine gives no answer until the file GATE exists.
+The engine writes each question that it gets to the file ASKED. If GATE is set, the engine gives no answer until the
+file GATE exists.
 """
 
 from __future__ import annotations

@@ -25,3 +25,5 @@ def test_a_new_folder_an_empty_folder_and_an_older_report_are_taken(tmp_path: Pa
     (tmp_path / "older" / evaluate.REPORT).write_text("{}")
     for name in ("new", "empty", "older"):
         evaluate.require_replaceable(tmp_path / name)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert left == ["empty", "older", f"older/{evaluate.REPORT}"], "the check itself changes nothing"
