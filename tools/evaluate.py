@@ -23,7 +23,7 @@ from a2tgpo.config.run import RunConfig
 from a2tgpo.data.question_mix import set_name
 from a2tgpo.data.question_set import Question, load_questions
 from a2tgpo.evaluate.sets import load_evaluation_sets
-from a2tgpo.io.atomic_file import atomic_folder, write_json, write_text
+from a2tgpo.io.atomic_file import atomic_folder, is_foreign, write_json, write_text
 from a2tgpo.io.errors import ConfigError, require
 from a2tgpo.io.exit_codes import START_AGAIN
 from a2tgpo.io.json_lines import write_lines
@@ -117,8 +117,7 @@ def load_sets(
 
 def require_replaceable(out: Path) -> None:
     """Raise a `ConfigError` of one line if `out` is a file, or a folder that has files but no report."""
-    has_others = out.is_dir() and any(out.iterdir()) and not (out / REPORT).is_file()
-    if out.name in ("", "..") or out.is_file() or has_others:
+    if out.name in ("", "..") or out.is_file() or is_foreign(out, REPORT):
         raise ConfigError(
             f"--out: {out} is no report, and a report would replace it as a whole; give a new folder, for example "
             f"{out / 'report'}"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from a2tgpo.config.expand import path_argument
-from a2tgpo.io.atomic_file import atomic_folder
+from a2tgpo.io.atomic_file import atomic_folder, is_foreign
 from a2tgpo.io.errors import ConfigError, first_line, require
 from a2tgpo.io.program import exit_code, program_parser
 from a2tgpo.lifecycle.garbage import lasting_objects
@@ -132,9 +132,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.kind == "tiny":
         require(0 <= args.seed < 2**63, "--seed", args.seed, "0 to 2^63 - 1")
         require(args.experts == 0 or args.experts >= 2, "--experts", args.experts, "0, or 2 and more")
-    has_others = args.out.is_dir() and any(args.out.iterdir()) and not (args.out / "config.json").is_file()
     require(
-        not args.out.is_file() and not has_others,
+        not args.out.is_file() and not is_foreign(args.out, "config.json"),
         "--out",
         str(args.out),
         "a new folder, or the folder of a model, which is replaced as a whole",

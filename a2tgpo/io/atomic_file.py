@@ -66,6 +66,14 @@ def folders_beside(path: Path) -> tuple[Path, Path]:
     return path.with_name(f".{path.name}{_SUFFIX}"), path.with_name(f".{path.name}.replaced")
 
 
+def is_foreign(path: Path, marker: str) -> bool:
+    """Return whether the folder `path` has files, but not the file `marker`, which every folder of its kind has.
+
+    Such a folder must not be replaced, because something else wrote it.
+    """
+    return path.is_dir() and any(path.iterdir()) and not (path / marker).is_file()
+
+
 def put_folder_in_place(path: Path) -> None:
     """Replace the folder `path` with the first folder of `folders_beside(path)`, which the caller has filled."""
     fresh, replaced = folders_beside(path)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from a2tgpo.config.run import RunConfig
+from a2tgpo.io.atomic_file import is_foreign
 from a2tgpo.io.errors import ConfigError, require
 
 MARKER = "warmstart.json"
@@ -45,7 +46,7 @@ def require_target(config: RunConfig) -> None:
                 f"model.path is {given!r}, which a warm start replaces as a whole; allowed: a folder outside "
                 f"{key} ({path})"
             )
-    if target.is_dir() and any(target.iterdir()) and not (target / MARKER).is_file():
+    if is_foreign(target, MARKER):
         raise ConfigError(
             f"model.path is {given!r}, which a warm start would replace, but it was not written by a warm start "
             f"(it has no {MARKER}); give a new folder, or move this one away"

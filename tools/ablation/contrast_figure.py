@@ -7,9 +7,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from contrasts import contrast_differences
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from seed_statistics import estimate, paired_differences
+from seed_statistics import estimate
 from style import PALETTE, decorate, finish, save
 
 from a2tgpo.metrics.figure_style import INK, MUTED, STYLE
@@ -30,10 +31,7 @@ def write_contrasts(
     Returns:
         {file name: caption}. It is empty, and nothing is drawn, if no contrast has two seeds.
     """
-    differences = {
-        contrast: paired_differences(*(scores.get(method, {}) for method in contrast.split("-")))
-        for contrast in contrasts
-    }
+    differences = {contrast: contrast_differences(contrast, scores) for contrast in contrasts}
     known = {contrast: values for contrast, values in differences.items() if len(values) > 1}
     if not known:
         return {}

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
-from seed_statistics import paired_difference
+from seed_statistics import estimate, paired_differences
 
 from a2tgpo.io.tables import markdown_table
 from runs import RunResult
@@ -46,27 +46,34 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
+def contrast_differences(contrast: str, scores: Mapping[str, Mapping[int, float]]) -> list[float]:
+    """Return the differences of the contrast "METHOD-BASE", one for each seed that both methods have.
+
+    Args:
+        scores: {method: {seed: score}}.
+    """
+    method, base = contrast.split("-")
+    return paired_differences(scores.get(method, {}), scores.get(base, {}))
+
+
 def contrasts_text(contrasts: Sequence[str], scores: Mapping[str, Mapping[int, float]]) -> str:
     """Return a table with the mean difference of each contrast "METHOD-BASE", its interval and its p-values.
 
     A contrast with fewer than two seeds has no p-value, and the correction does not include it.
     """
-    estimates = [
-        paired_difference(*(scores.get(method, {}) for method in contrast.split("-")))
-        for contrast in contrasts
-    ]
-    p_values = [estimate.p_value for estimate in estimates]
+    means = [estimate(contrast_differences(contrast, scores)) for contrast in contrasts]
+    p_values = [mean.p_value for mean in means]
     known = [p for p in p_values if p is not None]
     corrected = iter(holm(known))
     rows = [
         [
             contrast.replace("-", " - "),
-            str(estimate.count),
-            estimate.text("+.4f"),
+            str(mean.count),
+            mean.text("+.4f"),
             "?" if p is None else f"{p:.3f}",
             "?" if p is None else f"{next(corrected):.3f}",
         ]
-        for contrast, estimate, p in zip(contrasts, estimates, p_values, strict=True)
+        for contrast, mean, p in zip(contrasts, means, p_values, strict=True)
     ]
     note = (
         "The outcome is the mean of held-out exact match over the run (the area under its curve). A difference is "

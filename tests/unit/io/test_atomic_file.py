@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from a2tgpo.io.atomic_file import atomic_file, atomic_folder, write_json, write_text
+from a2tgpo.io.atomic_file import atomic_file, atomic_folder, is_foreign, write_json, write_text
 
 ROOT = Path(__file__).parents[3]
 
@@ -33,6 +33,17 @@ def test_a_folder_is_replaced_at_the_end_and_not_before(tmp_path: Path) -> None:
             (fresh / name).write_text("")
             assert not (path / name).exists()
     assert [entry.name for entry in path.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_foreign_if_it_has_files_but_no_marker(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    assert not is_foreign(folder, "marker"), "there is no folder"
+    folder.mkdir()
+    assert not is_foreign(folder, "marker"), "the folder is empty"
+    (folder / "notes").write_text("")
+    assert is_foreign(folder, "marker")
+    (folder / "marker").write_text("")
+    assert not is_foreign(folder, "marker")
 
 
 @pytest.mark.parametrize("make", [atomic_file, atomic_folder])
