@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from a2tgpo.config.run import RunConfig
 from a2tgpo.io.errors import ConfigError, require
@@ -31,9 +30,6 @@ from a2tgpo.lifecycle.garbage import lasting_objects, leave_garbage
 from a2tgpo.lifecycle.stop_signal import StopSignal
 from a2tgpo.run.job import keep, load_as_started
 from a2tgpo.warmstart.target import require_target
-
-if TYPE_CHECKING:
-    pass
 
 
 def main() -> int:
