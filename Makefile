@@ -26,7 +26,7 @@ help:
 	@echo "make quickstart  train a tiny agent on $(RANKS) CPU processes and see it learn (some 5 minutes)"
 	@echo "make smollm2     three steps of SmolLM2-135M on $(RANKS) CPU processes"
 	@echo "make ablation    methods compared over sixteen warm starts, then over eight on a second task (several hours; resumes)"
-	@echo "make bench       every claim of speed measured, into the table of docs/performance.md (half an hour)"
+	@echo "make bench       every claim of speed measured, into the table of docs/performance.md (some 40 minutes)"
 	@echo "make check       lint, types and the fast tests, in a few minutes: before each commit"
 	@echo "make test        lint and all tests; then the second leg, where there is a python3.12"
 	@echo "make test-py312  the second leg by itself: model, layouts, updates, Transformer Engine's code on a CPU"

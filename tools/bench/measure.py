@@ -37,7 +37,8 @@ class Row:
     ratio_is: str
     """Either `baseline / ours` or `ours / baseline`."""
     noise: float
-    """Half the range of the rounds' ratios, divided by their median. It is 0 if the values are counts."""
+    """Half the range of the rounds' ratios, divided by their median. It is 0 if the values are counts, or if
+    there was one round."""
     target: str = ""
     """The limit for `ratio`, such as ">= 200" or "<= 0.03", or "" if there is no target."""
     note: str = ""

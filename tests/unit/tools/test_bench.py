@@ -7,6 +7,7 @@ from pathlib import Path
 
 import measure
 import pytest
+import quickstart
 import run
 import trl_peer
 
@@ -34,13 +35,14 @@ def test_a_benchs_lines_are_replaced_and_the_others_stay_in_order(tmp_path):
     first, second = run.BENCHES[:2]
     run.write_rows(page, second, [row("old")])
     run.write_rows(page, first, [row("of the first", target=">= 9")])
-    run.write_rows(page, second, [row("new"), row("newer")])
+    run.write_rows(page, second, [row("new"), row("newer", ratios=(4.0,))])
     lines = page.read_text().splitlines()
     assert lines[0] == "before" and lines[-1] == "after"
     table = lines[lines.index(run.START) + 1 : lines.index(run.END)]
     assert table[:2] == list(run.HEADER)
     assert [line.split("|")[2].strip() for line in table[2:]] == ["of the first", "new", "newer"]
     assert "≥ 9: **not met**" in table[2]
+    assert "| ± 20% |" in table[3] and "| one run |" in table[4]
 
 
 def test_numbers_have_three_digits_however_small_or_large():
@@ -74,6 +76,13 @@ def test_peak_memory_is_what_the_variant_takes_beyond_what_is_there_and_was_free
 
 def test_every_bench_is_a_module_that_says_what_it_measures():
     assert all(run.purpose(name).endswith(".") for name in run.BENCHES)
+
+
+def test_the_quickstarts_stages_are_lines_of_its_recipe_in_their_order():
+    command = ["make", "--dry-run", "--always-make", "quickstart"]
+    done = subprocess.run(command, cwd=run.ROOT, capture_output=True, text=True, check=True)
+    places = [done.stdout.index(mark) for mark in quickstart.STAGES.values()]
+    assert places == sorted(places)
 
 
 def test_a_page_without_the_tables_marks_is_refused_before_a_bench_runs(tmp_path):
