@@ -78,7 +78,9 @@ def as_earlier(trajectories: Sequence[Trajectory], tokenizer: Any, path: Path) -
     values, records = turn_values(), []
     for row, trajectory in enumerate(trajectories):
         record = dataclasses.asdict(trajectory)
-        for column, turn in enumerate(record["turns"]):
+        for column, (turn, own) in enumerate(zip(record["turns"], trajectory.turns, strict=True)):
+            del turn["experts"]  # bytes, which are not recorded
+            turn |= {"query": own.query, "tool": own.tool, "tool_failed": own.tool_failed}
             turn |= {name: of_all[row, column].item() for name, of_all in values.items()}
             turn["text"] = tokenizer.decode(turn["tokens"])
             turn["observation_text"] = tokenizer.decode(turn["observation_tokens"])

@@ -1,6 +1,7 @@
 """The shared code of the benches: rows, their table in a page, and a variant's memory."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,14 @@ from pathlib import Path
 import measure
 import pytest
 import quickstart
+import record
 import run
 import trl_peer
+from tiny_models import build_tokenizer
+from trajectories import make_trajectories
+
+from a2tgpo.record.rollout_files import read_part, write_part
+from a2tgpo.record.rollout_record import to_record
 
 
 def row(name: str, ratios=(4.0, 5.0, 6.0), target: str = "") -> measure.Row:
@@ -83,6 +90,53 @@ def test_the_quickstarts_stages_are_lines_of_its_recipe_in_their_order():
     done = subprocess.run(command, cwd=run.ROOT, capture_output=True, text=True, check=True)
     places = [done.stdout.index(mark) for mark in quickstart.STAGES.values()]
     assert places == sorted(places)
+
+
+def test_the_bench_of_records_compares_equal_records(tmp_path):
+    tokenizer = build_tokenizer()
+    trajectories = make_trajectories(3, mean_tokens=40, max_turns=2, vocab_size=100)
+    record.as_earlier(record.with_lists(trajectories), tokenizer, tmp_path / "earlier")
+    values = record.turn_values()
+    rows = [to_record(one, values, place, tokenizer=tokenizer) for place, one in enumerate(trajectories)]
+    write_part(rows, tmp_path / "ours")
+    assert read_part(tmp_path / "earlier") == read_part(tmp_path / "ours")
+
+
+# Prints the packages that the modules of this project name in their imports outside of functions.
+IMPORTED = """
+import ast, importlib, sys
+from pathlib import Path
+
+def names(path):
+    for node in ast.parse(Path(path).read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from (one.name for one in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+for name in [name for name in names(sys.argv[1]) if name.startswith("a2tgpo.")]:
+    importlib.import_module(name)
+own = [module.__file__ for name, module in sys.modules.items() if name.startswith("a2tgpo") and module.__file__]
+found = {name.partition(".")[0] for file in [sys.argv[1], *own] for name in names(file)}
+print(*sorted(found - set(sys.stdlib_module_names) - {"a2tgpo"}))
+"""
+
+
+@pytest.mark.parametrize("script", ["trl_whole_step.py", "trl_train_step.py"])
+def test_trls_environment_has_every_package_that_its_scripts_import(script):
+    folder = Path(run.__file__).parent
+    environment = {**os.environ, "PYTHONPATH": str(run.ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, str(folder / script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    listed = re.findall(r"^[a-z0-9]+", (folder / "requirements-trl.txt").read_text(), re.MULTILINE)
+    packages = {"yaml": "pyyaml"}
+    assert {packages.get(name, name) for name in done.stdout.split()} <= set(listed)
 
 
 def test_a_page_without_the_tables_marks_is_refused_before_a_bench_runs(tmp_path):
